@@ -1,0 +1,3 @@
+"""Pruning as alignment for one-shot federated domain generalization."""
+
+__version__ = "0.1.0"
