@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
+import torch
 from torch import Tensor
 
 
@@ -28,3 +30,44 @@ class LoRALayer(NamedTuple):
     def delta(self) -> Tensor:
         """The dense update ΔW, shape (d_out, d_in)."""
         return self.scale * (self.B @ self.A)
+
+    def to(self, device: torch.device | str) -> LoRALayer:
+        """The same layer with its factors on a device."""
+        return self._replace(A=self.A.to(device), B=self.B.to(device))
+
+
+def singular_triplets(layer: LoRALayer) -> tuple[Tensor, Tensor, Tensor]:
+    """Thin SVD of ΔW = U·diag(σ)·V from QRs of the factors and an SVD of the (r, r) core.
+
+    Returns:
+        U (d_out, r), σ (r,) in descending order, V (r, d_in).
+    """
+    Qb, Rb = torch.linalg.qr(layer.B)
+    Qa, Ra = torch.linalg.qr(layer.A.T)
+    U, sigma, V = torch.linalg.svd(layer.scale * Rb @ Ra.T)
+    return Qb @ U, sigma, V @ Qa.T
+
+
+def stack(layers: Sequence[LoRALayer], weights: Sequence[float]) -> LoRALayer:
+    """The exact weighted sum Σ w_k·ΔW_k as one layer of rank Σ r_k.
+
+    Stacking keeps the ΔW_k apart; averaging A and B apart would add cross terms B_j·A_k.
+    """
+    A = torch.cat([layer.A for layer in layers])
+    B = torch.cat([w * layer.scale * layer.B for layer, w in zip(layers, weights, strict=True)], dim=1)
+    return LoRALayer(A, B)
+
+
+def recompress(layer: LoRALayer, rank: int) -> LoRALayer:
+    """The best approximation of ΔW of at most this rank (Eckart–Young), singular values shared by A and B."""
+    return _balanced(*singular_triplets(layer), rank)
+
+
+def compress_dense(delta: Tensor, rank: int) -> LoRALayer:
+    """The best approximation of at most this rank of a dense ΔW, shape (d_out, d_in)."""
+    return _balanced(*torch.linalg.svd(delta, full_matrices=False), rank)
+
+
+def _balanced(U: Tensor, sigma: Tensor, V: Tensor, rank: int) -> LoRALayer:
+    root = sigma[:rank].sqrt()
+    return LoRALayer(root[:, None] * V[:rank], U[:, :rank] * root)

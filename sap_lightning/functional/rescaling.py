@@ -1,0 +1,80 @@
+"""Making up for what pruning took away."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from sap_lightning.functional.lora import LoRALayer
+from sap_lightning.functional.masking import Scope
+from sap_lightning.functional.spaces import Update, dense
+
+Rescale = Literal["none", "l1", "l2", "inverse_keep", "robust"]
+
+
+def scaled(update: Update, factor: float) -> Update:
+    """factor · ΔW in the form it came in."""
+    if isinstance(update, LoRALayer):
+        return update._replace(scale=update.scale * factor)
+    return factor * update
+
+
+def norm(update: Update, p: int) -> float:
+    """Entrywise l1 (p = 1) or Frobenius (p = 2) norm of ΔW."""
+    if isinstance(update, Tensor):
+        return float(torch.linalg.vector_norm(update, p, dtype=torch.float64))
+    if p == 2:
+        # ‖BA‖² = tr(BᵀB·AAᵀ): r×r products instead of the dense ΔW.
+        A, B = update.A.double(), update.B.double()
+        return abs(update.scale) * float(((B.T @ B) * (A @ A.T)).sum().clamp(min=0).sqrt())
+    return norm(update.delta(), p)
+
+
+def relative_error(of: Mapping[str, Update], to: Mapping[str, Update]) -> float:
+    """‖to − of‖ / ‖of‖ in Frobenius norm over all layers; 0 when both are the same or there is nothing."""
+    size = sum(norm(update, 2) ** 2 for update in of.values())
+    gap = sum(norm(dense(to[name]) - dense(of[name]), 2) ** 2 for name in of if to[name] is not of[name])
+    return math.sqrt(gap / size) if size else 0.0
+
+
+def restore_norm(
+    before: Mapping[str, LoRALayer], after: Mapping[str, Update], p: int, scope: Scope
+) -> dict[str, Update]:
+    """Scales pruned updates back to their lp norm before pruning, layer by layer or all by one factor.
+
+    A layer that pruning emptied stays empty.
+    """
+    was = {name: norm(before[name], p) ** p for name in after}
+    now = {name: norm(update, p) ** p for name, update in after.items()}
+    if scope == "global":
+        was, now = dict.fromkeys(after, sum(was.values())), dict.fromkeys(after, sum(now.values()))
+    return {
+        name: scaled(update, (was[name] / now[name]) ** (1 / p)) if now[name] else update
+        for name, update in after.items()
+    }
+
+
+def inverse_keep(after: Mapping[str, Update], sparsity: float) -> dict[str, Update]:
+    """ΔW / (1 − ρ): keeps the expectation under random drops (DARE, Yu et al. 2024, arXiv:2311.03099).
+
+    At ρ = 1 nothing is left to scale.
+    """
+    factor = 1 / (1 - sparsity) if sparsity < 1 else 1.0
+    return {name: scaled(update, factor) for name, update in after.items()}
+
+
+def robust(before: LoRALayer, after: LoRALayer) -> LoRALayer:
+    """RobustMerge's complementary scaling of each rank of B (Zeng et al. 2025, arXiv:2502.17159).
+
+    Rank j is scaled by s_j = Σ|A_j| / Σ|M⊙A_j|, floored at the int(0.8·r)-th of the sorted s as the authors'
+    code does. Ranks that pruning emptied stay empty. The code's closing factor 2 is a merging weight, not
+    part of this.
+    """
+    kept = after.A.abs().sum(1)
+    s = torch.where(kept > 0, before.A.abs().sum(1) / kept, 0)
+    floor = s.sort().values[int(0.8 * len(s))]
+    return after._replace(B=after.B * s.clamp(min=floor))
