@@ -1,0 +1,81 @@
+"""The frozen CLIP checkpoint that everybody starts from, as a vision tower and a text encoder."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+from torch.nn.functional import normalize
+from transformers import AutoTokenizer, CLIPModel, CLIPVisionModelWithProjection
+
+from sap_lightning.errors import InputError
+
+
+class TextEncoder:
+    """Text tower and tokenizer of a CLIP checkpoint, kept on the CPU."""
+
+    def __init__(self, clip: CLIPModel, base: str) -> None:
+        self.model = clip.text_model
+        self.projection = clip.text_projection
+        self.tokenizer = AutoTokenizer.from_pretrained(base)
+        self.max_length = clip.config.text_config.max_position_embeddings
+
+    @torch.inference_mode(False)
+    @torch.no_grad()
+    def __call__(self, texts: Sequence[str]) -> Tensor:
+        """Normalised text features, shape (n, d)."""
+        tokens = self.tokenizer(
+            list(texts), padding=True, truncation=True, max_length=self.max_length, return_tensors="pt"
+        )
+        return normalize(self.projection(self.model(**tokens).pooler_output), dim=-1)
+
+    def class_features(self, class_names: Sequence[str], templates: Sequence[str]) -> Tensor:
+        """One feature for each class, shape (classes, d): its prompts averaged after normalisation."""
+        prompts = [template.format(name) for name in class_names for template in templates]
+        return normalize(self(prompts).view(len(class_names), len(templates), -1).mean(1), dim=-1)
+
+
+class Base(NamedTuple):
+    """A CLIP checkpoint taken apart: text features are computed once, the vision tower is what clients train."""
+
+    tower: CLIPVisionModelWithProjection
+    texts: TextEncoder
+    logit_scale: float
+
+
+def load_clip(base: str) -> CLIPModel:
+    """The frozen checkpoint in float32 from a hub id or a folder.
+
+    Raises:
+        InputError: when it is not there or is no CLIP model.
+    """
+    try:
+        clip = CLIPModel.from_pretrained(base, dtype=torch.float32)
+    except (OSError, ValueError, KeyError) as error:
+        raise InputError(f"model.base {base!r}: no CLIP checkpoint could be loaded: {_first_line(error)}") from error
+    return clip.eval().requires_grad_(False)
+
+
+def load_base(base: str) -> Base:
+    """The checkpoint as a plain ``CLIPVisionModelWithProjection`` and a text encoder.
+
+    Raises:
+        InputError: when it is not there or is no CLIP model.
+    """
+    clip = load_clip(base)
+    return Base(vision_tower(clip), TextEncoder(clip, base), float(clip.logit_scale.exp()))
+
+
+def vision_tower(clip: CLIPModel) -> CLIPVisionModelWithProjection:
+    """The model's vision tower and projection, sharing its weights."""
+    with torch.device("meta"):
+        tower = CLIPVisionModelWithProjection(clip.config.vision_config)
+    tower.vision_model = clip.vision_model
+    tower.visual_projection = clip.visual_projection
+    return tower.eval()
+
+
+def _first_line(error: Exception) -> str:
+    return next(iter(str(error).strip().splitlines()), type(error).__name__)

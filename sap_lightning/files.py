@@ -1,0 +1,51 @@
+"""Files and folders that appear whole or not at all."""
+
+from __future__ import annotations
+
+import json
+import os
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from sap_lightning.errors import InputError
+
+
+def refuse_existing(folder: str | Path) -> None:
+    """Raises InputError when something of that name already stands."""
+    if os.path.lexists(folder):
+        raise InputError(f"{folder}: already exists and is not overwritten; name another folder or remove it")
+
+
+@contextmanager
+def new_folder(folder: str | Path) -> Iterator[Path]:
+    """An empty folder to fill, which takes its final name when the block ends without an error.
+
+    Raises:
+        InputError: when something of that name already stands.
+    """
+    folder = Path(folder)
+    refuse_existing(folder)
+    try:
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(prefix=f".{folder.name}.", dir=folder.parent) as temporary:
+            staging = Path(temporary) / folder.name
+            staging.mkdir()
+            yield staging
+            staging.rename(folder)
+    except OSError as error:
+        raise InputError(f"{folder}: cannot be written ({error.strerror}); check path and disk") from error
+
+
+def write_text(path: Path, text: str) -> None:
+    """Replaces a file in one step."""
+    staging = path.with_name(f".{path.name}.{os.getpid()}")
+    staging.write_text(text, encoding="utf-8")
+    os.replace(staging, path)
+
+
+def write_json(path: Path, content: Any) -> None:
+    """Replaces a JSON file in one step; keys are sorted, so equal content gives equal bytes."""
+    write_text(path, json.dumps(content, indent=2, sort_keys=True, ensure_ascii=False) + "\n")

@@ -1,0 +1,60 @@
+"""What a client and the server share: classify images by their class prompts, and measure it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import lightning as L
+from torch import Tensor, nn
+from torch.nn.functional import normalize
+from torchmetrics import MetricCollection
+from torchmetrics.classification import MulticlassAccuracy
+
+
+def accuracy_metrics(class_names: Sequence[str]) -> MetricCollection:
+    """Top-1, macro and per-class accuracy."""
+    classes = len(class_names)
+    return MetricCollection(
+        {
+            "accuracy": MulticlassAccuracy(classes, average="micro"),
+            "macro_accuracy": MulticlassAccuracy(classes, average="macro"),
+            "class_accuracy": MulticlassAccuracy(classes, average="none"),
+        }
+    )
+
+
+class CLIPClassifier(L.LightningModule):
+    """Zero-shot classification by the cosine of image features and class-prompt features.
+
+    Subclasses set ``tower`` and ``logit_scale`` in ``configure_model`` and the classes with ``use_classes``.
+    """
+
+    class_features: Tensor
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.tower: nn.Module | None = None
+        self.logit_scale = 1.0
+
+    def use_classes(self, class_names: Sequence[str], features: Tensor) -> None:
+        """Classify into these from now on; features have shape (classes, d)."""
+        self.class_names = list(class_names)
+        self.register_buffer("class_features", features.to(self.device), persistent=False)
+        self.metrics = accuracy_metrics(class_names).to(self.device)
+
+    def image_features(self, images: Tensor) -> Tensor:
+        """Normalised features, shape (n, d), of normalised images (n, 3, h, w)."""
+        assert self.tower is not None
+        return normalize(self.tower(images).image_embeds, dim=-1)
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Logits, shape (n, classes), of normalised images (n, 3, h, w)."""
+        return self.logit_scale * self.image_features(images) @ self.class_features.T
+
+    def log_accuracy(self, prefix: str = "") -> None:
+        """Logs what the metrics have gathered since the last call."""
+        values = self.metrics.compute()
+        self.metrics.reset()
+        per_class = values.pop("class_accuracy")
+        values |= {f"accuracy/{name}": value for name, value in zip(self.class_names, per_class, strict=True)}
+        self.log_dict({prefix + name: value for name, value in values.items()})

@@ -1,0 +1,150 @@
+"""Training one client: LoRA on CLIP's vision tower against frozen class-prompt features."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import LoraConfig, get_peft_model
+from peft.tuners.lora import LoraLayer
+from torch import Tensor
+from torch.nn.functional import cross_entropy
+from transformers import get_cosine_schedule_with_warmup
+
+from sap_lightning.adapter import Manifest, fingerprint, sha256_of, write_adapter
+from sap_lightning.base import load_base
+from sap_lightning.data.domains import Batch
+from sap_lightning.errors import InputError
+from sap_lightning.functional.lora import LoRALayer
+from sap_lightning.modules.classifier import CLIPClassifier
+
+
+class CLIPLoRAModule(CLIPClassifier):
+    """Fine-tunes LoRA on the vision tower of CLIP with cross-entropy against class-prompt features.
+
+    Args:
+        base: hub id or folder of a CLIP checkpoint.
+        rank: LoRA rank r.
+        alpha: LoRA alpha; the update is (alpha / r)·B·A.
+        dropout: LoRA dropout.
+        targets: names of the linear layers of the vision tower that get an adapter.
+        templates: class prompts, averaged after normalisation; ``{}`` stands for the class name.
+        learning_rate: peak learning rate of AdamW.
+        weight_decay: weight decay of AdamW.
+        warmup: share of the steps over which the learning rate rises; then it falls as a cosine.
+        label_smoothing: label smoothing of the cross-entropy.
+        seed: seed of the adapter's initial values and of dropout.
+    """
+
+    def __init__(
+        self,
+        base: str = "openai/clip-vit-base-patch16",
+        rank: int = 8,
+        alpha: float = 16.0,
+        dropout: float = 0.0,
+        targets: Sequence[str] = ("q_proj", "k_proj", "v_proj", "out_proj"),
+        templates: Sequence[str] = ("a photo of a {}.",),
+        learning_rate: float = 1e-3,
+        weight_decay: float = 0.01,
+        warmup: float = 0.1,
+        label_smoothing: float = 0.0,
+        seed: int = 0,
+    ) -> None:
+        super().__init__()
+        self.save_hyperparameters()
+        # Checkpoints hold the adapter without the frozen base (on_save_checkpoint).
+        self.strict_loading = False
+
+    def configure_model(self) -> None:
+        if self.tower is not None:
+            return
+        base = load_base(self.hparams.base)
+        self.base_fingerprint = fingerprint(base.tower)
+        self.logit_scale = base.logit_scale
+        self.tower = self._with_lora(base.tower)
+        names = self.trainer.datamodule.class_names
+        self.use_classes(names, base.texts.class_features(names, self.hparams.templates))
+
+    def _with_lora(self, tower: torch.nn.Module) -> torch.nn.Module:
+        config = LoraConfig(
+            r=self.hparams.rank,
+            lora_alpha=self.hparams.alpha,
+            lora_dropout=self.hparams.dropout,
+            target_modules=list(self.hparams.targets),
+        )
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(self.hparams.seed)
+            try:
+                return get_peft_model(tower, config)
+            except ValueError as error:
+                raise InputError(f"model.targets {list(self.hparams.targets)}: {error}") from error
+
+    def on_train_epoch_start(self) -> None:
+        # Dropout draws the same values whether or not training was interrupted before this epoch.
+        torch.manual_seed(self.hparams.seed + self.current_epoch)
+
+    def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
+        logits = self(batch.images)
+        loss = cross_entropy(logits, batch.labels, label_smoothing=self.hparams.label_smoothing)
+        self.log("train/loss", loss, prog_bar=True)
+        self.log("train/accuracy", (logits.detach().argmax(1) == batch.labels).float().mean())
+        return loss
+
+    def validation_step(self, batch: Batch, batch_idx: int) -> None:
+        logits = self(batch.images)
+        self.metrics.update(logits, batch.labels)
+        self.log("val/loss", cross_entropy(logits, batch.labels), batch_size=len(batch.labels), sync_dist=True)
+
+    def on_validation_epoch_end(self) -> None:
+        self.log_accuracy("val/")
+
+    def configure_optimizers(self) -> dict[str, Any]:
+        trainable = [parameter for parameter in self.parameters() if parameter.requires_grad]
+        optimizer = torch.optim.AdamW(
+            trainable, lr=self.hparams.learning_rate, weight_decay=self.hparams.weight_decay
+        )
+        steps = int(self.trainer.estimated_stepping_batches)
+        schedule = get_cosine_schedule_with_warmup(optimizer, round(self.hparams.warmup * steps), steps)
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        trained = {name for name, parameter in self.named_parameters() if parameter.requires_grad}
+        checkpoint["state_dict"] = {k: v for k, v in checkpoint["state_dict"].items() if k in trained}
+
+    def layers(self) -> dict[str, LoRALayer]:
+        """The trained adapter by layer name of the plain vision tower, float32 on the CPU."""
+        assert self.tower is not None
+        return {
+            name.removeprefix("base_model.model."): LoRALayer(
+                module.lora_A["default"].weight.detach().float().cpu(),
+                module.lora_B["default"].weight.detach().float().cpu(),
+                module.scaling["default"],
+            )
+            for name, module in self.tower.named_modules()
+            if isinstance(module, LoraLayer)
+        }
+
+    def write_upload(self, folder: str | Path, domain: str, num_samples: int) -> Path:
+        """Writes what the client sends: the adapter in PEFT format and its manifest.
+
+        Raises:
+            InputError: when the folder already exists.
+        """
+        layers = self.layers()
+        manifest = Manifest(
+            base=self.hparams.base,
+            base_fingerprint=self.base_fingerprint,
+            domain=domain,
+            class_names=tuple(self.class_names),
+            num_samples=num_samples,
+            rank=self.hparams.rank,
+            alpha=self.hparams.alpha,
+            targets=tuple(self.hparams.targets),
+            seed=self.hparams.seed,
+            packages={name: version(name) for name in ("lightning", "peft", "torch", "transformers")},
+            tensors_sha256=sha256_of(layers),
+        )
+        return write_adapter(folder, layers, self.hparams.base, manifest)

@@ -1,0 +1,40 @@
+"""What the libraries below us say that nobody can act on is not shown."""
+
+from __future__ import annotations
+
+import logging
+import os
+import warnings
+
+import transformers
+from rich.console import Console
+from rich.logging import RichHandler
+
+NOISE = (
+    r".*LightningCLI's args parameter.*",
+    r".*does not have many workers.*",
+    r".*`isinstance\(treespec, LeafSpec\)` is deprecated.*",
+    r".*is_gradient_checkpointing.*",
+    r".*smaller than the logging interval.*",
+    r".*Checkpoint directory .* exists and is not empty.*",
+    r".*GPU available but not used.*",
+    r".*The given buffer is not writable.*",
+)
+
+
+def quieten() -> None:
+    """Shows this package's log lines and hides the noise of its libraries."""
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    for message in NOISE:
+        warnings.filterwarnings("ignore", message)
+    for name in ("lightning.pytorch", "lightning.fabric", "datasets", "httpx"):
+        logging.getLogger(name).setLevel(logging.ERROR)
+    transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
+    console = Console(stderr=True)
+    handler = RichHandler(console=console, show_path=False) if console.is_terminal else logging.StreamHandler()
+    handler.setFormatter(logging.Formatter("%(message)s" if console.is_terminal else "%(asctime)s %(message)s"))
+    package = logging.getLogger("sap_lightning")
+    package.addHandler(handler)
+    package.setLevel(logging.INFO)
+    package.propagate = False

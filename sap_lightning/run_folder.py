@@ -1,0 +1,66 @@
+"""Where a run keeps its things, and the settings it is held to."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from sap_lightning.errors import InputError
+from sap_lightning.files import write_text
+
+FREE_SETTINGS = ("federation.run_dir", "federation.unseen", "data.num_workers", "anchors.num_workers")
+"""Settings that may change from one start to the next, because what is in the folder does not depend on them."""
+
+
+class RunFolder:
+    """config.yaml, clients/<domain>, uploads/<domain>, merged/<unseen>/<method>, results.json and results.csv."""
+
+    def __init__(self, path: str | Path) -> None:
+        self.path = Path(path)
+
+    def client(self, domain: str) -> Path:
+        """A client's checkpoint and TensorBoard events."""
+        return self.path / "clients" / domain
+
+    def upload(self, domain: str) -> Path:
+        """What a client sent."""
+        return self.path / "uploads" / domain
+
+    def merged(self, unseen: str, method: str) -> Path:
+        """A merged model, made without the unseen domain's client."""
+        return self.path / "merged" / unseen / method
+
+
+def hold_to(folder: Path, config: Mapping[str, Any]) -> None:
+    """Writes the folder's config.yaml, or compares with the one that stands.
+
+    Raises:
+        InputError: naming every setting that differs.
+    """
+    file = folder / "config.yaml"
+    if not file.is_file():
+        folder.mkdir(parents=True, exist_ok=True)
+        write_text(file, yaml.safe_dump(dict(config), sort_keys=False, allow_unicode=True))
+        return
+    before, now = (dict(_flat(c)) for c in (yaml.safe_load(file.read_text(encoding="utf-8")), config))
+    changed = [
+        f"{key} was {before.get(key)!r}, is {now.get(key)!r}"
+        for key in sorted(before.keys() | now.keys())
+        if before.get(key) != now.get(key) and key not in FREE_SETTINGS
+    ]
+    if changed:
+        raise InputError(
+            f"{folder} was started with other settings: {'; '.join(changed)}."
+            " Start anew with another --federation.run_dir, or set them back"
+        )
+
+
+def _flat(config: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
+    if isinstance(config, Mapping) and config:
+        for key, value in config.items():
+            yield from _flat(value, f"{prefix}{key}.")
+    else:
+        yield prefix.removesuffix("."), config
