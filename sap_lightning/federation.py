@@ -1,0 +1,211 @@
+"""One-shot federation: clients train and upload once, the server merges for every unseen domain and evaluates."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.loggers import TensorBoardLogger
+from rich.console import Console
+
+from sap_lightning.adapter import Adapter
+from sap_lightning.callbacks.figures import tensorboards
+from sap_lightning.callbacks.progress import track, training_progress
+from sap_lightning.callbacks.prune import SaliencyPruneCallback
+from sap_lightning.data.anchors import AnchorDataModule
+from sap_lightning.data.domains import DomainDataModule
+from sap_lightning.errors import InputError
+from sap_lightning.functional.spaces import Update
+from sap_lightning.modules.clip_lora import CLIPLoRAModule
+from sap_lightning.modules.merge import MergeModule
+from sap_lightning.results import Result, Results, markdown_table, rich_table
+from sap_lightning.run_folder import RunFolder, hold_to
+
+log = logging.getLogger(__name__)
+TrainerFactory = Callable[..., L.Trainer]
+METHODS = ("average", "sap")
+UNTRAINED = {"enable_checkpointing": False, "enable_progress_bar": False}
+"""Trainer arguments where nothing is trained."""
+
+
+def server_logger(run_dir: str) -> TensorBoardLogger:
+    """TensorBoard events of the server, in <run_dir>/server."""
+    return TensorBoardLogger(run_dir, name="", version="server", default_hp_metric=False)
+
+
+def train_client(
+    module: CLIPLoRAModule, data: DomainDataModule, folder: RunFolder, make_trainer: TrainerFactory, title: str
+) -> Path:
+    """Trains a client on its domain, from its last checkpoint if it was interrupted, and writes its upload.
+
+    A client whose upload stands is done and is not trained again.
+
+    Raises:
+        InputError: when the data names no domain.
+    """
+    if data.domain is None:
+        raise InputError(f"data.domain is not set; choose one of {', '.join(data.domains)}")
+    upload = folder.upload(data.domain)
+    if upload.exists():
+        log.info("%s: upload stands in %s, not trained again", title, upload)
+        return upload
+    home = folder.client(data.domain)
+    checkpoint = home / "last.ckpt"
+    trainer = make_trainer(
+        logger=TensorBoardLogger(home.parent, name="", version=home.name, default_hp_metric=False),
+        callbacks=[_last_checkpoint(home), training_progress(title)],
+        default_root_dir=home,
+    )
+    resumed = {"ckpt_path": checkpoint, "weights_only": True} if checkpoint.is_file() else {}
+    trainer.fit(module, datamodule=data, **resumed)
+    if trainer.interrupted:
+        raise KeyboardInterrupt
+    if trainer.is_global_zero:
+        module.write_upload(upload, data.domain, data.num_samples)
+    trainer.strategy.barrier()
+    return upload
+
+
+def _last_checkpoint(folder: Path) -> ModelCheckpoint:
+    return ModelCheckpoint(folder, filename="last", save_top_k=1, every_n_epochs=1, enable_version_counter=False)
+
+
+class OneShotFederation:
+    """Runs the whole protocol in a run folder, and continues there what was interrupted.
+
+    Args:
+        client: the module that every client trains a copy of.
+        data: the domains; each one is a client, and in turn the unseen domain.
+        anchors: the server's image–caption pairs.
+        prune: scores and prunes the uploads.
+        merge: merges and evaluates them.
+        make_trainer: gives a Lightning Trainer for keyword arguments that override its own.
+        run_dir: folder of the run: config.yaml, clients, uploads, merged, results.json, results.csv.
+        unseen: domains to hold out in turn; all of them if not given.
+        config: settings that the run folder is held to; a folder of other settings is refused.
+    """
+
+    def __init__(
+        self,
+        client: CLIPLoRAModule,
+        data: DomainDataModule,
+        anchors: AnchorDataModule,
+        prune: SaliencyPruneCallback,
+        merge: MergeModule,
+        make_trainer: TrainerFactory = L.Trainer,
+        run_dir: str = "runs/federation",
+        unseen: list[str] | str | None = None,
+        config: Mapping[str, Any] | None = None,
+    ) -> None:
+        merge.check_rescale(prune.space)
+        self.client = client
+        self.data = data
+        self.anchors = anchors
+        self.merge = merge
+        self.make_trainer = make_trainer
+        self.folder = RunFolder(run_dir)
+        self.unseen = _chosen(unseen, data.domains)
+        self.config = config
+        self.server = make_trainer(callbacks=[prune], logger=server_logger(run_dir), **UNTRAINED)
+        self.evaluator = make_trainer(logger=False, **UNTRAINED)
+
+    @property
+    def domains(self) -> list[str]:
+        """Domains that some unseen domain needs a client of."""
+        return [d for d in self.data.domains if any(d != unseen for unseen in self.unseen)]
+
+    @property
+    def rows(self) -> list[str]:
+        """Rows of the results table."""
+        return ["zero-shot", *(f"client {domain}" for domain in self.domains), *METHODS]
+
+    def run(self) -> Results:
+        """Trains, collects, merges and evaluates whatever is not done yet, and prints the results.
+
+        Raises:
+            InputError: when the settings differ from the run folder's, or an upload is faulty.
+        """
+        if self.config is not None:
+            hold_to(self.folder.path, self.config)
+        results = Results(self.folder.path)
+        adapters = self.collect(self.train())
+        for unseen in self.unseen:
+            self.evaluate(unseen, [adapter for adapter in adapters if adapter.name != unseen], results)
+        self.show(results)
+        return results
+
+    def train(self) -> list[Path]:
+        """Trains every client that has not uploaded yet, and returns all uploads."""
+        uploads = []
+        for number, domain in enumerate(self.domains, start=1):
+            title = f"client {number} of {len(self.domains)} ({domain})"
+            client = type(self.client)(**self.client.hparams)
+            uploads.append(train_client(client, self.data.for_domain(domain), self.folder, self.make_trainer, title))
+        return uploads
+
+    def collect(self, uploads: Sequence[Path]) -> list[Adapter]:
+        """Reads the uploads, each of which must come from its own domain."""
+        adapters = self.merge.read_uploads(uploads)
+        found, expected = sorted(adapter.name for adapter in adapters), sorted(upload.name for upload in uploads)
+        if found != expected:
+            raise InputError(f"{self.folder.path / 'uploads'}: uploads are of domains {found}, expected {expected}")
+        return adapters
+
+    def evaluate(self, unseen: str, adapters: Sequence[Adapter], results: Results) -> None:
+        """Measures zero-shot, each client alone and each merge of the clients on a domain none of them has seen."""
+        data = self.data.for_domain(unseen)
+        clients = sorted(adapters, key=lambda adapter: adapter.name)
+        models: dict[str, tuple[list[str], Callable[[], Mapping[str, Update]]]] = {"zero-shot": ([], dict)}
+        for adapter in clients:
+            models[f"client {adapter.name}"] = ([adapter.sha256], lambda adapter=adapter: adapter.layers)
+        sources = [adapter.sha256 for adapter in adapters]
+        for method in METHODS:
+            models[method] = (sources, lambda method=method: self.merged(method, unseen, adapters))
+        todo = [name for name, (sources, _) in models.items() if not results.has(name, unseen, sources)]
+        for name in track(todo, f"evaluating on {unseen}"):
+            sources, update = models[name]
+            self.merge.set_update(update())
+            (metrics,) = self.evaluator.test(self.merge, datamodule=data, verbose=False)
+            results.add(Result(name, unseen, sources, dict(metrics)))
+            log.info("%s on unseen %s: accuracy %.3f", name, unseen, metrics["accuracy"])
+            if self.server.is_global_zero:
+                results.write(self.rows, self.unseen)
+
+    def merged(self, method: str, unseen: str, adapters: Sequence[Adapter]) -> Mapping[str, Update]:
+        """Merges these adapters by a method and keeps the result in the run folder."""
+        self.merge.adapters = list(adapters)
+        self.merge.forget_pruning()
+        if method == "sap":
+            self.server.validate(self.merge, datamodule=self.anchors, verbose=False)
+        else:
+            self.merge.merge()
+        folder = self.folder.merged(unseen, method)
+        if self.server.is_global_zero and not folder.exists():
+            self.merge.save(folder)
+        self.server.strategy.barrier()
+        return self.merge.update
+
+    def show(self, results: Results) -> None:
+        """Prints the results table, and puts it into TensorBoard."""
+        if not self.server.is_global_zero:
+            return
+        for board in tensorboards(self.server):
+            board.add_text("results", markdown_table(results, self.rows, self.unseen))
+            board.flush()
+        console = Console()
+        console.print(rich_table(results, self.rows, self.unseen))
+        console.print(f"Table: {results.csv}\nFigures: tensorboard --logdir {self.folder.path}", highlight=False)
+
+
+def _chosen(unseen: list[str] | str | None, domains: Sequence[str]) -> list[str]:
+    chosen = list(domains) if unseen is None else [unseen] if isinstance(unseen, str) else unseen
+    unknown = sorted(set(chosen) - set(domains))
+    if unknown:
+        raise InputError(f"federation.unseen {', '.join(unknown)}: no such domain; there are {', '.join(domains)}")
+    if len(domains) < 2:
+        raise InputError(f"data.root holds the one domain {', '.join(domains)}; a federation needs at least two")
+    return chosen
