@@ -1,0 +1,30 @@
+# Everything runs in .venv, which is made from pyproject.toml when it is missing or out of date.
+PYTHON ?= python3.11
+BIN := .venv/bin
+
+.PHONY: quickstart test lint bench clean
+
+quickstart: .venv/installed
+	rm -rf runs/shapes
+	test -d runs/shapes_world || $(BIN)/python -m sap_lightning.data.shapes runs/shapes_world
+	$(BIN)/python -m sap_lightning fit --config configs/shapes.yaml
+
+test: .venv/installed
+	$(BIN)/python -m pytest
+
+lint: .venv/installed
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+bench: .venv/installed
+	$(BIN)/python benchmarks/train_step.py
+	$(BIN)/python benchmarks/score.py
+
+clean:
+	rm -rf .venv build dist *.egg-info runs .mypy_cache .ruff_cache .pytest_cache
+
+.venv/installed: pyproject.toml
+	$(PYTHON) -m venv .venv
+	$(BIN)/pip install --quiet --editable '.[dev]'
+	touch $@
