@@ -1,0 +1,227 @@
+"""The server's public image–caption pairs, as a Lightning data module."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from functools import cached_property
+from pathlib import Path
+from typing import NamedTuple
+
+import datasets
+import numpy as np
+import torch
+from lightning.pytorch import LightningDataModule
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
+
+from sap_lightning.data.cache import load_pixels
+from sap_lightning.data.fingerprints import file_fingerprint
+from sap_lightning.data.images import Picture, file_picture
+from sap_lightning.data.loaders import eval_sampler, make_loader, process_of, share
+from sap_lightning.data.preprocess import Preprocess
+from sap_lightning.data.tables import image_column, is_table, load_table, table_fingerprint, table_pictures
+from sap_lightning.errors import InputError
+
+CAPTION_COLUMNS = ("captions", "caption", "sentences", "text")
+
+
+class AnchorBatch(NamedTuple):
+    """Anchor images; image i belongs to caption `indices[i]`.
+
+    Attributes:
+        images: (B, 3, H, W), uint8 from the loader, normalised float once on the device.
+        indices: (B,) int64, positions in the captions.
+    """
+
+    images: Tensor
+    indices: Tensor
+
+
+class AnchorSet(Dataset[AnchorBatch]):
+    """All anchor images, by position or a whole batch of positions at once.
+
+    Args:
+        images: uint8 (N, 3, H, W).
+    """
+
+    def __init__(self, images: np.ndarray) -> None:
+        self.images, self.indices = images, torch.arange(len(images))
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def __getitem__(self, positions: int | list[int]) -> AnchorBatch:
+        return AnchorBatch(torch.from_numpy(self.images[positions]), self.indices[positions])
+
+    __getitems__ = __getitem__
+
+
+class Pairs(NamedTuple):
+    """Image–caption pairs, and a digest that changes when any file behind the images does."""
+
+    pictures: list[Picture]
+    captions: list[str]
+    fingerprint: str
+
+
+class AnchorDataModule(LightningDataModule):
+    """The first image–caption pairs of a public collection, for `trainer.validate`.
+
+    Args:
+        root: Folder with images and a `captions.jsonl` (`file_name`, and `captions` or `caption`), folder of a saved
+            or parquet dataset, or id of a dataset on the hub. The first caption of each image is used.
+        num_pairs: How many pairs to use, from the first on.
+        base: Hub id or folder of the CLIP checkpoint whose preprocessing to apply.
+        batch_size: Images per batch over all processes.
+        cache: Whether to keep decoded images on disk, see `sap_lightning.data.cache`.
+        num_workers: Loader processes; decoded images need none.
+
+    Raises:
+        InputError: on use, for anything wrong with these arguments or with the data.
+    """
+
+    def __init__(
+        self,
+        root: str,
+        num_pairs: int = 32,
+        base: str = "openai/clip-vit-base-patch16",
+        batch_size: int = 32,
+        cache: bool = True,
+        num_workers: int = 0,
+    ) -> None:
+        super().__init__()
+        if num_pairs < 2:
+            raise InputError(f"num_pairs must be at least 2, got {num_pairs}")
+        if batch_size < 1:
+            raise InputError(f"batch_size must be at least 1, got {batch_size}")
+        self.root = root
+        self.num_pairs = num_pairs
+        self.base = base
+        self.batch_size = batch_size
+        self.cache = cache
+        self.num_workers = num_workers
+
+    @property
+    def captions(self) -> list[str]:
+        """One caption per pair, in order."""
+        return self._pairs.captions
+
+    def images(self) -> Tensor:
+        """All anchor images at once, normalised float (num_pairs, 3, H, W)."""
+        self.setup()
+        return self._preprocess.normalise(torch.from_numpy(self._anchors.images))
+
+    def prepare_data(self) -> None:
+        """Decode the anchors into the cache, in one process."""
+        if self.cache:
+            self._load()
+
+    def setup(self, stage: str | None = None) -> None:
+        """Open the images, in every process.
+
+        Args:
+            stage: unused.
+        """
+        self._anchors = self._load()
+
+    def val_dataloader(self) -> DataLoader[AnchorBatch]:
+        """The anchors in order, each once over all processes."""
+        world_size, rank = process_of(self.trainer)
+        sampler = eval_sampler(self._anchors, world_size, rank, f"{self.root}: anchors")
+        return make_loader(self._anchors, sampler, share(self.batch_size, world_size), self.num_workers)
+
+    def on_after_batch_transfer(self, batch: AnchorBatch, dataloader_idx: int) -> AnchorBatch:
+        """Normalise, on the device."""
+        assert self.trainer is not None
+        normalised = batch._replace(images=self._preprocess.normalise(batch.images))
+        return self.trainer.precision_plugin.convert_input(normalised)
+
+    @cached_property
+    def _pairs(self) -> Pairs:
+        folder = Path(self.root).expanduser()
+        if folder.is_dir() and not is_table(folder):
+            return pairs_in_folder(folder, self.num_pairs)
+        return pairs_in_table(load_table(self.root), self.root, self.num_pairs)
+
+    @cached_property
+    def _preprocess(self) -> Preprocess:
+        return Preprocess(self.base)
+
+    def _load(self) -> AnchorSet:
+        pictures, _, fingerprint = self._pairs
+        pixels = load_pixels(pictures, fingerprint, self._preprocess, self.cache)
+        for position, reason in pixels.corrupt.items():
+            raise InputError(f"{self.root}: anchor {pictures[position].name} cannot be decoded: {reason}")
+        return AnchorSet(pixels.images)
+
+
+def pairs_in_folder(folder: Path, num_pairs: int) -> Pairs:
+    """The first pairs that a folder's `captions.jsonl` lists.
+
+    Raises:
+        InputError: no such file, a bad line, a missing image, or too few pairs.
+    """
+    listing = folder / "captions.jsonl"
+    if not listing.is_file():
+        raise InputError(f"{listing}: no such file; anchors need one JSON object per line: file_name, captions")
+    files, captions = [], []
+    for where, entry in _entries(listing):
+        files.append(_image_file(folder, entry, where))
+        captions.append(_caption(next((entry[key] for key in CAPTION_COLUMNS if key in entry), None), where))
+        if len(files) == num_pairs:
+            return Pairs([file_picture(file, folder) for file in files], captions, file_fingerprint(files))
+    raise InputError(f"{listing}: num_pairs is {num_pairs}, but the file has {len(files)}")
+
+
+def pairs_in_table(table: datasets.Dataset, root: str, num_pairs: int) -> Pairs:
+    """The first pairs of a table with an image and a caption column.
+
+    Raises:
+        InputError: no such columns, an empty caption, or too few rows.
+    """
+    image = image_column(table, root)
+    column = next((name for name in CAPTION_COLUMNS if name in table.column_names), None)
+    if column is None:
+        raise InputError(f"{root}: no column {' or '.join(CAPTION_COLUMNS)} among {', '.join(table.column_names)}")
+    if len(table) < num_pairs:
+        raise InputError(f"{root}: num_pairs is {num_pairs}, but the dataset has {len(table)}")
+    values = table.select_columns(column)[:num_pairs][column]
+    captions = [_caption(value, f"{root}: row {row}") for row, value in enumerate(values)]
+    return Pairs(table_pictures(table, image, range(num_pairs)), captions, table_fingerprint(table, image))
+
+
+def _entries(listing: Path) -> Iterator[tuple[str, dict[str, object]]]:
+    """Each JSON object of the file with the words for where it stands."""
+    try:
+        lines = listing.read_text(encoding="utf-8").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise InputError(f"{listing}: cannot be read: {error}") from error
+    for number, line in enumerate(lines, start=1):
+        where = f"{listing}: line {number}"
+        try:
+            entry = json.loads(line)
+        except ValueError as error:
+            raise InputError(f"{where}: not JSON: {error}") from error
+        if not isinstance(entry, dict):
+            raise InputError(f"{where}: expected a JSON object, got {type(entry).__name__}")
+        yield where, entry
+
+
+def _image_file(folder: Path, entry: dict[str, object], where: str) -> Path:
+    name = entry.get("file_name")
+    if not isinstance(name, str) or not name:
+        raise InputError(f"{where}: file_name must be the name of an image, got {name!r}")
+    if Path(name).is_absolute() or ".." in Path(name).parts:
+        raise InputError(f"{where}: file_name {name!r} points out of the folder")
+    if not (folder / name).is_file():
+        raise InputError(f"{where}: image {name!r} is missing")
+    return folder / name
+
+
+def _caption(value: object, where: str) -> str:
+    """The caption, or the first of several."""
+    first = value[0] if isinstance(value, list) and value else value
+    if not isinstance(first, str) or not first.strip():
+        raise InputError(f"{where}: needs a caption, or captions as a list of strings, got {value!r}")
+    return first

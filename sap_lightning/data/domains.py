@@ -1,0 +1,250 @@
+"""One domain of a labelled image dataset, as a Lightning data module."""
+
+from __future__ import annotations
+
+import copy
+import logging
+from functools import cached_property
+
+import torch
+from lightning.pytorch import LightningDataModule
+from lightning.pytorch.utilities import rank_zero_only
+from torch.utils.data import DataLoader
+
+from sap_lightning.data.augment import epoch_crops, resized_crop
+from sap_lightning.data.cache import Pixels, load_pixels
+from sap_lightning.data.images import Picture
+from sap_lightning.data.loaders import Batch, PixelDataset, eval_sampler, make_loader, process_of, share, train_sampler
+from sap_lightning.data.preprocess import Preprocess
+from sap_lightning.data.sources import Source, open_source
+from sap_lightning.errors import InputError
+
+logger = logging.getLogger(__name__)
+
+MAX_CORRUPT = 0.01
+
+
+class DomainDataModule(LightningDataModule):
+    """The images of one domain: train and validation parts for its client, the whole of it for testing.
+
+    Args:
+        root: Folder `domain/class/image`, folder of a saved or parquet dataset, or id of a dataset on the hub.
+        domain: The domain to load; needed once images are, not for `domains` and `class_names`.
+        class_names: Names for the prompts, in label order; by default the class folders' own with spaces for `_`.
+            Matched to the folders by name; if the names differ but their number agrees, in sorted folder order.
+        base: Hub id or folder of the CLIP checkpoint whose preprocessing to apply.
+        batch_size: Images per batch over all processes.
+        val_fraction: Share of the domain kept back from training for validation.
+        augment: Whether to crop and flip training images at random.
+        cache: Whether to keep decoded images on disk, see `sap_lightning.data.cache`.
+        num_workers: Loader processes; decoded images need none.
+        domain_column: Column of a dataset that names the domain.
+        label_column: Column of a dataset that holds the class.
+        seed: Seed of the split, the shuffling and the augmentation.
+
+    Raises:
+        InputError: on use, for anything wrong with these arguments or with the data.
+    """
+
+    def __init__(
+        self,
+        root: str,
+        domain: str | None = None,
+        class_names: list[str] | None = None,
+        base: str = "openai/clip-vit-base-patch16",
+        batch_size: int = 32,
+        val_fraction: float = 0.2,
+        augment: bool = True,
+        cache: bool = True,
+        num_workers: int = 0,
+        domain_column: str = "domain",
+        label_column: str = "label",
+        seed: int = 0,
+    ) -> None:
+        super().__init__()
+        if batch_size < 1:
+            raise InputError(f"batch_size must be at least 1, got {batch_size}")
+        if not 0 <= val_fraction < 1:
+            raise InputError(f"val_fraction must be at least 0 and below 1, got {val_fraction}")
+        self.root = root
+        self.domain = domain
+        self.base = base
+        self.batch_size = batch_size
+        self.val_fraction = val_fraction
+        self.augment = augment
+        self.cache = cache
+        self.num_workers = num_workers
+        self.domain_column = domain_column
+        self.label_column = label_column
+        self.seed = seed
+        self._given_names = class_names
+        self._fingerprint: str | None = None
+
+    @property
+    def domains(self) -> list[str]:
+        """All domains under `root`, sorted."""
+        return self._source.domains
+
+    @property
+    def class_names(self) -> list[str]:
+        """Names for the prompts, in label order; the same for every domain of `root`."""
+        return self._classes[0]
+
+    @property
+    def num_samples(self) -> int:
+        """Number of training images; known after `setup`."""
+        return len(self._train)
+
+    def for_domain(self, name: str) -> DomainDataModule:
+        """The same settings for another domain."""
+        other = copy.copy(self)
+        other.domain, other.trainer, other._fingerprint = name, None, None
+        return other
+
+    def prepare_data(self) -> None:
+        """Decode the domain into the cache, in one process."""
+        if self.cache:
+            self._load()
+
+    def setup(self, stage: str | None = None) -> None:
+        """Open the images and split them, in every process.
+
+        Args:
+            stage: unused; all parts are views of the same images.
+        """
+        self._load()
+        usable = torch.tensor([row for row in range(len(self._labels)) if row not in self._pixels.corrupt])
+        order = torch.randperm(len(usable), generator=torch.Generator().manual_seed(self.seed))
+        num_val = round(len(usable) * self.val_fraction)
+        if num_val == len(usable):
+            raise InputError(
+                f"{self.root}: domain {self.domain!r} has {len(usable)} images and val_fraction {self.val_fraction}"
+                " leaves none to train on"
+            )
+        self._val = self._part(usable[order[:num_val]].sort().values)
+        self._train = self._part(usable[order[num_val:]].sort().values)
+        self._test = self._part(usable)
+
+    def train_dataloader(self) -> DataLoader[Batch]:
+        """Shuffled batches of the training part; the last one is dropped where it is not full."""
+        world_size, rank = process_of(self.trainer)
+        sampler = train_sampler(self._train, world_size, rank, self.seed)
+        batch_size = share(min(self.batch_size, len(self._train)), world_size)
+        return make_loader(self._train, sampler, batch_size, self.num_workers, drop_last=True)
+
+    def val_dataloader(self) -> DataLoader[Batch]:
+        """The validation part in order, each image once."""
+        return self._eval_loader(self._val)
+
+    def test_dataloader(self) -> DataLoader[Batch]:
+        """The whole domain in order, each image once."""
+        return self._eval_loader(self._test)
+
+    def on_after_batch_transfer(self, batch: Batch, dataloader_idx: int) -> Batch:
+        """Augment while training, then normalise; on the device."""
+        assert self.trainer is not None
+        images = batch.images.float()
+        if self.augment and self.trainer.training:
+            crops = epoch_crops(len(self._labels), self.seed, self.trainer.current_epoch)
+            boxes, flips = (part.to(images.device)[batch.indices] for part in crops)
+            images = resized_crop(images, boxes, flips)
+        normalised = batch._replace(images=self._preprocess.normalise(images))
+        # The loader's bytes passed the trainer's precision untouched; the floats made of them must not.
+        return self.trainer.precision_plugin.convert_input(normalised)
+
+    @cached_property
+    def _source(self) -> Source:
+        return open_source(self.root, self.domain_column, self.label_column)
+
+    @cached_property
+    def _classes(self) -> tuple[list[str], dict[str, int]]:
+        return match_classes(self._source.classes, self._given_names)
+
+    @cached_property
+    def _preprocess(self) -> Preprocess:
+        return Preprocess(self.base)
+
+    def _load(self) -> None:
+        if self.domain not in self.domains:
+            asked = "set domain" if self.domain is None else f"no domain {self.domain!r}"
+            raise InputError(f"{self.root}: {asked}; it has {', '.join(self.domains)}")
+        samples = self._source.samples(self.domain)
+        if samples.fingerprint == self._fingerprint:
+            return
+        labels = self._classes[1]
+        self._labels = torch.tensor([labels[name] for name in samples.classes])
+        self._pixels = load_pixels(samples.pictures, samples.fingerprint, self._preprocess, self.cache)
+        report_corrupt(samples.pictures, self._pixels, f"{self.root}: domain {self.domain!r}")
+        self._fingerprint = samples.fingerprint
+
+    def _part(self, rows: torch.Tensor) -> PixelDataset:
+        return PixelDataset(self._pixels.images, self._labels, rows)
+
+    def _eval_loader(self, part: PixelDataset) -> DataLoader[Batch]:
+        world_size, rank = process_of(self.trainer)
+        sampler = eval_sampler(part, world_size, rank, f"{self.root}: domain {self.domain!r}")
+        return make_loader(part, sampler, share(self.batch_size, world_size), self.num_workers)
+
+
+def match_classes(found: list[str], given: list[str] | None) -> tuple[list[str], dict[str, int]]:
+    """Prompt names in label order, and the label of every class of a dataset.
+
+    Args:
+        found: class names of the dataset, in its own order.
+        given: names for the prompts in label order, or None for the dataset's own.
+
+    Returns:
+        The prompt names, and a label for each name in `found`.
+
+    Raises:
+        InputError: the given names are ambiguous, or fit the dataset neither by name nor by number.
+    """
+    found_keys = list(dict.fromkeys(map(_key, found)))
+    if given is None:
+        spelling = {_key(name): name.replace("_", " ") for name in reversed(found)}
+        names, keys = [spelling[key] for key in found_keys], found_keys
+    else:
+        names, keys = given, list(map(_key, given))
+        if len(set(keys)) < len(keys):
+            raise InputError(f"class_names holds a name twice: {', '.join(given)}")
+        if not set(found_keys) <= set(keys):
+            _check_positional(found_keys, keys)
+            keys = found_keys
+    label = {key: position for position, key in enumerate(keys)}
+    return names, {name: label[_key(name)] for name in found}
+
+
+def _check_positional(found: list[str], given: list[str]) -> None:
+    """Names that do match must stand at their own place, or the others would be guessed wrong."""
+    in_place = all(name not in found or found.index(name) == place for place, name in enumerate(given))
+    if len(found) != len(given) or not in_place:
+        missing = ", ".join(name for name in found if name not in given)
+        raise InputError(
+            f"class_names has {len(given)} names for {len(found)} classes and none for: {missing};"
+            " give a name for every class, spelled as its folder or in the folders' sorted order"
+        )
+
+
+def _key(name: str) -> str:
+    return name.replace("_", " ").casefold()
+
+
+def report_corrupt(pictures: list[Picture], pixels: Pixels, where: str) -> None:
+    """Log the images that are passed over because they cannot be decoded.
+
+    Raises:
+        InputError: more than one in a hundred.
+    """
+    if not pixels.corrupt:
+        return
+    listed = [f"{pictures[position].name} ({reason})" for position, reason in list(pixels.corrupt.items())[:5]]
+    listed += ["…"] * (len(pixels.corrupt) > 5)
+    message = f"{where}: {len(pixels.corrupt)} of {len(pictures)} images cannot be decoded: {', '.join(listed)}"
+    if len(pixels.corrupt) > MAX_CORRUPT * len(pictures):
+        raise InputError(f"{message}; more than {MAX_CORRUPT:.0%}: replace or remove them")
+    _log_skipped(message)
+
+
+@rank_zero_only
+def _log_skipped(message: str) -> None:
+    logger.warning("%s; skipped", message)

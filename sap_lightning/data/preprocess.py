@@ -1,0 +1,64 @@
+"""The image preprocessing that a CLIP checkpoint asks for, split where the cache sits: pixels, then normalise."""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+from transformers import AutoImageProcessor
+
+from sap_lightning.errors import InputError
+
+_NORMALISATION = ("do_rescale", "rescale_factor", "do_normalize", "image_mean", "image_std")
+
+
+class Preprocess:
+    """Turns a picture into the checkpoint's uint8 pixels, and a batch of those into the vision tower's input.
+
+    Size, crop, interpolation, mean and std are those of the checkpoint's own preprocessor config.
+
+    Args:
+        base: hub id or folder of a CLIP checkpoint.
+
+    Attributes:
+        shape: (3, H, W) of every preprocessed image.
+        geometry: the settings that decide the pixels, plain enough for JSON.
+
+    Raises:
+        InputError: the checkpoint has no readable preprocessor config, or one that gives images of differing size.
+    """
+
+    def __init__(self, base: str) -> None:
+        try:
+            # Always PIL: whether torchvision is installed must not change a pixel.
+            self._processor = AutoImageProcessor.from_pretrained(base, backend="pil")
+        except Exception as error:  # a malformed config can fail anywhere in transformers
+            reason = (str(error) or type(error).__name__).splitlines()[0]
+            raise InputError(f"{base}: cannot load the checkpoint's preprocessor config: {reason}") from error
+        settings = self._processor.to_dict()
+        self.geometry = {key: value for key, value in settings.items() if key not in _NORMALISATION}
+        self.shape = self._one_shape(base)
+        self._scale = settings["rescale_factor"] if settings["do_rescale"] else 1.0
+        normalises = settings.get("do_normalize", False)
+        self._mean = torch.tensor(settings["image_mean"] if normalises else [0.0]).view(-1, 1, 1)
+        self._std = torch.tensor(settings["image_std"] if normalises else [1.0]).view(-1, 1, 1)
+
+    def pixels(self, image: Image.Image) -> np.ndarray:
+        """Resize and crop an RGB image as the checkpoint's processor does before it rescales; uint8 (3, H, W)."""
+        output = self._processor(image, do_rescale=False, do_normalize=False, return_tensors="np")
+        return output["pixel_values"][0]
+
+    def normalise(self, images: Tensor) -> Tensor:
+        """Scale and normalise pixels (B, 3, H, W) in 0…255, uint8 or float, to the vision tower's float input."""
+        mean, std = self._mean.to(images.device), self._std.to(images.device)
+        return (images.float() * self._scale - mean) / std
+
+    def _one_shape(self, base: str) -> tuple[int, ...]:
+        tall, wide = (self.pixels(Image.new("RGB", size)).shape for size in ((48, 64), (64, 48)))
+        if tall != wide:
+            raise InputError(
+                f"{base}: its preprocessor config gives images of differing size (size {self.geometry['size']}, no"
+                " crop); batches need one size: set do_center_crop, or size with height and width"
+            )
+        return tall

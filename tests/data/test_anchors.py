@@ -1,0 +1,124 @@
+import json
+
+import datasets
+import pytest
+import torch
+from conftest import noise
+from lightning.pytorch import LightningModule, Trainer
+from transformers import AutoImageProcessor
+
+from sap_lightning.data.anchors import AnchorDataModule
+from sap_lightning.errors import InputError
+
+
+class Recorder(LightningModule):
+    """Keeps every batch it sees."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.seen: list = []
+
+    def validation_step(self, batch, batch_idx):
+        self.seen.append(batch)
+
+
+@pytest.fixture
+def folder(tmp_path):
+    for number in range(5):
+        noise(number).save(tmp_path / f"{number}.png")
+    return tmp_path
+
+
+def write(folder, *lines: object) -> None:
+    text = "\n".join(line if isinstance(line, str) else json.dumps(line) for line in lines)
+    (folder / "captions.jsonl").write_text(text, encoding="utf-8")
+
+
+def entry(number: int, **changes: object) -> dict[str, object]:
+    return {"file_name": f"{number}.png", "captions": [f"caption {number}", "another"]} | changes
+
+
+def test_validate_yields_the_first_pairs_in_order(folder, base):
+    write(folder, *[entry(number) for number in (3, 1, 4, 0)])
+    data = AnchorDataModule(str(folder), num_pairs=3, base=base, batch_size=2)
+    recorder = Recorder()
+    Trainer(accelerator="cpu", logger=False, enable_progress_bar=False).validate(
+        recorder, datamodule=data, verbose=False
+    )
+    assert data.captions == ["caption 3", "caption 1", "caption 4"]
+    assert [batch.indices.tolist() for batch in recorder.seen] == [[0, 1], [2]]
+    processor = AutoImageProcessor.from_pretrained(base, backend="pil")
+    expected = processor([noise(3), noise(1), noise(4)], return_tensors="pt")["pixel_values"]
+    torch.testing.assert_close(torch.cat([batch.images for batch in recorder.seen]), expected, atol=1e-6, rtol=1e-6)
+    torch.testing.assert_close(data.images(), expected, atol=1e-6, rtol=1e-6)
+
+
+def test_a_single_caption_string_will_do(folder, base):
+    lines = [{"file_name": f"{number}.png", "caption": f"caption {number}"} for number in range(2)]
+    write(folder, *lines)
+    assert AnchorDataModule(str(folder), 2, base).captions == ["caption 0", "caption 1"]
+
+
+@pytest.mark.parametrize("column", ["captions", "text"])
+def test_a_saved_dataset_gives_pairs(tmp_path, folder, base, column):
+    rows = {"image": [str(folder / f"{number}.png") for number in range(3)]}
+    rows[column] = [[f"caption {n}", "another"] if column == "captions" else f"caption {n}" for n in range(3)]
+    datasets.Dataset.from_dict(rows).cast_column("image", datasets.Image()).save_to_disk(tmp_path / "set")
+    data = AnchorDataModule(str(tmp_path / "set"), 2, base)
+    assert data.captions == ["caption 0", "caption 1"]
+    processor = AutoImageProcessor.from_pretrained(base, backend="pil")
+    expected = processor([noise(0), noise(1)], return_tensors="pt")["pixel_values"]
+    torch.testing.assert_close(data.images(), expected, atol=1e-6, rtol=1e-6)
+
+
+def test_a_dataset_without_captions_is_refused(tmp_path, folder, base):
+    rows = {"image": [str(folder / "0.png")] * 2}
+    datasets.Dataset.from_dict(rows).cast_column("image", datasets.Image()).save_to_disk(tmp_path / "set")
+    with pytest.raises(InputError, match=r"no column captions or caption .* among image"):
+        _ = AnchorDataModule(str(tmp_path / "set"), 2, base).captions
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        ("{not json", "line 2: not JSON"),
+        ("[]", "line 2: expected a JSON object, got list"),
+        ({"captions": ["x"]}, "line 2: file_name must be"),
+        ({"file_name": 7, "captions": ["x"]}, "line 2: file_name must be"),
+        ({"file_name": "1.png"}, "line 2: needs a caption"),
+        (entry(1, captions=[]), "line 2: needs a caption"),
+        (entry(1, captions=[7]), "line 2: needs a caption"),
+        (entry(1, captions="  "), "line 2: needs a caption"),
+        (entry(1, file_name="missing.png"), "line 2: image 'missing.png' is missing"),
+        (entry(1, file_name="../1.png"), "line 2: file_name '../1.png' points out"),
+        (entry(1, file_name="/etc/hostname"), "line 2: file_name '/etc/hostname' points out"),
+    ],
+)
+def test_a_bad_line_is_named(folder, base, line, message):
+    write(folder, entry(0), line)
+    with pytest.raises(InputError, match=message):
+        _ = AnchorDataModule(str(folder), 2, base).captions
+
+
+def test_a_folder_without_listing_is_refused(folder, base):
+    with pytest.raises(InputError, match=r"captions\.jsonl: no such file"):
+        _ = AnchorDataModule(str(folder), 2, base).captions
+
+
+def test_more_pairs_than_there_are_is_refused(folder, base):
+    write(folder, entry(0), entry(1))
+    with pytest.raises(InputError, match="num_pairs is 3, but the file has 2"):
+        _ = AnchorDataModule(str(folder), 3, base).captions
+
+
+def test_fewer_than_two_pairs_is_refused(folder, base):
+    with pytest.raises(InputError, match="at least 2, got 1"):
+        AnchorDataModule(str(folder), 1, base)
+
+
+@pytest.mark.parametrize("cache", [True, False])
+def test_a_corrupt_anchor_is_named(folder, base, cache):
+    write(folder, entry(0), entry(1))
+    (folder / "1.png").write_bytes(b"")
+    with pytest.raises(InputError, match=r"anchor 1\.png cannot be decoded"):
+        AnchorDataModule(str(folder), 2, base, cache=cache).setup("validate")
