@@ -71,7 +71,8 @@ def main(base: str = SHAPES_CLIP, num_pairs: int = 32, rank: int = 8, rounds: in
     times["PEFT LoRA"] = [seconds(lambda: peft_pass(peft, images, captions)) for _ in range(rounds)]
     plain_time = statistics.median(times["plain"])
     for name, values in times.items():
-        print(f"{name:24} {1000 * statistics.median(values):8.1f} ms  ratio {statistics.median(values) / plain_time:.3f}")
+        median = statistics.median(values)
+        print(f"{name:24} {1000 * median:8.1f} ms  ratio {median / plain_time:.3f}")
 
 
 def random_layer(weight: torch.Tensor, rank: int) -> LoRALayer:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import statistics
 import time
+from itertools import pairwise
 
 import lightning as L
 import torch
@@ -31,7 +32,7 @@ class StepTimes(L.Callback):
 
     @property
     def seconds(self) -> list[float]:
-        return [after - before for before, after in zip(self.ends, self.ends[1:], strict=False)]
+        return [after - before for before, after in pairwise(self.ends)]
 
 
 def ours(module: CLIPLoRAModule, data: DomainDataModule, steps: int) -> list[float]:
@@ -65,7 +66,7 @@ def bare(module: CLIPLoRAModule, data: DomainDataModule, steps: int) -> list[flo
         optimizer.step()
         schedule.step()
         ends.append(time.perf_counter())
-    return [after - before for before, after in zip(ends, ends[1:], strict=False)]
+    return [after - before for before, after in pairwise(ends)]
 
 
 def main(base: str = SHAPES_CLIP, steps: int = 8, rounds: int = 5, batch_size: int = 32) -> None:

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import NamedTuple, cast
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn.functional import normalize
-from transformers import AutoTokenizer, CLIPModel, CLIPVisionModelWithProjection
+from transformers import AutoTokenizer, CLIPModel, CLIPTextConfig, CLIPVisionConfig, CLIPVisionModelWithProjection
 
 from sap_lightning.errors import InputError
 
@@ -20,7 +20,7 @@ class TextEncoder:
         self.model = clip.text_model
         self.projection = clip.text_projection
         self.tokenizer = AutoTokenizer.from_pretrained(base)
-        self.max_length = clip.config.text_config.max_position_embeddings
+        self.max_length = cast(CLIPTextConfig, clip.config.text_config).max_position_embeddings
 
     @torch.inference_mode(False)
     @torch.no_grad()
@@ -71,10 +71,17 @@ def load_base(base: str) -> Base:
 def vision_tower(clip: CLIPModel) -> CLIPVisionModelWithProjection:
     """The model's vision tower and projection, sharing its weights."""
     with torch.device("meta"):
-        tower = CLIPVisionModelWithProjection(clip.config.vision_config)
+        tower = CLIPVisionModelWithProjection(cast(CLIPVisionConfig, clip.config.vision_config))
     tower.vision_model = clip.vision_model
     tower.visual_projection = clip.visual_projection
     return tower.eval()
+
+
+def linear_weight(model: nn.Module, layer: str) -> Tensor:
+    """The weight of a linear layer by its module name, shape (d_out, d_in), to be changed in place."""
+    weight = model.get_submodule(layer).weight
+    assert isinstance(weight, Tensor)
+    return weight.data
 
 
 def _first_line(error: Exception) -> str:

@@ -9,6 +9,7 @@ from typing import Any
 
 import lightning as L
 import yaml
+from lightning.pytorch.callbacks import ProgressBar
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.utilities import rank_zero_only
 
@@ -58,11 +59,15 @@ class SapCLI(LightningCLI):
 
     def make_trainer(self, callbacks: Sequence[L.Callback] = (), **overrides: Any) -> L.Trainer:
         """A Trainer as configured, with these callbacks besides the configured ones and these overrides."""
-        configured = copy.deepcopy(self.config_init.trainer.callbacks or [])
+        trainer = self.config_init.trainer
+        configured = copy.deepcopy(trainer.callbacks or [])
         if isinstance(configured, L.Callback):
             configured = [configured]
-        if self.config_init.trainer.logger not in (None, True):
+        if trainer.logger not in (None, True):
             overrides.pop("logger", None)
+        if trainer.enable_progress_bar is False:
+            overrides["enable_progress_bar"] = False
+            callbacks = [callback for callback in callbacks if not isinstance(callback, ProgressBar)]
         return self.instantiate_trainer(callbacks=[*configured, *callbacks], **overrides)
 
     def settings(self) -> dict[str, Any]:
@@ -100,7 +105,7 @@ def client(args: Sequence[str]) -> None:
 def merge(args: Sequence[str]) -> None:
     """Prune and merge uploads (--uploads DIR [DIR ...]) on the server and write the result to --merge.output."""
     cli = SapCLI(merge, args, uploads={"nargs": "+", "required": True, "help": "folders that clients sent"})
-    module, output = cli.config_init.merge, cli.config_init.merge.hparams.output
+    module, output = cli.config_init.merge, cli.config_init.merge.output
     if output is None:
         raise InputError("merge.output is not set; name a new folder for the merged model")
     refuse_existing(output)
@@ -119,7 +124,7 @@ def test(args: Sequence[str]) -> None:
     cli = SapCLI(test, args, adapter={"default": None, "help": "an upload, a merged adapter or a merged model"})
     module, folder = cli.config_init.merge, cli.config_init.adapter
     if folder and (Path(folder) / MODEL_CONFIG_FILE).is_file():
-        module = MergeModule(base=folder, templates=module.hparams.templates)
+        module = MergeModule(base=folder, templates=module.templates)
     elif folder:
         module.adapters = module.read_uploads([folder])
         module.merge()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import logging
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -14,7 +15,7 @@ from rich.console import Console
 
 from sap_lightning.adapter import Adapter
 from sap_lightning.callbacks.figures import tensorboards
-from sap_lightning.callbacks.progress import track, training_progress
+from sap_lightning.callbacks.progress import on_terminal, track, training_progress
 from sap_lightning.callbacks.prune import SaliencyPruneCallback
 from sap_lightning.data.anchors import AnchorDataModule
 from sap_lightning.data.domains import DomainDataModule
@@ -28,7 +29,7 @@ from sap_lightning.run_folder import RunFolder, hold_to
 log = logging.getLogger(__name__)
 TrainerFactory = Callable[..., L.Trainer]
 METHODS = ("average", "sap")
-UNTRAINED = {"enable_checkpointing": False, "enable_progress_bar": False}
+UNTRAINED: dict[str, Any] = {"enable_checkpointing": False, "enable_progress_bar": False}
 """Trainer arguments where nothing is trained."""
 
 
@@ -59,9 +60,9 @@ def train_client(
         logger=TensorBoardLogger(home.parent, name="", version=home.name, default_hp_metric=False),
         callbacks=[_last_checkpoint(home), training_progress(title)],
         default_root_dir=home,
+        enable_progress_bar=on_terminal(),
     )
-    resumed = {"ckpt_path": checkpoint, "weights_only": True} if checkpoint.is_file() else {}
-    trainer.fit(module, datamodule=data, **resumed)
+    trainer.fit(module, datamodule=data, ckpt_path=checkpoint if checkpoint.is_file() else None, weights_only=True)
     if trainer.interrupted:
         raise KeyboardInterrupt
     if trainer.is_global_zero:
@@ -143,7 +144,7 @@ class OneShotFederation:
         uploads = []
         for number, domain in enumerate(self.domains, start=1):
             title = f"client {number} of {len(self.domains)} ({domain})"
-            client = type(self.client)(**self.client.hparams)
+            client = copy.deepcopy(self.client)
             uploads.append(train_client(client, self.data.for_domain(domain), self.folder, self.make_trainer, title))
         return uploads
 
@@ -158,24 +159,24 @@ class OneShotFederation:
     def evaluate(self, unseen: str, adapters: Sequence[Adapter], results: Results) -> None:
         """Measures zero-shot, each client alone and each merge of the clients on a domain none of them has seen."""
         data = self.data.for_domain(unseen)
-        clients = sorted(adapters, key=lambda adapter: adapter.name)
-        models: dict[str, tuple[list[str], Callable[[], Mapping[str, Update]]]] = {"zero-shot": ([], dict)}
-        for adapter in clients:
-            models[f"client {adapter.name}"] = ([adapter.sha256], lambda adapter=adapter: adapter.layers)
-        sources = [adapter.sha256 for adapter in adapters]
-        for method in METHODS:
-            models[method] = (sources, lambda method=method: self.merged(method, unseen, adapters))
-        todo = [name for name, (sources, _) in models.items() if not results.has(name, unseen, sources)]
-        for name in track(todo, f"evaluating on {unseen}"):
-            sources, update = models[name]
-            self.merge.set_update(update())
+        alone = {f"client {adapter.name}": [adapter] for adapter in sorted(adapters, key=lambda a: a.name)}
+        models: dict[str, Sequence[Adapter]] = {"zero-shot": ()} | alone | {method: adapters for method in METHODS}
+        todo = [row for row, of in models.items() if not results.has(row, unseen, [a.sha256 for a in of])]
+        for row in track(todo, f"evaluating on {unseen}"):
+            self.merge.set_update(self.update(row, models[row], unseen))
             (metrics,) = self.evaluator.test(self.merge, datamodule=data, verbose=False)
-            results.add(Result(name, unseen, sources, dict(metrics)))
-            log.info("%s on unseen %s: accuracy %.3f", name, unseen, metrics["accuracy"])
-            if self.server.is_global_zero:
+            results.add(Result(row, unseen, [adapter.sha256 for adapter in models[row]], dict(metrics)))
+            log.info("%s on unseen %s: accuracy %.3f", row, unseen, metrics["accuracy"])
+            if self.evaluator.is_global_zero:
                 results.write(self.rows, self.unseen)
 
-    def merged(self, method: str, unseen: str, adapters: Sequence[Adapter]) -> Mapping[str, Update]:
+    def update(self, row: str, adapters: Sequence[Adapter], unseen: str) -> Mapping[str, Update]:
+        """What the model of a row adds to the base."""
+        if row in METHODS:
+            return self.merged(row, adapters, unseen)
+        return adapters[0].layers if adapters else {}
+
+    def merged(self, method: str, adapters: Sequence[Adapter], unseen: str) -> Mapping[str, Update]:
         """Merges these adapters by a method and keeps the result in the run folder."""
         self.merge.adapters = list(adapters)
         self.merge.forget_pruning()

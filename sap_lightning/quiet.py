@@ -15,6 +15,7 @@ NOISE = (
     r".*does not have many workers.*",
     r".*`isinstance\(treespec, LeafSpec\)` is deprecated.*",
     r".*is_gradient_checkpointing.*",
+    r".*module\(s\) in eval mode at the start of training.*",
     r".*smaller than the logging interval.*",
     r".*Checkpoint directory .* exists and is not empty.*",
     r".*GPU available but not used.*",

@@ -48,9 +48,9 @@ def score(
             hooks.callback(tower.get_submodule(name).register_forward_hook(_gather(layer_sum)).remove)
         for images, captions in anchors:
             # Every weight is frozen: the images carry the graph.
-            losses = alignment_loss(image_features(images.requires_grad_()).float(), captions)
+            losses = alignment_loss(image_features(images.detach().requires_grad_()).float(), captions)
             losses.sum().backward()
-            loss += torch.tensor([float(losses.sum()), len(losses)])
+            loss += torch.tensor([losses.sum().item(), len(losses)])
     total, count = sum_over_processes(loss).tolist()
     for layer_sum in sums.values():
         layer_sum.sums = tuple(sum_over_processes(tensor) for tensor in layer_sum.sums)
@@ -59,7 +59,12 @@ def score(
 
 def _gather(layer_sum: SaliencySum) -> Callable[[nn.Module, tuple[Tensor], Tensor], None]:
     def on_forward(module: nn.Module, inputs: tuple[Tensor], output: Tensor) -> None:
-        x = inputs[0].detach().float()
-        output.register_hook(lambda gradient: layer_sum.add(x, gradient.float()))
+        x = _by_token(inputs[0].detach())
+        output.register_hook(lambda gradient: layer_sum.add(x, _by_token(gradient)))
 
     return on_forward
+
+
+def _by_token(tensor: Tensor) -> Tensor:
+    """Shape (n, T, d) in float32; the visual projection sees only the class token, (n, d)."""
+    return tensor.float().reshape(len(tensor), -1, tensor.shape[-1])

@@ -16,6 +16,7 @@ from sap_lightning.errors import InputError
 from sap_lightning.functional.masking import Scope, keep_masks
 from sap_lightning.functional.saliency import Reduction, alignment_loss
 from sap_lightning.functional.spaces import SPACES, Parameters, Space, SpaceName, Update
+from sap_lightning.modules.classifier import data_of
 from sap_lightning.modules.merge import MergeModule
 from sap_lightning.scoring import AnchorScores, score
 
@@ -65,7 +66,7 @@ class SaliencyPruneCallback(L.Callback):
         if not isinstance(pl_module, MergeModule):
             return
         pl_module.check_rescale(self.space)
-        pl_module.encode_captions(trainer.datamodule.captions)
+        pl_module.encode_captions(data_of(trainer).captions)
         for adapter in track(pl_module.adapters, "scoring and pruning"):
             first_time = adapter.sha256 not in self._scores
             if first_time:
@@ -122,14 +123,14 @@ def anchor_loss(trainer: L.Trainer, module: MergeModule) -> float:
     loss = torch.zeros(2, dtype=torch.float64)
     for images, captions in _anchors(trainer, module):
         losses = alignment_loss(_features(trainer, module, images).float(), captions)
-        loss += torch.tensor([float(losses.sum()), len(losses)])
+        loss += torch.tensor([losses.sum().item(), len(losses)])
     total, count = trainer.strategy.reduce(loss, reduce_op="sum").tolist()
     return total / count
 
 
 def _anchors(trainer: L.Trainer, module: MergeModule) -> Iterator[tuple[Tensor, Tensor]]:
-    for batch in trainer.val_dataloaders:
-        batch = trainer.datamodule.on_after_batch_transfer(trainer.strategy.batch_to_device(batch, module.device), 0)
+    for batch in trainer.val_dataloaders or ():
+        batch = data_of(trainer).on_after_batch_transfer(trainer.strategy.batch_to_device(batch, module.device), 0)
         yield batch.images, module.caption_features[batch.indices]
 
 

@@ -37,14 +37,14 @@ class LoRALayer(NamedTuple):
 
 
 def singular_triplets(layer: LoRALayer) -> tuple[Tensor, Tensor, Tensor]:
-    """Thin SVD of ΔW = U·diag(σ)·V from QRs of the factors and an SVD of the (r, r) core.
+    """Thin SVD of ΔW = U·diag(σ)·V from QRs of the factors and an SVD of their small core.
 
     Returns:
-        U (d_out, r), σ (r,) in descending order, V (r, d_in).
+        U (d_out, k), σ (k,) in descending order, V (k, d_in), where k = min(r, d_in, d_out).
     """
     Qb, Rb = torch.linalg.qr(layer.B)
     Qa, Ra = torch.linalg.qr(layer.A.T)
-    U, sigma, V = torch.linalg.svd(layer.scale * Rb @ Ra.T)
+    U, sigma, V = torch.linalg.svd(layer.scale * Rb @ Ra.T, full_matrices=False)
     return Qb @ U, sigma, V @ Qa.T
 
 
@@ -65,7 +65,8 @@ def recompress(layer: LoRALayer, rank: int) -> LoRALayer:
 
 def compress_dense(delta: Tensor, rank: int) -> LoRALayer:
     """The best approximation of at most this rank of a dense ΔW, shape (d_out, d_in)."""
-    return _balanced(*torch.linalg.svd(delta, full_matrices=False), rank)
+    U, sigma, V = torch.linalg.svd(delta, full_matrices=False)
+    return _balanced(U, sigma, V, rank)
 
 
 def _balanced(U: Tensor, sigma: Tensor, V: Tensor, rank: int) -> LoRALayer:

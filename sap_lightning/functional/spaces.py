@@ -9,6 +9,7 @@ follows from G.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Callable
 from typing import Literal
 
 from torch import Tensor
@@ -53,7 +54,8 @@ class FactorSpace(Space):
         return scale * (g @ B).T @ x, scale * g.T @ (x @ A.T)
 
     def update(self, parameters: Parameters) -> LoRALayer:
-        return LoRALayer(*parameters, scale=self.layer.scale)
+        A, B = parameters
+        return LoRALayer(A, B, self.layer.scale)
 
 
 class DeltaSpace(Space):
@@ -83,4 +85,8 @@ class SingularSpace(Space):
         return LoRALayer(self.V, self.U * parameters[0])
 
 
-SPACES: dict[SpaceName, type[Space]] = {"factor": FactorSpace, "delta": DeltaSpace, "singular": SingularSpace}
+SPACES: dict[SpaceName, Callable[[LoRALayer], Space]] = {
+    "factor": FactorSpace,
+    "delta": DeltaSpace,
+    "singular": SingularSpace,
+}

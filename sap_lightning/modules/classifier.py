@@ -3,12 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import lightning as L
 from torch import Tensor, nn
 from torch.nn.functional import normalize
 from torchmetrics import MetricCollection
 from torchmetrics.classification import MulticlassAccuracy
+
+
+def data_of(trainer: L.Trainer) -> Any:
+    """The data module that a trainer runs on."""
+    return trainer.datamodule  # type: ignore[attr-defined]
 
 
 def accuracy_metrics(class_names: Sequence[str]) -> MetricCollection:

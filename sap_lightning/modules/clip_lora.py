@@ -8,9 +8,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from lightning.pytorch.utilities.types import OptimizerLRSchedulerConfig
 from peft import LoraConfig, get_peft_model
 from peft.tuners.lora import LoraLayer
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 from transformers import get_cosine_schedule_with_warmup
 
@@ -19,7 +20,7 @@ from sap_lightning.base import load_base
 from sap_lightning.data.domains import Batch
 from sap_lightning.errors import InputError
 from sap_lightning.functional.lora import LoRALayer
-from sap_lightning.modules.classifier import CLIPClassifier
+from sap_lightning.modules.classifier import CLIPClassifier, data_of
 
 
 class CLIPLoRAModule(CLIPClassifier):
@@ -55,40 +56,51 @@ class CLIPLoRAModule(CLIPClassifier):
     ) -> None:
         super().__init__()
         self.save_hyperparameters()
+        self.base = base
+        self.rank = rank
+        self.alpha = alpha
+        self.dropout = dropout
+        self.targets = targets
+        self.templates = templates
+        self.learning_rate = learning_rate
+        self.weight_decay = weight_decay
+        self.warmup = warmup
+        self.label_smoothing = label_smoothing
+        self.seed = seed
         # Checkpoints hold the adapter without the frozen base (on_save_checkpoint).
         self.strict_loading = False
 
     def configure_model(self) -> None:
         if self.tower is not None:
             return
-        base = load_base(self.hparams.base)
+        base = load_base(self.base)
         self.base_fingerprint = fingerprint(base.tower)
         self.logit_scale = base.logit_scale
         self.tower = self._with_lora(base.tower)
-        names = self.trainer.datamodule.class_names
-        self.use_classes(names, base.texts.class_features(names, self.hparams.templates))
+        names = data_of(self.trainer).class_names
+        self.use_classes(names, base.texts.class_features(names, self.templates))
 
     def _with_lora(self, tower: torch.nn.Module) -> torch.nn.Module:
         config = LoraConfig(
-            r=self.hparams.rank,
-            lora_alpha=self.hparams.alpha,
-            lora_dropout=self.hparams.dropout,
-            target_modules=list(self.hparams.targets),
+            r=self.rank,
+            lora_alpha=self.alpha,  # type: ignore[arg-type]  # PEFT takes any number
+            lora_dropout=self.dropout,
+            target_modules=list(self.targets),
         )
         with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(self.hparams.seed)
+            torch.manual_seed(self.seed)
             try:
                 return get_peft_model(tower, config)
             except ValueError as error:
-                raise InputError(f"model.targets {list(self.hparams.targets)}: {error}") from error
+                raise InputError(f"model.targets {list(self.targets)}: {error}") from error
 
     def on_train_epoch_start(self) -> None:
         # Dropout draws the same values whether or not training was interrupted before this epoch.
-        torch.manual_seed(self.hparams.seed + self.current_epoch)
+        torch.manual_seed(self.seed + self.current_epoch)
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         logits = self(batch.images)
-        loss = cross_entropy(logits, batch.labels, label_smoothing=self.hparams.label_smoothing)
+        loss = cross_entropy(logits, batch.labels, label_smoothing=self.label_smoothing)
         self.log("train/loss", loss, prog_bar=True)
         self.log("train/accuracy", (logits.detach().argmax(1) == batch.labels).float().mean())
         return loss
@@ -101,13 +113,13 @@ class CLIPLoRAModule(CLIPClassifier):
     def on_validation_epoch_end(self) -> None:
         self.log_accuracy("val/")
 
-    def configure_optimizers(self) -> dict[str, Any]:
+    def configure_optimizers(self) -> OptimizerLRSchedulerConfig:
         trainable = [parameter for parameter in self.parameters() if parameter.requires_grad]
         optimizer = torch.optim.AdamW(
-            trainable, lr=self.hparams.learning_rate, weight_decay=self.hparams.weight_decay
+            trainable, lr=self.learning_rate, weight_decay=self.weight_decay
         )
         steps = int(self.trainer.estimated_stepping_batches)
-        schedule = get_cosine_schedule_with_warmup(optimizer, round(self.hparams.warmup * steps), steps)
+        schedule = get_cosine_schedule_with_warmup(optimizer, round(self.warmup * steps), steps)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
@@ -119,9 +131,7 @@ class CLIPLoRAModule(CLIPClassifier):
         assert self.tower is not None
         return {
             name.removeprefix("base_model.model."): LoRALayer(
-                module.lora_A["default"].weight.detach().float().cpu(),
-                module.lora_B["default"].weight.detach().float().cpu(),
-                module.scaling["default"],
+                _values(module.lora_A["default"]), _values(module.lora_B["default"]), module.scaling["default"]
             )
             for name, module in self.tower.named_modules()
             if isinstance(module, LoraLayer)
@@ -135,16 +145,21 @@ class CLIPLoRAModule(CLIPClassifier):
         """
         layers = self.layers()
         manifest = Manifest(
-            base=self.hparams.base,
+            base=self.base,
             base_fingerprint=self.base_fingerprint,
             domain=domain,
             class_names=tuple(self.class_names),
             num_samples=num_samples,
-            rank=self.hparams.rank,
-            alpha=self.hparams.alpha,
-            targets=tuple(self.hparams.targets),
-            seed=self.hparams.seed,
+            rank=self.rank,
+            alpha=self.alpha,
+            targets=tuple(self.targets),
+            seed=self.seed,
             packages={name: version(name) for name in ("lightning", "peft", "torch", "transformers")},
             tensors_sha256=sha256_of(layers),
         )
-        return write_adapter(folder, layers, self.hparams.base, manifest)
+        return write_adapter(folder, layers, self.base, manifest)
+
+
+def _values(linear: nn.Module) -> Tensor:
+    assert isinstance(linear, nn.Linear)
+    return linear.weight.detach().float().cpu()

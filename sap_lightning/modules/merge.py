@@ -12,7 +12,7 @@ from torch import Tensor
 from transformers import AutoImageProcessor
 
 from sap_lightning.adapter import Adapter, adapter_files, fingerprint, layer_shapes, read_adapter
-from sap_lightning.base import load_base, load_clip
+from sap_lightning.base import TextEncoder, linear_weight, load_base, load_clip
 from sap_lightning.data.anchors import AnchorBatch
 from sap_lightning.data.domains import Batch
 from sap_lightning.errors import InputError
@@ -23,7 +23,7 @@ from sap_lightning.functional.merging import average
 from sap_lightning.functional.rescaling import Rescale, inverse_keep, relative_error, restore_norm, robust
 from sap_lightning.functional.saliency import alignment_loss
 from sap_lightning.functional.spaces import Update, dense
-from sap_lightning.modules.classifier import CLIPClassifier
+from sap_lightning.modules.classifier import CLIPClassifier, data_of
 
 log = logging.getLogger(__name__)
 
@@ -47,6 +47,9 @@ class MergeModule(CLIPClassifier):
         rank: recompress the merged adapter to this rank; the error is reported.
     """
 
+    texts: TextEncoder
+    caption_features: Tensor
+
     def __init__(
         self,
         base: str = "openai/clip-vit-base-patch16",
@@ -59,7 +62,14 @@ class MergeModule(CLIPClassifier):
         rank: int | None = None,
     ) -> None:
         super().__init__()
-        self.save_hyperparameters()
+        self.base = base
+        self.templates = templates
+        self.rescale = rescale
+        self.rescale_scope = rescale_scope
+        self.weights = weights
+        self.output = output
+        self.format = format
+        self.rank = rank
         self.adapters: list[Adapter] = []
         self.update: dict[str, Update] = {}
         self._base_weights: dict[str, Tensor] = {}
@@ -67,7 +77,7 @@ class MergeModule(CLIPClassifier):
 
     def configure_model(self) -> None:
         if self.tower is None:
-            self.tower, self.texts, self.logit_scale = load_base(self.hparams.base)
+            self.tower, self.texts, self.logit_scale = load_base(self.base)
             self.base_fingerprint = fingerprint(self.tower)
 
     # The adapters and what pruning made of them
@@ -103,7 +113,7 @@ class MergeModule(CLIPClassifier):
 
     def check_rescale(self, space: str) -> None:
         """Raises InputError when this way of rescaling is not defined in a space."""
-        if self.hparams.rescale == "robust" and space != "factor":
+        if self.rescale == "robust" and space != "factor":
             raise InputError(
                 f"merge.rescale robust scales the ranks of B and needs prune.space factor, got {space}"
             )
@@ -122,7 +132,7 @@ class MergeModule(CLIPClassifier):
         self.set_update(average([self._rescaled(adapter) for adapter in self.adapters], weights))
 
     def _weights(self) -> list[float]:
-        if self.hparams.weights == "uniform":
+        if self.weights == "uniform":
             return [1 / len(self.adapters)] * len(self.adapters)
         samples = [adapter.num_samples for adapter in self.adapters]
         for adapter, count in zip(self.adapters, samples, strict=True):
@@ -137,10 +147,10 @@ class MergeModule(CLIPClassifier):
         pruned = self.pruned.get(adapter.sha256)
         if pruned is None:
             return adapter.layers
-        match self.hparams.rescale:
+        match self.rescale:
             case "l1" | "l2":
-                p = 1 if self.hparams.rescale == "l1" else 2
-                return restore_norm(adapter.layers, pruned, p, self.hparams.rescale_scope)
+                p = 1 if self.rescale == "l1" else 2
+                return restore_norm(adapter.layers, pruned, p, self.rescale_scope)
             case "inverse_keep":
                 return inverse_keep(pruned, self.pruning["sparsity"])
             case "robust":
@@ -158,23 +168,17 @@ class MergeModule(CLIPClassifier):
         """The tower's weights become base + ΔW; an empty update gives the base back, bit for bit."""
         assert self.tower is not None
         for name, weight in self._base_weights.items():
-            self._weight(name).copy_(weight)
-        self._base_weights = {name: self._weight(name).cpu().clone() for name in update}
+            linear_weight(self.tower, name).copy_(weight)
+        self._base_weights = {name: linear_weight(self.tower, name).cpu().clone() for name in update}
         for name, layer in update.items():
-            self._weight(name).add_(dense(layer).to(self.device))
+            linear_weight(self.tower, name).add_(dense(layer).to(self.device))
         self.update = dict(update)
-
-    def _weight(self, layer: str) -> Tensor:
-        assert self.tower is not None
-        weight = self.tower.get_submodule(layer).weight
-        assert isinstance(weight, Tensor)
-        return weight.data
 
     # Lightning: anchors validate, a domain tests
 
     def on_validation_start(self) -> None:
         # Callbacks come first, so the adapters are pruned by now.
-        self.encode_captions(self.trainer.datamodule.captions)
+        self.encode_captions(data_of(self.trainer).captions)
         self.merge()
 
     def encode_captions(self, captions: Sequence[str]) -> None:
@@ -188,9 +192,9 @@ class MergeModule(CLIPClassifier):
         self.log("anchor_loss", losses.mean(), batch_size=len(losses), sync_dist=True, logger=False)
 
     def on_test_start(self) -> None:
-        names = self.trainer.datamodule.class_names
+        names = data_of(self.trainer).class_names
         if getattr(self, "class_names", None) != names:
-            self.use_classes(names, self.texts.class_features(names, self.hparams.templates))
+            self.use_classes(names, self.texts.class_features(names, self.templates))
 
     def test_step(self, batch: Batch, batch_idx: int) -> None:
         self.metrics.update(self(batch.images), batch.labels)
@@ -214,14 +218,14 @@ class MergeModule(CLIPClassifier):
         return Path(folder)
 
     def _writes_adapter(self) -> bool:
-        if self.hparams.format != "auto":
-            return self.hparams.format == "adapter"
+        if self.format != "auto":
+            return self.format == "adapter"
         exact = all(isinstance(layer, LoRALayer) for layer in self.update.values())
-        return exact or self.hparams.rank is not None
+        return exact or self.rank is not None
 
     def _save_adapter(self, folder: Path) -> float:
         layers = {name: self._as_lora(layer) for name, layer in self.update.items()}
-        for name, content in adapter_files(layers, self.hparams.base).items():
+        for name, content in adapter_files(layers, self.base).items():
             (folder / name).write_bytes(content)
         error = relative_error(self.update, layers)
         if error:
@@ -229,27 +233,26 @@ class MergeModule(CLIPClassifier):
         return error
 
     def _as_lora(self, layer: Update) -> LoRALayer:
-        rank = self.hparams.rank
-        if isinstance(layer, LoRALayer):
-            return layer if rank is None or rank >= layer.rank else recompress(layer, rank)
-        return compress_dense(layer, rank or self._total_rank())
+        if not isinstance(layer, LoRALayer):
+            return compress_dense(layer, self.rank or self._total_rank())
+        return layer if self.rank is None or self.rank >= layer.rank else recompress(layer, self.rank)
 
     def _total_rank(self) -> int:
         return sum(max(layer.rank for layer in adapter.layers.values()) for adapter in self.adapters)
 
     def _save_model(self, folder: Path) -> float:
-        clip = load_clip(self.hparams.base)
+        clip = load_clip(self.base)
         for name, layer in self.update.items():
-            clip.get_submodule(name).weight.data.add_(dense(layer))
+            linear_weight(clip, name).add_(dense(layer))
         clip.save_pretrained(folder)
         self.texts.tokenizer.save_pretrained(folder)
-        AutoImageProcessor.from_pretrained(self.hparams.base).save_pretrained(folder)
+        AutoImageProcessor.from_pretrained(self.base).save_pretrained(folder)
         return 0.0
 
     def _record(self, error: float) -> dict[str, Any]:
-        settings = {key: self.hparams[key] for key in ("rescale", "rescale_scope", "weights", "rank")}
+        settings = {key: getattr(self, key) for key in ("rescale", "rescale_scope", "weights", "rank")}
         return {
-            "base": self.hparams.base,
+            "base": self.base,
             "base_fingerprint": self.base_fingerprint,
             "prune": self.pruning,
             "merge": settings,
