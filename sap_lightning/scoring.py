@@ -42,7 +42,7 @@ def score(
         sum_over_processes: adds up a tensor over all processes that score together.
     """
     sums = {name: SaliencySum(space, reduction) for name, space in spaces.items()}
-    loss = torch.zeros(2, dtype=torch.float64)
+    loss = torch.zeros(2)
     with ExitStack() as hooks:
         for name, layer_sum in sums.items():
             hooks.callback(tower.get_submodule(name).register_forward_hook(_gather(layer_sum)).remove)

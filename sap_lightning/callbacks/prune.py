@@ -78,9 +78,7 @@ class SaliencyPruneCallback(L.Callback):
 
     def _score(self, adapter: Adapter, trainer: L.Trainer, module: MergeModule) -> None:
         space = SPACES[self.space]
-        self._spaces[adapter.sha256] = {
-            name: space(layer.to(module.device)) for name, layer in adapter.layers.items()
-        }
+        self._spaces[adapter.sha256] = {name: space(layer.to(module.device)) for name, layer in adapter.layers.items()}
         module.set_update(adapter.layers)
         assert module.tower is not None
         # Validation runs without gradients; scoring is made of them.
@@ -91,7 +89,7 @@ class SaliencyPruneCallback(L.Callback):
                 self._spaces[adapter.sha256],
                 _anchors(trainer, module),
                 self.reduction,
-                lambda tensor: trainer.strategy.reduce(tensor, reduce_op="sum"),
+                lambda tensor: _sum_over_processes(trainer, tensor),
             )
         if any(not tensor.isfinite().all() for layer in scores.saliency.values() for tensor in layer):
             raise InputError(
@@ -120,12 +118,17 @@ class SaliencyPruneCallback(L.Callback):
 @torch.no_grad()
 def anchor_loss(trainer: L.Trainer, module: MergeModule) -> float:
     """Mean alignment loss over all anchors with the module's present weights."""
-    loss = torch.zeros(2, dtype=torch.float64)
+    loss = torch.zeros(2)
     for images, captions in _anchors(trainer, module):
         losses = alignment_loss(_features(trainer, module, images).float(), captions)
         loss += torch.tensor([losses.sum().item(), len(losses)])
-    total, count = trainer.strategy.reduce(loss, reduce_op="sum").tolist()
+    total, count = _sum_over_processes(trainer, loss).tolist()
     return total / count
+
+
+def _sum_over_processes(trainer: L.Trainer, tensor: Tensor) -> Tensor:
+    # Processes on GPUs can only add up what lies there.
+    return trainer.strategy.reduce(tensor.to(trainer.strategy.root_device), reduce_op="sum")
 
 
 def _anchors(trainer: L.Trainer, module: MergeModule) -> Iterator[tuple[Tensor, Tensor]]:

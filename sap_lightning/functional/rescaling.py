@@ -71,8 +71,8 @@ def robust(before: LoRALayer, after: LoRALayer) -> LoRALayer:
     """RobustMerge's complementary scaling of each rank of B (Zeng et al. 2025, arXiv:2502.17159).
 
     Rank j is scaled by s_j = Σ|A_j| / Σ|M⊙A_j|, floored at the int(0.8·r)-th of the sorted s as the authors'
-    code does. Ranks that pruning emptied stay empty. The code's closing factor 2 is a merging weight, not
-    part of this.
+    code does. Ranks that pruning emptied stay empty. What else the code does to B (dividing it by the sum of the
+    clients' scales and doubling it) is part of its merge, not of this.
     """
     kept = after.A.abs().sum(1)
     s = torch.where(kept > 0, before.A.abs().sum(1) / kept, 0)

@@ -1,0 +1,148 @@
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import Tensor
+from torch.testing import assert_close
+
+from sap_lightning.functional.lora import LoRALayer, compress_dense, recompress, singular_triplets, stack
+
+SHAPES = pytest.mark.parametrize(
+    ("rank", "d_in", "d_out"), [(4, 7, 9), (4, 9, 7), (1, 7, 9), (9, 6, 8), (9, 8, 6), (20, 6, 8)]
+)
+
+
+def random_layer(rank: int = 4, d_in: int = 7, d_out: int = 9, scale: float = 0.5, seed: int = 0) -> LoRALayer:
+    generator = torch.Generator().manual_seed(seed)
+    A = torch.randn(rank, d_in, generator=generator, dtype=torch.float64)
+    B = torch.randn(d_out, rank, generator=generator, dtype=torch.float64)
+    return LoRALayer(A, B, scale)
+
+
+def rank_one_update() -> LoRALayer:
+    """Four ranks that are all multiples of the first."""
+    A, B, scale = random_layer()
+    multiples = torch.tensor([1.0, -2.0, 0.0, 3.0], dtype=torch.float64)
+    return LoRALayer(multiples[:, None] * A[0], B[:, :1] * multiples, scale)
+
+
+def zero_update() -> LoRALayer:
+    """What a client that never trained sends: B is zero."""
+    A, B, scale = random_layer()
+    return LoRALayer(A, torch.zeros_like(B), scale)
+
+
+def repeated_ranks() -> LoRALayer:
+    A, B, scale = random_layer()
+    return LoRALayer(torch.cat([A, A]), torch.cat([B, B], dim=1), scale)
+
+
+DEGENERATE = pytest.mark.parametrize("make", [zero_update, rank_one_update, repeated_ranks])
+
+
+def tail_norm(delta: Tensor, rank: int) -> Tensor:
+    """The least Frobenius error that any matrix of this rank can have (Eckart–Young)."""
+    return torch.linalg.svdvals(delta)[rank:].square().sum().sqrt()
+
+
+def test_delta_is_the_scaled_sum_of_the_ranks_outer_products() -> None:
+    layer = random_layer(scale=-0.25)
+    expected = sum(-0.25 * torch.outer(layer.B[:, j], layer.A[j]) for j in range(layer.rank))
+    assert_close(layer.delta(), expected)
+
+
+def test_rank_is_the_number_of_rows_of_A() -> None:
+    assert random_layer(rank=3).rank == 3
+
+
+def test_moving_a_layer_moves_both_factors_and_keeps_its_scale() -> None:
+    moved = random_layer(scale=0.3).to("meta")
+    assert moved.A.is_meta and moved.B.is_meta and moved.scale == 0.3
+
+
+def test_stack_is_the_weighted_sum_of_the_dense_updates() -> None:
+    layers = [random_layer(rank, scale=scale, seed=rank) for rank, scale in [(1, 2.0), (4, 0.5), (6, -1.0)]]
+    weights = [0.2, 0.5, 0.3]
+    stacked = stack(layers, weights)
+    assert stacked.rank == 11
+    assert_close(stacked.delta(), sum(w * layer.delta() for layer, w in zip(layers, weights, strict=True)))
+
+
+def test_stack_refuses_another_number_of_weights_than_layers() -> None:
+    with pytest.raises(ValueError, match="shorter"):
+        stack([random_layer(), random_layer()], [1.0])
+
+
+@SHAPES
+@pytest.mark.parametrize("scale", [0.5, -3.0])
+def test_singular_triplets_are_those_of_the_dense_update(rank: int, d_in: int, d_out: int, scale: float) -> None:
+    layer = random_layer(rank, d_in, d_out, scale)
+    U, sigma, V = singular_triplets(layer)
+    size = min(rank, d_in, d_out)
+    assert (U.shape, sigma.shape, V.shape) == ((d_out, size), (size,), (size, d_in))
+    assert_close(sigma, torch.linalg.svdvals(layer.delta())[:size])
+    assert_close(U * sigma @ V, layer.delta())
+    assert_close(U.T @ U, torch.eye(size, dtype=torch.float64))
+    assert_close(V @ V.T, torch.eye(size, dtype=torch.float64))
+
+
+@DEGENERATE
+def test_singular_triplets_of_a_degenerate_update_still_rebuild_it(make: Callable[[], LoRALayer]) -> None:
+    layer = make()
+    U, sigma, V = singular_triplets(layer)
+    assert_close(U * sigma @ V, layer.delta())
+    assert_close(U.T @ U, torch.eye(len(sigma), dtype=torch.float64))
+    assert (sigma >= 0).all() and (sigma.diff() <= 0).all()
+
+
+@SHAPES
+def test_recompress_has_the_least_error_of_its_rank(rank: int, d_in: int, d_out: int) -> None:
+    layer = random_layer(rank, d_in, d_out)
+    for smaller in range(1, rank):
+        error = torch.linalg.matrix_norm(layer.delta() - recompress(layer, smaller).delta())
+        assert_close(error, tail_norm(layer.delta(), smaller), atol=1e-12, rtol=1e-7)
+
+
+def test_recompress_never_exceeds_the_rank_asked_for() -> None:
+    assert recompress(random_layer(rank=6), 2).rank == 2
+    assert recompress(random_layer(rank=2), 6).rank == 2
+
+
+def test_recompress_shares_the_singular_values_between_A_and_B() -> None:
+    layer = random_layer()
+    A, B, scale = recompress(layer, 3)
+    sigma = torch.linalg.svdvals(layer.delta())[:3].diag()
+    assert_close(A @ A.T, sigma)
+    assert_close(B.T @ B, sigma)
+    assert scale == 1
+
+
+@DEGENERATE
+@pytest.mark.parametrize("rank", [1, 4])
+def test_recompress_of_a_degenerate_update_has_no_nan(make: Callable[[], LoRALayer], rank: int) -> None:
+    layer = make()
+    small = recompress(layer, rank)
+    assert small.A.isfinite().all() and small.B.isfinite().all()
+    error = torch.linalg.matrix_norm(layer.delta() - small.delta())
+    assert_close(error, tail_norm(layer.delta(), rank), atol=1e-12, rtol=1e-7)
+
+
+def test_recompress_in_float32_is_exact_to_float32() -> None:
+    layer = stack([random_layer(8, 64, 48, seed=seed) for seed in range(3)], [1 / 3] * 3)
+    single = recompress(LoRALayer(layer.A.float(), layer.B.float()), 24)
+    assert torch.linalg.matrix_norm(single.delta() - layer.delta()) < 2e-6 * torch.linalg.matrix_norm(layer.delta())
+
+
+@pytest.mark.parametrize("rank", [1, 3, 7, 20])
+def test_compress_dense_has_the_least_error_of_its_rank(rank: int) -> None:
+    delta = random_layer(rank=7).delta() + random_layer(rank=7, seed=1).delta()
+    small = compress_dense(delta, rank)
+    assert small.rank == min(rank, 7)
+    error = torch.linalg.matrix_norm(delta - small.delta())
+    assert_close(error, tail_norm(delta, rank), atol=1e-12, rtol=1e-7)
+
+
+def test_compress_dense_of_nothing_is_nothing() -> None:
+    assert not compress_dense(torch.zeros(5, 4), 2).delta().any()

@@ -1,0 +1,189 @@
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+
+import pytest
+import torch
+from torch import Tensor
+from torch.testing import assert_close
+
+from sap_lightning.functional.lora import LoRALayer
+from sap_lightning.functional.masking import Scope
+from sap_lightning.functional.rescaling import inverse_keep, norm, relative_error, restore_norm, robust, scaled
+from sap_lightning.functional.spaces import Update, dense
+
+EACH_P = pytest.mark.parametrize("p", [1, 2])
+EACH_SCOPE = pytest.mark.parametrize("scope", ["layer", "global"])
+
+
+def randn(seed: int, *shape: int) -> Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+
+
+BEFORE = {
+    "q": LoRALayer(randn(0, 5, 6), randn(1, 8, 5), 0.3),
+    "fc1": LoRALayer(randn(2, 5, 7), randn(3, 4, 5), -2.0),
+}
+
+
+def keep_some(tensor: Tensor, seed: int) -> Tensor:
+    return tensor * (randn(seed, *tensor.shape) > 0.5)
+
+
+def pruned_factors() -> dict[str, Update]:
+    return {name: layer._replace(A=keep_some(layer.A, 4), B=keep_some(layer.B, 5)) for name, layer in BEFORE.items()}
+
+
+def pruned_deltas() -> dict[str, Update]:
+    return {name: keep_some(layer.delta(), 6) for name, layer in BEFORE.items()}
+
+
+EACH_FORM = pytest.mark.parametrize("prune", [pruned_factors, pruned_deltas])
+Prune = Callable[[], dict[str, Update]]
+
+
+def lp(updates: Mapping[str, Update], p: int) -> Tensor:
+    """Norm of all elements of these updates together."""
+    return torch.cat([dense(update).flatten() for update in updates.values()]).abs().pow(p).sum() ** (1 / p)
+
+
+@EACH_P
+@EACH_FORM
+def test_norm_is_that_of_all_elements_in_either_form(p: int, prune: Prune) -> None:
+    for name, update in prune().items():
+        assert norm(update, p) == pytest.approx(float(lp({name: update}, p)))
+
+
+def test_norm_of_nothing_is_zero_and_of_float32_factors_exact() -> None:
+    empty = LoRALayer(torch.randn(5, 6), torch.zeros(8, 5))
+    assert norm(empty, 1) == norm(empty, 2) == 0
+    single = LoRALayer(BEFORE["q"].A.float(), BEFORE["q"].B.float(), 0.3)
+    assert norm(single, 2) == pytest.approx(norm(BEFORE["q"], 2), rel=1e-6)
+
+
+@EACH_P
+@EACH_FORM
+def test_restoring_by_layer_gives_each_layer_its_norm_back(p: int, prune: Prune) -> None:
+    after = prune()
+    restored = restore_norm(BEFORE, after, p, "layer")
+    for name, update in after.items():
+        factor = lp({name: BEFORE[name]}, p) / lp({name: update}, p)
+        assert_close(dense(restored[name]), factor * dense(update))
+
+
+@EACH_P
+@EACH_FORM
+def test_restoring_globally_scales_the_whole_adapter_by_one_factor(p: int, prune: Prune) -> None:
+    after = prune()
+    restored = restore_norm(BEFORE, after, p, "global")
+    factor = lp(BEFORE, p) / lp(after, p)
+    for name, update in after.items():
+        assert_close(dense(restored[name]), factor * dense(update))
+
+
+@EACH_P
+@EACH_FORM
+@EACH_SCOPE
+def test_a_layer_that_pruning_emptied_stays_empty(p: int, prune: Prune, scope: Scope) -> None:
+    after = prune()
+    after["q"] = scaled(after["q"], 0)
+    restored = restore_norm(BEFORE, after, p, scope)
+    assert not dense(restored["q"]).any()
+    kept = BEFORE if scope == "global" else {"fc1": BEFORE["fc1"]}
+    assert_close(lp(restored, p), lp(kept, p))
+
+
+@EACH_P
+@EACH_FORM
+@EACH_SCOPE
+def test_an_adapter_that_pruning_emptied_stays_empty(p: int, prune: Prune, scope: Scope) -> None:
+    after = {name: scaled(update, 0) for name, update in prune().items()}
+    assert not any(dense(update).any() for update in restore_norm(BEFORE, after, p, scope).values())
+
+
+def test_a_layer_whose_factors_no_longer_share_a_rank_stays_empty() -> None:
+    first, last = torch.zeros(5, dtype=torch.float64), torch.zeros(5, dtype=torch.float64)
+    first[0] = last[-1] = 1
+    A, B, _ = BEFORE["q"]
+    after = {"q": BEFORE["q"]._replace(A=A * first[:, None], B=B * last)}
+    assert not dense(restore_norm(BEFORE, after, 2, "layer")["q"]).any()
+
+
+@EACH_P
+@EACH_SCOPE
+def test_an_adapter_that_was_not_pruned_stays_as_it_is(p: int, scope: Scope) -> None:
+    for name, update in restore_norm(BEFORE, BEFORE, p, scope).items():
+        assert_close(dense(update), BEFORE[name].delta())
+
+
+@EACH_FORM
+@pytest.mark.parametrize(("sparsity", "factor"), [(0, 1), (0.75, 4), (0.9, 10), (1, 1)])
+def test_inverse_keep_divides_by_the_share_kept(prune: Prune, sparsity: float, factor: float) -> None:
+    after = prune()
+    for name, update in inverse_keep(after, sparsity).items():
+        assert_close(dense(update), factor * dense(after[name]))
+
+
+@EACH_FORM
+def test_scaling_keeps_the_form_and_the_original(prune: Prune) -> None:
+    update, untouched = prune()["q"], prune()["q"]
+    assert type(scaled(update, 3)) is type(update)
+    assert_close(dense(scaled(update, 3)), 3 * dense(untouched))
+    assert_close(dense(update), dense(untouched), atol=0, rtol=0)
+
+
+def robust_reference(before: LoRALayer, after: LoRALayer) -> Tensor:
+    """ΔW as RobustMerge's published code scales it, without its closing factor 2; rank by rank."""
+    ratios = []
+    for whole, kept in zip(before.A.tolist(), after.A.tolist(), strict=True):
+        remains = sum(abs(value) for value in kept)
+        ratios.append(sum(abs(value) for value in whole) / remains if remains else 0.0)
+    floor = sorted(ratios)[int(0.8 * len(ratios))]
+    ranks = zip(after.A, after.B.T, ratios, strict=True)
+    return after.scale * sum(torch.outer(max(ratio, floor) * up, down) for down, up, ratio in ranks)
+
+
+@pytest.mark.parametrize("rank", [1, 2, 5, 8])
+@pytest.mark.parametrize("emptied", [0, 1, 7])
+def test_robust_scales_the_ranks_of_B_as_the_published_code_does(rank: int, emptied: int) -> None:
+    before = LoRALayer(randn(7, rank, 30), randn(8, 9, rank), 0.3)
+    A = keep_some(before.A, 9)
+    A[:emptied] = 0
+    after = before._replace(A=A, B=keep_some(before.B, 10))
+    result = robust(before, after)
+    assert result.A.equal(after.A) and result.scale == after.scale
+    assert result.B.isfinite().all()
+    assert_close(result.delta(), robust_reference(before, after))
+
+
+def test_robust_leaves_emptied_ranks_empty() -> None:
+    before = BEFORE["q"]
+    after = before._replace(A=before.A.clone())
+    after.A[2] = 0
+    result = robust(before, after)
+    assert not torch.outer(result.B[:, 2], result.A[2]).any()
+    nothing = robust(before, before._replace(A=torch.zeros_like(before.A)))
+    assert nothing.B.isfinite().all() and not nothing.delta().any()
+
+
+def test_robust_leaves_an_unpruned_layer_as_it_is() -> None:
+    assert_close(robust(BEFORE["q"], BEFORE["q"]).delta(), BEFORE["q"].delta())
+
+
+@EACH_FORM
+def test_relative_error_is_the_distance_over_the_size(prune: Prune) -> None:
+    after = prune()
+    gap = {name: dense(after[name]) - BEFORE[name].delta() for name in BEFORE}
+    assert relative_error(BEFORE, after) == pytest.approx(float(lp(gap, 2) / lp(BEFORE, 2)))
+
+
+def test_relative_error_is_zero_for_the_same_and_one_for_nothing_left() -> None:
+    nothing = {name: scaled(layer, 0) for name, layer in BEFORE.items()}
+    assert relative_error(BEFORE, BEFORE) == 0
+    assert relative_error(BEFORE, nothing) == pytest.approx(1)
+    assert relative_error(nothing, nothing) == relative_error({}, {}) == 0
+
+
+def test_relative_error_counts_only_the_layers_that_differ() -> None:
+    after: dict[str, Update] = {**BEFORE, "q": scaled(BEFORE["q"], 0)}
+    assert relative_error(BEFORE, after) == pytest.approx(float(lp({"q": BEFORE["q"]}, 2) / lp(BEFORE, 2)))

@@ -1,0 +1,112 @@
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import Tensor
+from torch.nn.functional import cosine_similarity, gelu, linear
+from torch.testing import assert_close
+
+from sap_lightning.functional.lora import LoRALayer
+from sap_lightning.functional.spaces import SPACES, SpaceName, dense
+
+ANCHORS, TOKENS, D_IN, D_OUT, RANK, FEATURES = 5, 3, 6, 8, 4, 4
+EACH_SPACE = pytest.mark.parametrize("name", list(SPACES))
+
+
+def randn(seed: int, *shape: int) -> Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+
+
+BASE = randn(0, D_OUT, D_IN)
+LAYER = LoRALayer(randn(1, RANK, D_IN), randn(2, D_OUT, RANK), 0.3)
+INPUTS = randn(3, ANCHORS, TOKENS, D_IN)
+CAPTIONS = randn(4, ANCHORS, FEATURES)
+HEAD = randn(5, FEATURES, D_OUT)
+
+
+def anchor_losses(outputs: Tensor) -> Tensor:
+    """Alignment loss of every anchor from the adapted layer's outputs: gelu, mean over tokens, a linear head."""
+    return 1 - cosine_similarity(linear(gelu(outputs).mean(1), HEAD), CAPTIONS)
+
+
+def output_gradients() -> Tensor:
+    """What backpropagation leaves at the layer's output, shape (ANCHORS, TOKENS, D_OUT)."""
+    outputs = linear(INPUTS, BASE + LAYER.delta()).requires_grad_()
+    return torch.autograd.grad(anchor_losses(outputs).sum(), outputs)[0]
+
+
+def written_out(name: SpaceName) -> tuple[tuple[Tensor, ...], Callable[..., Tensor]]:
+    """A space's parameters as autograd leaves, and ΔW as a function of them, from the dense update alone."""
+    if name == "factor":
+        theta, build = (LAYER.A.clone(), LAYER.B.clone()), lambda A, B: LAYER.scale * B @ A
+    elif name == "delta":
+        theta, build = (LAYER.delta(),), lambda delta: delta
+    else:
+        U, sigma, V = torch.linalg.svd(LAYER.delta())
+        theta, build = (sigma[:RANK].clone(),), lambda sigma: U[:, :RANK] @ sigma.diag() @ V[:RANK]
+    return tuple(parameter.requires_grad_() for parameter in theta), build
+
+
+@EACH_SPACE
+def test_parameters_are_the_elements_that_the_space_is_named_for(name: SpaceName) -> None:
+    assert_close(SPACES[name](LAYER).parameters, tuple(theta.detach() for theta in written_out(name)[0]))
+
+
+@EACH_SPACE
+def test_gradients_of_the_summed_loss_are_autograds(name: SpaceName) -> None:
+    theta, build = written_out(name)
+    loss = anchor_losses(linear(INPUTS, BASE + build(*theta))).sum()
+    gradients = SPACES[name](LAYER).gradients(INPUTS.flatten(0, 1), output_gradients().flatten(0, 1))
+    assert_close(gradients, torch.autograd.grad(loss, theta))
+
+
+@EACH_SPACE
+@pytest.mark.parametrize("anchor", range(ANCHORS))
+def test_gradients_of_one_anchors_loss_are_autograds(name: SpaceName, anchor: int) -> None:
+    theta, build = written_out(name)
+    loss = anchor_losses(linear(INPUTS, BASE + build(*theta)))[anchor]
+    gradients = SPACES[name](LAYER).gradients(INPUTS[anchor], output_gradients()[anchor])
+    assert_close(gradients, torch.autograd.grad(loss, theta))
+
+
+@EACH_SPACE
+def test_all_parameters_together_make_the_whole_update(name: SpaceName) -> None:
+    space = SPACES[name](LAYER)
+    assert_close(dense(space.update(space.parameters)), LAYER.delta())
+
+
+@EACH_SPACE
+def test_masked_parameters_make_the_pruned_update(name: SpaceName) -> None:
+    space = SPACES[name](LAYER)
+    theta, build = written_out(name)
+    masks = [randn(10 + i, *parameter.shape) > 0 for i, parameter in enumerate(theta)]
+    pruned = space.update(tuple(p * mask for p, mask in zip(space.parameters, masks, strict=True)))
+    assert_close(dense(pruned), build(*(p * mask for p, mask in zip(theta, masks, strict=True))).detach())
+
+
+@EACH_SPACE
+def test_no_parameters_left_make_no_update(name: SpaceName) -> None:
+    space = SPACES[name](LAYER)
+    assert not dense(space.update(tuple(torch.zeros_like(p) for p in space.parameters))).any()
+
+
+@pytest.mark.parametrize(("rank", "d_in", "d_out"), [(9, 6, 8), (9, 8, 6)])
+def test_the_singular_space_of_a_rank_above_the_width_still_makes_the_whole_update(
+    rank: int, d_in: int, d_out: int
+) -> None:
+    layer = LoRALayer(randn(6, rank, d_in), randn(7, d_out, rank), 0.5)
+    space = SPACES["singular"](layer)
+    assert_close(dense(space.update(space.parameters)), layer.delta())
+    assert space.gradients(randn(8, TOKENS, d_in), randn(9, TOKENS, d_out))[0].shape == space.parameters[0].shape
+
+
+def test_the_singular_space_of_an_untrained_adapter_is_zero() -> None:
+    space = SPACES["singular"](LAYER._replace(B=torch.zeros_like(LAYER.B)))
+    assert not space.parameters[0].any()
+    assert space.gradients(INPUTS[0], output_gradients()[0])[0].isfinite().all()
+
+
+def test_dense_leaves_a_dense_update_as_it_is() -> None:
+    assert dense(BASE) is BASE
