@@ -32,8 +32,14 @@ class TextEncoder:
         return normalize(self.projection(self.model(**tokens).pooler_output), dim=-1)
 
     def class_features(self, class_names: Sequence[str], templates: Sequence[str]) -> Tensor:
-        """One feature for each class, shape (classes, d): its prompts averaged after normalisation."""
-        prompts = [template.format(name) for name in class_names for template in templates]
+        """One feature for each class, shape (classes, d): its prompts averaged after normalisation.
+
+        Raises:
+            InputError: when there is no template or one has no place for the class name.
+        """
+        if not templates or any("{}" not in template for template in templates):
+            raise InputError(f"model.templates must be prompts with {{}} for the class name, got {list(templates)}")
+        prompts = [template.replace("{}", name) for name in class_names for template in templates]
         return normalize(self(prompts).view(len(class_names), len(templates), -1).mean(1), dim=-1)
 
 

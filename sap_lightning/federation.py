@@ -130,6 +130,7 @@ class OneShotFederation:
         Raises:
             InputError: when the settings differ from the run folder's, or an upload is faulty.
         """
+        self.check()
         if self.config is not None:
             hold_to(self.folder.path, self.config)
         results = Results(self.folder.path)
@@ -138,6 +139,11 @@ class OneShotFederation:
             self.evaluate(unseen, [adapter for adapter in adapters if adapter.name != unseen], results)
         self.show(results)
         return results
+
+    def check(self) -> None:
+        """Finds a faulty base or faulty anchors before clients train for hours."""
+        self.merge.configure_model()
+        self.merge.encode_captions(self.anchors.captions)
 
     def train(self) -> list[Path]:
         """Trains every client that has not uploaded yet, and returns all uploads."""

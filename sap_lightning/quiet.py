@@ -37,5 +37,5 @@ def quieten() -> None:
     handler.setFormatter(logging.Formatter("%(message)s" if console.is_terminal else "%(asctime)s %(message)s"))
     package = logging.getLogger("sap_lightning")
     package.addHandler(handler)
-    package.setLevel(logging.INFO)
+    package.setLevel(logging.INFO if os.environ.get("LOCAL_RANK", "0") == "0" else logging.WARNING)
     package.propagate = False

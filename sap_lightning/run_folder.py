@@ -35,13 +35,14 @@ class RunFolder:
 
 
 def hold_to(folder: Path, config: Mapping[str, Any]) -> None:
-    """Writes the folder's config.yaml, or compares with the one that stands.
+    """Writes the folder's config.yaml, or compares with the one that stands once training has begun.
 
     Raises:
         InputError: naming every setting that differs.
     """
     file = folder / "config.yaml"
-    if not file.is_file():
+    begun = (folder / "uploads").exists() or any(folder.rglob("*.ckpt"))
+    if not (file.is_file() and begun):
         folder.mkdir(parents=True, exist_ok=True)
         write_text(file, yaml.safe_dump(dict(config), sort_keys=False, allow_unicode=True))
         return

@@ -92,7 +92,7 @@ class CLIPLoRAModule(CLIPClassifier):
             try:
                 return get_peft_model(tower, config)
             except ValueError as error:
-                raise InputError(f"model.targets {list(self.targets)}: {error}") from error
+                raise InputError(f"model.rank {self.rank}, model.targets {list(self.targets)}: {error}") from error
 
     def on_train_epoch_start(self) -> None:
         # Dropout draws the same values whether or not training was interrupted before this epoch.
@@ -115,9 +115,7 @@ class CLIPLoRAModule(CLIPClassifier):
 
     def configure_optimizers(self) -> OptimizerLRSchedulerConfig:
         trainable = [parameter for parameter in self.parameters() if parameter.requires_grad]
-        optimizer = torch.optim.AdamW(
-            trainable, lr=self.learning_rate, weight_decay=self.weight_decay
-        )
+        optimizer = torch.optim.AdamW(trainable, lr=self.learning_rate, weight_decay=self.weight_decay)
         steps = int(self.trainer.estimated_stepping_batches)
         schedule = get_cosine_schedule_with_warmup(optimizer, round(self.warmup * steps), steps)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}

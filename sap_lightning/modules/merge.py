@@ -114,9 +114,7 @@ class MergeModule(CLIPClassifier):
     def check_rescale(self, space: str) -> None:
         """Raises InputError when this way of rescaling is not defined in a space."""
         if self.rescale == "robust" and space != "factor":
-            raise InputError(
-                f"merge.rescale robust scales the ranks of B and needs prune.space factor, got {space}"
-            )
+            raise InputError(f"merge.rescale robust scales the ranks of B and needs prune.space factor, got {space}")
 
     # Merging
 
