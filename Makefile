@@ -1,11 +1,10 @@
 # Everything runs in .venv, which is made from pyproject.toml when it is missing or out of date.
-PYTHON ?= python3.11
+PYTHON ?= $(shell command -v python3.11 || command -v python3)
 BIN := .venv/bin
 
 .PHONY: quickstart test lint bench clean
 
 quickstart: .venv/installed
-	rm -rf runs/shapes
 	test -d runs/shapes_world || $(BIN)/python -m sap_lightning.data.shapes runs/shapes_world
 	$(BIN)/python -m sap_lightning fit --config configs/shapes.yaml
 

@@ -183,7 +183,11 @@ class OneShotFederation:
         return adapters[0].layers if adapters else {}
 
     def merged(self, method: str, adapters: Sequence[Adapter], unseen: str) -> Mapping[str, Update]:
-        """Merges these adapters by a method and keeps the result in the run folder."""
+        """Merges these adapters by a method and keeps the result in the run folder.
+
+        Raises:
+            InputError: when a merge of other adapters stands there.
+        """
         self.merge.adapters = list(adapters)
         self.merge.forget_pruning()
         if method == "sap":
@@ -191,7 +195,7 @@ class OneShotFederation:
         else:
             self.merge.merge()
         folder = self.folder.merged(unseen, method)
-        if self.server.is_global_zero and not folder.exists():
+        if self.server.is_global_zero and not self.merge.saved_in(folder):
             self.merge.save(folder)
         self.server.strategy.barrier()
         return self.merge.update

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import logging
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -215,6 +216,11 @@ class MergeModule(CLIPClassifier):
         log.info("merged %s written to %s", "adapter" if as_adapter else "model", folder)
         return Path(folder)
 
+    def saved_in(self, folder: Path) -> bool:
+        """Whether a folder holds what ``save`` wrote of these very adapters."""
+        record = folder / "merge.json"
+        return record.is_file() and json.loads(record.read_text(encoding="utf-8"))["sources"] == self._sources()
+
     def _writes_adapter(self) -> bool:
         if self.format != "auto":
             return self.format == "adapter"
@@ -255,8 +261,11 @@ class MergeModule(CLIPClassifier):
             "prune": self.pruning,
             "merge": settings,
             "relative_error": error,
-            "sources": [
-                {"name": adapter.name, "sha256": adapter.sha256, "weight": weight}
-                for adapter, weight in zip(self.adapters, self._weights(), strict=True)
-            ],
+            "sources": self._sources(),
         }
+
+    def _sources(self) -> list[dict[str, Any]]:
+        return [
+            {"name": adapter.name, "sha256": adapter.sha256, "weight": weight}
+            for adapter, weight in zip(self.adapters, self._weights(), strict=True)
+        ]
