@@ -42,7 +42,7 @@ def settings() -> list[dict[str, Any]]:
 SPACES = ("delta", "factor", "singular")
 
 
-class HalfDomain(DomainDataModule):
+class PartOfDomain(DomainDataModule):
     """Tests on the validation part, which is as large a share of the domain as one likes."""
 
     def test_dataloader(self) -> Any:
@@ -60,7 +60,8 @@ def main(run_dir: str, share: float = 1.0) -> None:
     config = yaml.safe_load((Path(run_dir) / "config.yaml").read_text())
     base, root = config["model"]["base"], config["data"]["root"]
     anchors = AnchorDataModule(**config["anchors"], base=base)
-    data = HalfDomain(root, base=base, val_fraction=min(share, 0.999), batch_size=64)
+    whole = {"root": root, "base": base, "batch_size": 64}
+    data = DomainDataModule(**whole) if share == 1 else PartOfDomain(**whole, val_fraction=share)
     module = MergeModule(base, config["model"]["templates"])
     adapters = module.read_uploads(sorted((Path(run_dir) / "uploads").iterdir()))
     print("| setting |", " | ".join(data.domains), "| mean |")

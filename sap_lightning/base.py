@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import NamedTuple, cast
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
@@ -14,13 +14,18 @@ from sap_lightning.errors import InputError
 
 
 class TextEncoder:
-    """Text tower and tokenizer of a CLIP checkpoint, kept on the CPU."""
+    """Text tower and tokenizer of a CLIP checkpoint, kept on the CPU.
+
+    Raises:
+        InputError: when the checkpoint has no tokenizer, or that of another text tower.
+    """
 
     def __init__(self, clip: CLIPModel, base: str) -> None:
+        config = cast(CLIPTextConfig, clip.config.text_config)
         self.model = clip.text_model
         self.projection = clip.text_projection
-        self.tokenizer = AutoTokenizer.from_pretrained(base)
-        self.max_length = cast(CLIPTextConfig, clip.config.text_config).max_position_embeddings
+        self.tokenizer = _load_tokenizer(base, config.vocab_size)
+        self.max_length = config.max_position_embeddings
 
     @torch.inference_mode(False)
     @torch.no_grad()
@@ -58,9 +63,19 @@ def load_clip(base: str) -> CLIPModel:
         InputError: when it is not there or is no CLIP model.
     """
     try:
-        clip = CLIPModel.from_pretrained(base, dtype=torch.float32)
-    except (OSError, ValueError, KeyError) as error:
+        # Weights of another shape are reported like missing ones, not logged in a table.
+        loaded: Any = CLIPModel.from_pretrained(
+            base, dtype=torch.float32, output_loading_info=True, ignore_mismatched_sizes=True
+        )
+        clip, report = cast(tuple[CLIPModel, dict[str, Any]], loaded)
+    except Exception as error:  # transformers raises whatever a faulty file leads it to
         raise InputError(f"model.base {base!r}: no CLIP checkpoint could be loaded: {_first_line(error)}") from error
+    faulty = sorted({*report["missing_keys"], *(name for name, *_ in report["mismatched_keys"])})
+    if faulty:
+        raise InputError(
+            f"model.base {base!r}: no whole CLIP checkpoint: {len(faulty)} weights are missing or of another shape than"
+            f" config.json says, the first is {faulty[0]}"
+        )
     return clip.eval().requires_grad_(False)
 
 
@@ -88,6 +103,20 @@ def linear_weight(model: nn.Module, layer: str) -> Tensor:
     weight = model.get_submodule(layer).weight
     assert isinstance(weight, Tensor)
     return weight.data
+
+
+def _load_tokenizer(base: str, vocab_size: int) -> Any:
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(base)
+    except Exception as error:  # transformers raises whatever a faulty file leads it to
+        raise InputError(f"model.base {base!r}: no tokenizer could be loaded: {_first_line(error)}") from error
+    # Without its files a tokenizer is loaded all the same, knowing nothing but the special tokens.
+    if not len(tokenizer.all_special_tokens) < len(tokenizer) <= vocab_size:
+        raise InputError(
+            f"model.base {base!r}: its tokenizer knows {len(tokenizer)} tokens, its text tower {vocab_size};"
+            " tokenizer files are missing or of another model"
+        )
+    return tokenizer
 
 
 def _first_line(error: Exception) -> str:

@@ -7,7 +7,7 @@ import os
 import warnings
 
 import transformers
-from rich.console import Console
+from rich import get_console
 from rich.logging import RichHandler
 
 NOISE = (
@@ -19,6 +19,7 @@ NOISE = (
     r".*smaller than the logging interval.*",
     r".*Checkpoint directory .* exists and is not empty.*",
     r".*GPU available but not used.*",
+    r".*Total length of `DataLoader` across ranks is zero.*",
     r".*The given buffer is not writable.*",
 )
 
@@ -32,10 +33,16 @@ def quieten() -> None:
         logging.getLogger(name).setLevel(logging.ERROR)
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
-    console = Console(stderr=True)
-    handler = RichHandler(console=console, show_path=False) if console.is_terminal else logging.StreamHandler()
-    handler.setFormatter(logging.Formatter("%(message)s" if console.is_terminal else "%(asctime)s %(message)s"))
     package = logging.getLogger("sap_lightning")
-    package.addHandler(handler)
+    package.addHandler(_handler())
     package.setLevel(logging.INFO if os.environ.get("LOCAL_RANK", "0") == "0" else logging.WARNING)
     package.propagate = False
+
+
+def _handler() -> logging.Handler:
+    if get_console().is_terminal:
+        # The console of the progress bars, so that lines go above them.
+        return RichHandler(console=get_console(), show_time=False, show_level=False, show_path=False)
+    handler = logging.StreamHandler()
+    handler.setFormatter(logging.Formatter("%(asctime)s %(message)s"))
+    return handler

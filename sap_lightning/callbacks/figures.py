@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Mapping
 from typing import Any
@@ -60,17 +61,20 @@ def share_kept_figure(shares: Mapping[str, float], title: str) -> Figure:
     rows = sorted({row for row, _ in cells})
     columns = sorted({column for _, column in cells})
     grid = np.array([[cells.get((row, column), np.nan) for column in columns] for row in rows])
-    figure = Figure(figsize=(1.5 + 1.1 * len(columns), 1.2 + 0.3 * len(rows)), layout="constrained")
+    figure = Figure(figsize=(0.6 + 1.2 * len(columns), 1.0 + 0.3 * len(rows)), layout="constrained")
     axes = figure.subplots()
-    image = axes.imshow(grid, cmap="viridis", vmin=0, aspect="auto")
+    axes.imshow(grid, cmap="viridis", vmin=0, aspect="auto")
+    for (row, column), share in cells.items():
+        ink = "white" if share <= 0.6 * np.nanmax(grid) else "black"
+        axes.text(columns.index(column), rows.index(row), f"{share:.1%}", ha="center", va="center", color=ink)
     axes.set_xticks(range(len(columns)), columns)
-    axes.set_yticks(range(len(rows)), [str(row) for row in rows])
+    axes.set_yticks(range(len(rows)), [f"{row:g}" if row < math.inf else "–" for row in rows])
     axes.set_ylabel("layer")
     axes.set_title(f"share kept: {title}")
-    figure.colorbar(image, ax=axes)
     return figure
 
 
-def _row_and_column(layer: str) -> tuple[int, str]:
+def _row_and_column(layer: str) -> tuple[float, str]:
+    # The projection is in no transformer layer; it comes after them all.
     number = re.search(r"\.layers\.(\d+)\.", layer)
-    return (int(number.group(1)) if number else -1, layer.rsplit(".", 1)[-1])
+    return (int(number.group(1)) if number else math.inf, layer.rsplit(".", 1)[-1])

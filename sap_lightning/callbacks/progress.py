@@ -5,12 +5,13 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Iterable, Sequence
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import lightning as L
-import rich.progress
+import rich
 from lightning.pytorch.callbacks import RichProgressBar
-from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, ProgressColumn, TextColumn, TimeRemainingColumn
+from rich.progress import track as progress_track
 
 log = logging.getLogger(__name__)
 Item = TypeVar("Item")
@@ -18,12 +19,12 @@ Item = TypeVar("Item")
 
 def on_terminal() -> bool:
     """Whether somebody watches a terminal."""
-    return Console().is_terminal
+    return rich.get_console().is_terminal
 
 
 def track(items: Sequence[Item], description: str) -> Iterable[Item]:
     """The items, with a bar that goes away when they are through."""
-    return rich.progress.track(items, description, transient=True) if on_terminal() else items
+    return progress_track(items, description, transient=True) if on_terminal() else items
 
 
 def training_progress(title: str) -> L.Callback:
@@ -38,8 +39,15 @@ class TitledProgressBar(RichProgressBar):
         super().__init__()
         self.title = title
 
+    def get_metrics(self, trainer: L.Trainer, pl_module: L.LightningModule) -> Any:
+        return _measured(trainer)
+
+    def configure_columns(self, trainer: L.Trainer) -> list[ProgressColumn]:
+        # Short enough for the metrics to stand on the same line.
+        return [TextColumn("{task.description}"), BarColumn(10), MofNCompleteColumn(), TimeRemainingColumn()]
+
     def _get_train_description(self, current_epoch: int) -> str:
-        return f"{self.title} · {super()._get_train_description(current_epoch)}"
+        return f"{self.title} · {_epoch(self.trainer)}"
 
 
 class EpochLog(L.Callback):
@@ -49,20 +57,23 @@ class EpochLog(L.Callback):
         self.title = title
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        self.started, self.first_epoch = time.monotonic(), trainer.current_epoch
+        self.started, self.first_step = time.monotonic(), trainer.global_step
 
-    def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        if trainer.sanity_checking or not trainer.is_global_zero:
+    def on_train_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        if not trainer.is_global_zero:
             return
-        done = trainer.current_epoch + 1
-        pace = (time.monotonic() - self.started) / (done - self.first_epoch)
-        measured = trainer.callback_metrics
-        log.info(
-            "%s: epoch %d of %s, train loss %.3f, val accuracy %.3f, about %.0f s left",
-            self.title,
-            done,
-            trainer.max_epochs,
-            measured.get("train/loss", float("nan")),
-            measured.get("val/accuracy", float("nan")),
-            pace * ((trainer.max_epochs or done) - done),
-        )
+        measured = "".join(f", {name} {value:.3f}" for name, value in _measured(trainer).items())
+        pace = (time.monotonic() - self.started) / (trainer.global_step - self.first_step)
+        left = pace * (trainer.estimated_stepping_batches - trainer.global_step)
+        log.info("%s: %s%s, about %.0f s left", self.title, _epoch(trainer), measured, left)
+
+
+def _epoch(trainer: L.Trainer) -> str:
+    of = f" of {trainer.max_epochs}" if trainer.max_epochs and trainer.max_epochs > 0 else ""
+    return f"epoch {trainer.current_epoch + 1}{of}"
+
+
+def _measured(trainer: L.Trainer) -> dict[str, float]:
+    names = {"loss": "train/loss", "val accuracy": "val/accuracy"}
+    values = trainer.callback_metrics
+    return {name: float(values[key]) for name, key in names.items() if key in values}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from importlib.metadata import version
 from pathlib import Path
@@ -15,7 +16,7 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 from transformers import get_cosine_schedule_with_warmup
 
-from sap_lightning.adapter import Manifest, fingerprint, sha256_of, write_adapter
+from sap_lightning.adapter import Manifest, fingerprint, layer_shapes, sha256_of, write_adapter
 from sap_lightning.base import load_base
 from sap_lightning.data.domains import Batch
 from sap_lightning.errors import InputError
@@ -38,6 +39,9 @@ class CLIPLoRAModule(CLIPClassifier):
         warmup: share of the steps over which the learning rate rises; then it falls as a cosine.
         label_smoothing: label smoothing of the cross-entropy.
         seed: seed of the adapter's initial values and of dropout.
+
+    Raises:
+        InputError: when a number is out of range, or (with the base at hand) a target is no linear layer.
     """
 
     def __init__(
@@ -69,6 +73,19 @@ class CLIPLoRAModule(CLIPClassifier):
         self.seed = seed
         # Checkpoints hold the adapter without the frozen base (on_save_checkpoint).
         self.strict_loading = False
+        self._check_settings()
+
+    def _check_settings(self) -> None:
+        if self.rank < 1:
+            raise InputError(f"model.rank must be at least 1, got {self.rank}")
+        if not self.targets:
+            raise InputError("model.targets is empty; name the linear layers that get an adapter")
+        for name in ("alpha", "learning_rate", "weight_decay"):
+            if not 0 <= getattr(self, name) < math.inf:
+                raise InputError(f"model.{name} must be a finite number from 0 on, got {getattr(self, name)}")
+        for name in ("dropout", "warmup", "label_smoothing"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise InputError(f"model.{name} must lie in [0, 1], got {getattr(self, name)}")
 
     def configure_model(self) -> None:
         if self.tower is not None:
@@ -80,7 +97,8 @@ class CLIPLoRAModule(CLIPClassifier):
         names = data_of(self.trainer).class_names
         self.use_classes(names, base.texts.class_features(names, self.templates))
 
-    def _with_lora(self, tower: torch.nn.Module) -> torch.nn.Module:
+    def _with_lora(self, tower: nn.Module) -> nn.Module:
+        self._check_targets(tower)
         config = LoraConfig(
             r=self.rank,
             lora_alpha=self.alpha,  # type: ignore[arg-type]  # PEFT takes any number
@@ -89,14 +107,18 @@ class CLIPLoRAModule(CLIPClassifier):
         )
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(self.seed)
-            try:
-                return get_peft_model(tower, config)
-            except ValueError as error:
-                raise InputError(f"model.rank {self.rank}, model.targets {list(self.targets)}: {error}") from error
+            return get_peft_model(tower, config)
 
-    def on_train_epoch_start(self) -> None:
-        # Dropout draws the same values whether or not training was interrupted before this epoch.
-        torch.manual_seed(self.seed + self.current_epoch)
+    def _check_targets(self, tower: nn.Module) -> None:
+        linear = layer_shapes(tower)
+        for target in self.targets:
+            if not any(f".{name}".endswith(f".{target}") for name in linear):
+                names = ", ".join(sorted({name.rsplit(".", 1)[-1] for name in linear}))
+                raise InputError(f"model.targets: the vision tower has no linear layer {target!r}; it has {names}")
+
+    def on_train_batch_start(self, batch: Batch, batch_idx: int) -> None:
+        # Dropout draws the same values whether or not training was interrupted before this step.
+        torch.manual_seed(self.seed + self.global_step)
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         logits = self(batch.images)

@@ -1,0 +1,103 @@
+"""What is seen of a real short training, with and without a terminal."""
+
+from __future__ import annotations
+
+import logging
+import re
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+import pytest
+import rich
+
+import sap_lightning.data
+from sap_lightning.callbacks.progress import EpochLog, TitledProgressBar, on_terminal, track, training_progress
+from sap_lightning.data import DomainDataModule
+from sap_lightning.modules import CLIPLoRAModule
+
+SHAPES_CLIP = str(Path(sap_lightning.data.__file__).with_name("shapes_clip"))
+
+
+@pytest.fixture
+def terminal(monkeypatch) -> Iterator[None]:
+    """Rich takes what it writes to for a terminal of 100 columns."""
+    with monkeypatch.context() as terminal:
+        terminal.setenv("FORCE_COLOR", "1")
+        terminal.setenv("COLUMNS", "100")
+        rich.reconfigure()
+        yield
+    rich.reconfigure()
+
+
+def fit(world: Path, epochs: int, val_fraction: float = 0.2, **options: Any) -> None:
+    trainer = L.Trainer(
+        accelerator="cpu",
+        devices=1,
+        max_epochs=epochs,
+        logger=False,
+        enable_checkpointing=False,
+        enable_model_summary=False,
+        enable_progress_bar=on_terminal(),
+        callbacks=[training_progress("client 1 of 4 (photo)")],
+        **options,
+    )
+    data = DomainDataModule(
+        str(world / "domains"), "photo", base=SHAPES_CLIP, batch_size=16, val_fraction=val_fraction, cache=False
+    )
+    trainer.fit(CLIPLoRAModule(SHAPES_CLIP), datamodule=data)
+
+
+def test_without_a_terminal_every_epoch_is_one_line(world, caplog):
+    caplog.set_level(logging.INFO, logger="sap_lightning")
+    fit(world, epochs=3)
+    lines = [record.getMessage() for record in caplog.records if record.name == "sap_lightning.callbacks.progress"]
+    number = r"\d\.\d{3}"
+    assert len(lines) == 3
+    for epoch, line in enumerate(lines, start=1):
+        start = rf"client 1 of 4 \(photo\): epoch {epoch} of 3, loss {number}, val accuracy {number}"
+        assert re.fullmatch(rf"{start}, about \d+ s left", line), line
+    assert lines[-1].endswith("about 0 s left")
+
+
+@pytest.mark.filterwarnings("ignore:.*across ranks is zero")
+def test_without_validation_every_epoch_is_still_one_line(world, caplog):
+    caplog.set_level(logging.INFO, logger="sap_lightning")
+    fit(world, epochs=2, val_fraction=0)
+    lines = [record.getMessage() for record in caplog.records if record.name == "sap_lightning.callbacks.progress"]
+    assert len(lines) == 2
+    assert all("loss" in line and "accuracy" not in line for line in lines)
+
+
+def test_the_time_left_is_right_when_steps_end_the_training(world, caplog):
+    caplog.set_level(logging.INFO, logger="sap_lightning")
+    fit(world, epochs=-1, max_steps=4)
+    lines = [record.getMessage() for record in caplog.records if record.name == "sap_lightning.callbacks.progress"]
+    assert len(lines) == 2
+    assert "epoch 2, loss" in lines[1] and lines[1].endswith("about 0 s left")
+
+
+def test_on_a_terminal_a_bar_on_one_line_has_title_epoch_loss_and_accuracy(world, terminal, capsys):
+    fit(world, epochs=2)
+    shown = re.sub(r"\x1b\[[\d;?]*[a-zA-Z]", "", capsys.readouterr().out)
+    last = re.split(r"[\r\n]", shown.strip())[-1]
+    assert re.search(r"client 1 of 4 \(photo\) · epoch 2 of 2 ━+ 2/2 .*loss: \d\.\d{3} val accuracy: \d\.\d{3}", last)
+    assert "v_num" not in shown
+
+
+def test_a_bar_on_a_terminal_and_a_log_elsewhere(terminal):
+    assert isinstance(training_progress("client"), TitledProgressBar)
+    rich.reconfigure(force_terminal=False)
+    assert isinstance(training_progress("client"), EpochLog)
+
+
+def test_items_are_tracked_silently_without_a_terminal(capsys):
+    items = ["a", "b"]
+    assert list(track(items, "scoring")) == items
+    assert capsys.readouterr().out == ""
+
+
+def test_items_are_tracked_with_a_bar_on_a_terminal(terminal, capsys):
+    assert list(track(["a", "b"], "scoring")) == ["a", "b"]
+    assert "scoring" in capsys.readouterr().out

@@ -1,0 +1,71 @@
+"""A finished federation on a small built-in world, shared by the tests that look at it."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import sap_lightning.data
+from sap_lightning import cli
+from sap_lightning.data.shapes import draw_world
+
+REPOSITORY = Path(__file__).parents[1]
+SHAPES_CLIP = str(Path(sap_lightning.data.__file__).with_name("shapes_clip"))
+COMMANDS = {"fit": cli.fit, "client": cli.client, "merge": cli.merge, "test": cli.test}
+
+
+@pytest.fixture(scope="session")
+def world(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("world") / "shapes"
+    draw_world(folder, images_per_class=6)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def options(world) -> list[str]:
+    """One short epoch on the small world; the run folder is for the test to name."""
+    return [
+        f"--config={REPOSITORY / 'configs' / 'shapes.yaml'}",
+        f"--model.base={SHAPES_CLIP}",
+        f"--data.root={world / 'domains'}",
+        f"--anchors.root={world / 'anchors'}",
+        "--anchors.num_pairs=8",
+        "--data.batch_size=16",
+        "--trainer.max_epochs=1",
+        "--trainer.accelerator=cpu",
+    ]
+
+
+@pytest.fixture(scope="session")
+def run(options):
+    """Runs a command in this process."""
+
+    def run_command(command: str, *more: str) -> None:
+        COMMANDS[command]([*options, *more])
+
+    return run_command
+
+
+@pytest.fixture(scope="session")
+def run_in_shell(options):
+    """Runs a command as a person does, and returns what became of it."""
+
+    def run_command(command: str, *more: str, **kwargs) -> subprocess.CompletedProcess[str]:
+        line = [sys.executable, "-m", "sap_lightning", command, *options, *more]
+        return subprocess.run(
+            line, capture_output=True, text=True, cwd=REPOSITORY, env=os.environ | {"OMP_NUM_THREADS": "1"}, **kwargs
+        )
+
+    return run_command
+
+
+@pytest.fixture(scope="session")
+def finished(run, tmp_path_factory) -> Path:
+    """The run folder of a federation that ran through."""
+    folder = tmp_path_factory.mktemp("finished") / "run"
+    run("fit", f"--federation.run_dir={folder}")
+    return folder

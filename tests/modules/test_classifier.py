@@ -1,0 +1,81 @@
+from __future__ import annotations
+
+from pathlib import Path
+
+import lightning as L
+import pytest
+import torch
+from torch.utils.data import DataLoader, TensorDataset
+from transformers import AutoTokenizer, CLIPModel
+
+import sap_lightning.data
+from sap_lightning.base import load_base
+from sap_lightning.modules.classifier import CLIPClassifier
+
+SHAPES_CLIP = str(Path(sap_lightning.data.__file__).with_name("shapes_clip"))
+CLASSES = ["star", "moon", "house"]
+
+
+class Answers(CLIPClassifier):
+    """Measures logits that are given, (n, classes), against labels."""
+
+    def test_step(self, batch: list[torch.Tensor], batch_idx: int) -> None:
+        self.metrics.update(*batch)
+
+    def on_test_epoch_end(self) -> None:
+        self.log_accuracy("test/")
+
+
+def measured(answers: list[int], labels: list[int]) -> dict[str, float]:
+    module = Answers()
+    module.use_classes(CLASSES, torch.zeros(3, 1))
+    data = TensorDataset(torch.eye(3)[answers], torch.tensor(labels))
+    trainer = L.Trainer(
+        accelerator="cpu", logger=False, enable_progress_bar=False, enable_checkpointing=False, devices=1
+    )
+    (metrics,) = trainer.test(module, DataLoader(data, batch_size=4), verbose=False)
+    return dict(metrics)
+
+
+@torch.no_grad()
+def test_zero_shot_logits_are_clip_s_own() -> None:
+    base = load_base(SHAPES_CLIP)
+    classifier = CLIPClassifier()
+    classifier.tower, classifier.logit_scale = base.tower, base.logit_scale
+    classifier.use_classes(CLASSES, base.texts.class_features(CLASSES, ["a photo of a {}."]))
+    images = torch.randn(5, 3, 64, 64, generator=torch.Generator().manual_seed(0))
+    prompts = [f"a photo of a {name}." for name in CLASSES]
+    tokens = AutoTokenizer.from_pretrained(SHAPES_CLIP)(prompts, padding=True, return_tensors="pt")
+    expected = CLIPModel.from_pretrained(SHAPES_CLIP).eval()(pixel_values=images, **tokens).logits_per_image
+    torch.testing.assert_close(classifier(images), expected, atol=1e-4, rtol=0)
+
+
+def test_image_features_have_length_one() -> None:
+    classifier = CLIPClassifier()
+    classifier.tower = load_base(SHAPES_CLIP).tower
+    images = torch.randn(5, 3, 64, 64, generator=torch.Generator().manual_seed(0))
+    torch.testing.assert_close(classifier.image_features(images).norm(dim=1), torch.ones(5))
+
+
+def test_accuracy_counts_images_and_macro_accuracy_counts_classes() -> None:
+    metrics = measured(answers=[0, 0, 0, 1, 1, 0], labels=[0, 0, 0, 0, 1, 2])
+    assert metrics == pytest.approx(
+        {
+            "test/accuracy": 4 / 6,
+            "test/macro_accuracy": (3 / 4 + 1 + 0) / 3,
+            "test/accuracy/star": 3 / 4,
+            "test/accuracy/moon": 1,
+            "test/accuracy/house": 0,
+        }
+    )
+
+
+def test_other_classes_start_the_count_anew() -> None:
+    classifier = CLIPClassifier()
+    classifier.use_classes(CLASSES, torch.eye(3))
+    classifier.metrics.update(torch.eye(3), torch.tensor([0, 1, 2]))
+    classifier.use_classes(["cat", "dog"], torch.eye(2))
+    classifier.metrics.update(torch.eye(2), torch.tensor([0, 0]))
+    assert classifier.metrics.compute()["accuracy"] == 0.5
+    assert classifier.class_names == ["cat", "dog"]
+    assert "class_features" not in classifier.state_dict(), "what the base gives is not saved again"

@@ -1,0 +1,256 @@
+"""A client's training, by real short runs on one small domain."""
+
+from __future__ import annotations
+
+import json
+import math
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+import pytest
+import torch
+from lightning.pytorch.callbacks import ModelCheckpoint
+from safetensors.torch import load_file
+from torch.testing import assert_close
+
+import sap_lightning.data
+from sap_lightning.adapter import fingerprint, layer_shapes, read_adapter, sha256_of
+from sap_lightning.base import load_base
+from sap_lightning.data import DomainDataModule
+from sap_lightning.errors import InputError
+from sap_lightning.functional.lora import LoRALayer
+from sap_lightning.modules import CLIPLoRAModule
+
+SHAPES_CLIP = str(Path(sap_lightning.data.__file__).with_name("shapes_clip"))
+TARGETS = ("q_proj", "k_proj", "v_proj", "out_proj")
+
+
+@pytest.fixture(scope="module")
+def data(world: Path) -> DomainDataModule:
+    """38 images to train on in 2 steps an epoch, 10 to validate on."""
+    return DomainDataModule(str(world / "domains"), "photo", base=SHAPES_CLIP, batch_size=16, cache=False)
+
+
+def trainer(**options: Any) -> L.Trainer:
+    quiet: dict[str, Any] = {
+        "accelerator": "cpu",
+        "devices": 1,
+        "logger": False,
+        "enable_checkpointing": False,
+        "enable_progress_bar": False,
+        "enable_model_summary": False,
+        "num_sanity_val_steps": 0,
+    }
+    return L.Trainer(**quiet | options)
+
+
+def untrained(data: DomainDataModule, **settings: Any) -> CLIPLoRAModule:
+    module = CLIPLoRAModule(SHAPES_CLIP, **settings)
+    trainer(limit_val_batches=1).validate(module, data, verbose=False)
+    return module
+
+
+def trained(data: DomainDataModule, epochs: int = 1, **settings: Any) -> CLIPLoRAModule:
+    module = CLIPLoRAModule(SHAPES_CLIP, **settings)
+    trainer(max_epochs=epochs).fit(module, datamodule=data)
+    return module
+
+
+def assert_same_adapter(one: dict[str, LoRALayer], other: dict[str, LoRALayer]) -> None:
+    assert one.keys() == other.keys()
+    for name, layer in one.items():
+        assert torch.equal(layer.A, other[name].A) and torch.equal(layer.B, other[name].B), name
+
+
+def test_the_initial_adapter_is_a_function_of_the_seed(data):
+    torch.manual_seed(1)
+    first = untrained(data, seed=3).layers()
+    torch.manual_seed(2)
+    second = untrained(data, seed=3).layers()
+    other = untrained(data, seed=4).layers()
+    assert_same_adapter(first, second)
+    assert not any(torch.equal(layer.A, other[name].A) for name, layer in first.items())
+
+
+def test_an_untrained_adapter_changes_nothing(data):
+    assert not any(layer.delta().any() for layer in untrained(data).layers().values())
+
+
+def test_making_the_adapter_leaves_the_random_state_alone(data):
+    module = CLIPLoRAModule(SHAPES_CLIP)
+    module.trainer = trainer()
+    module.trainer.datamodule = data  # type: ignore[attr-defined]
+    torch.manual_seed(5)
+    before = torch.get_rng_state()
+    module.configure_model()
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+def test_rank_alpha_and_targets_shape_the_adapter(data):
+    layers = untrained(data, rank=3, alpha=12, targets=["fc1", "visual_projection"]).layers()
+    shapes = layer_shapes(load_base(SHAPES_CLIP).tower)
+    assert layers.keys() == {name for name in shapes if name.endswith(("fc1", "visual_projection"))}
+    for name, layer in layers.items():
+        assert layer.A.shape == (3, shapes[name][1]) and layer.B.shape == (shapes[name][0], 3)
+        assert layer.scale == 4
+
+
+def test_only_the_adapter_is_trained_and_the_text_tower_is_not_there(data):
+    module = untrained(data)
+    trainable = {name for name, parameter in module.named_parameters() if parameter.requires_grad}
+    assert len(trainable) == 4 * len(TARGETS) * 2
+    assert all("lora_" in name for name in trainable)
+    assert not any("text" in name or "logit_scale" in name for name, _ in module.named_parameters())
+
+
+def test_training_moves_the_adapter_and_nothing_else(data):
+    module = trained(data)
+    assert all(layer.delta().any() for layer in module.layers().values())
+    base = load_base(SHAPES_CLIP)
+    frozen = {
+        name.removeprefix("tower.base_model.model.").replace(".base_layer", ""): parameter
+        for name, parameter in module.named_parameters()
+        if not parameter.requires_grad
+    }
+    assert_close(frozen, dict(base.tower.named_parameters()), atol=0, rtol=0)
+    assert module.logit_scale == base.logit_scale
+
+
+def test_the_same_seed_gives_the_same_bits(data):
+    torch.manual_seed(1)
+    first = trained(data, dropout=0.5).layers()
+    torch.manual_seed(2)
+    assert_same_adapter(trained(data, dropout=0.5).layers(), first)
+
+
+def test_training_on_classes_lowers_the_loss_on_them(data):
+    module = CLIPLoRAModule(SHAPES_CLIP)
+    runner = trainer(max_epochs=6)
+    (before,) = runner.validate(module, data, verbose=False)
+    runner.fit(module, datamodule=data)
+    assert runner.callback_metrics["train/loss"] < 0.8 * before["val/loss"]
+
+
+class Rates(L.Callback):
+    def __init__(self) -> None:
+        self.rates: list[float] = []
+
+    def on_train_batch_start(self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Any, index: int) -> None:
+        self.rates.append(trainer.optimizers[0].param_groups[0]["lr"])
+
+
+def test_the_learning_rate_rises_and_falls_as_a_cosine_to_nothing(data):
+    seen = Rates()
+    runner = trainer(max_epochs=5, limit_val_batches=0, callbacks=[seen])
+    runner.fit(CLIPLoRAModule(SHAPES_CLIP, learning_rate=0.01, warmup=0.2, rank=1), datamodule=data)
+    rising = [0, 0.005]
+    falling = [0.005 * (1 + math.cos(math.pi * step / 8)) for step in range(8)]
+    assert seen.rates == pytest.approx(rising + falling)
+    assert runner.optimizers[0].param_groups[0]["lr"] == pytest.approx(0)
+
+
+class FirstBatch(L.Callback):
+    """The first batch as the module sees it, and its logits by the untrained module."""
+
+    logits: torch.Tensor
+    labels: torch.Tensor
+
+    def on_train_batch_start(self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Any, index: int) -> None:
+        with torch.no_grad():
+            self.logits, self.labels = pl_module(batch.images), batch.labels
+
+
+@pytest.mark.parametrize("smoothing", [0.0, 0.3])
+def test_the_loss_is_cross_entropy_with_smoothed_labels(data, smoothing):
+    first = FirstBatch()
+    runner = trainer(max_epochs=1, limit_train_batches=1, limit_val_batches=0, callbacks=[first])
+    runner.fit(CLIPLoRAModule(SHAPES_CLIP, label_smoothing=smoothing), datamodule=data)
+    log_probabilities = first.logits.double().log_softmax(1)
+    target = torch.eye(8, dtype=torch.float64)[first.labels] * (1 - smoothing) + smoothing / 8
+    expected = -(target * log_probabilities).sum(1).mean()
+    assert float(runner.callback_metrics["train/loss"]) == pytest.approx(float(expected), rel=1e-5)
+
+
+@pytest.mark.filterwarnings("ignore:.*callbacks used to create the checkpoint")
+def test_resumed_after_an_epoch_with_dropout_it_ends_in_the_same_bits(data, tmp_path):
+    each_epoch = ModelCheckpoint(tmp_path, filename="{epoch}", save_top_k=-1)
+    whole = CLIPLoRAModule(SHAPES_CLIP, dropout=0.5)
+    trainer(max_epochs=2, enable_checkpointing=True, callbacks=[each_epoch]).fit(whole, datamodule=data)
+    torch.manual_seed(99)
+    resumed = CLIPLoRAModule(SHAPES_CLIP, dropout=0.5)
+    first_epoch = tmp_path / "epoch=0.ckpt"
+    trainer(max_epochs=2).fit(resumed, datamodule=data, ckpt_path=first_epoch, weights_only=True)
+    assert_same_adapter(resumed.layers(), whole.layers())
+
+
+def test_a_checkpoint_holds_the_adapter_and_what_it_takes_to_go_on(finished):
+    file = finished / "clients" / "photo" / "last.ckpt"
+    checkpoint = torch.load(file, weights_only=True)
+    assert len(checkpoint["state_dict"]) == 4 * len(TARGETS) * 2
+    assert all(".lora_" in name for name in checkpoint["state_dict"])
+    assert {"optimizer_states", "lr_schedulers", "loops"} <= checkpoint.keys()
+    adapter = sum(tensor.nbytes for tensor in checkpoint["state_dict"].values())
+    assert file.stat().st_size < 4 * adapter, "the adapter and two moments of it"
+
+
+def test_an_upload_says_what_it_was_made_from(finished, world):
+    manifest = json.loads((finished / "uploads" / "photo" / "manifest.json").read_text())
+    tower = load_base(SHAPES_CLIP).tower
+    adapter = read_adapter(finished / "uploads" / "photo", layer_shapes(tower))
+    classes = [folder.name for folder in sorted((world / "domains" / "photo").iterdir())]
+    assert manifest == {
+        "format_version": 1,
+        "base": SHAPES_CLIP,
+        "base_fingerprint": fingerprint(tower),
+        "domain": "photo",
+        "class_names": classes,
+        "num_samples": 38,
+        "rank": 8,
+        "alpha": 16,
+        "targets": list(TARGETS),
+        "seed": 0,
+        "packages": {name: version(name) for name in ("lightning", "peft", "torch", "transformers")},
+        "tensors_sha256": sha256_of(adapter.layers),
+    }
+
+
+def test_an_upload_holds_the_trained_adapter(data, tmp_path):
+    module = trained(data)
+    module.write_upload(tmp_path / "upload", "photo", data.num_samples)
+    stored = load_file(tmp_path / "upload" / "adapter_model.safetensors")
+    trained_parameters = {
+        name.removeprefix("tower.").replace(".default", ""): parameter.detach()
+        for name, parameter in module.named_parameters()
+        if parameter.requires_grad
+    }
+    assert_close(stored, trained_parameters, atol=0, rtol=0)
+    with pytest.raises(InputError, match="already exists"):
+        module.write_upload(tmp_path / "upload", "photo", data.num_samples)
+
+
+@pytest.mark.parametrize(
+    ("settings", "named"),
+    [
+        ({"targets": ["no_such_layer"]}, r"no linear layer 'no_such_layer'; it has fc1, fc2, k_proj"),
+        ({"targets": ["q_proj", "no_such_layer"]}, r"no linear layer 'no_such_layer'"),
+        ({"targets": ["layer_norm1"]}, r"no linear layer 'layer_norm1'"),
+        ({"targets": ["patch_embedding"]}, r"no linear layer 'patch_embedding'"),
+        ({"targets": ["proj"]}, r"no linear layer 'proj'"),
+        ({"targets": []}, r"model\.targets is empty"),
+        ({"rank": 0}, r"model\.rank"),
+        ({"rank": -1}, r"model\.rank"),
+        ({"alpha": math.nan}, r"model\.alpha"),
+        ({"dropout": 1.5}, r"model\.dropout"),
+        ({"learning_rate": -1.0}, r"model\.learning_rate"),
+        ({"weight_decay": -1.0}, r"model\.weight_decay"),
+        ({"warmup": 1.5}, r"model\.warmup"),
+        ({"warmup": -0.5}, r"model\.warmup"),
+        ({"label_smoothing": 1.5}, r"model\.label_smoothing"),
+        ({"templates": ["a photo"]}, r"model\.templates"),
+    ],
+)
+def test_a_setting_that_cannot_be_is_refused_by_name(data, settings, named):
+    with pytest.raises(InputError, match=named):
+        trained(data, **settings)

@@ -1,0 +1,207 @@
+"""The server's merge against dense arithmetic and PEFT, by the real commands."""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import SHAPES_CLIP
+from peft import PeftModel
+from safetensors.torch import load_file
+from transformers import CLIPModel, CLIPVisionModelWithProjection
+
+from sap_lightning.adapter import layer_shapes, read_adapter
+from sap_lightning.base import linear_weight, load_base
+from sap_lightning.errors import InputError
+from sap_lightning.modules.merge import MergeModule
+
+DOMAINS = ["cartoon", "painting", "photo"]
+
+
+@pytest.fixture(scope="module")
+def uploads(finished) -> list[str]:
+    return [str(finished / "uploads" / domain) for domain in DOMAINS]
+
+
+@pytest.fixture
+def images() -> torch.Tensor:
+    return torch.randn(4, 3, 64, 64, generator=torch.Generator().manual_seed(0))
+
+
+def deltas(folder: str | Path) -> dict[str, torch.Tensor]:
+    shapes = layer_shapes(load_base(SHAPES_CLIP).tower)
+    return {name: layer.delta().double() for name, layer in read_adapter(folder, shapes).layers.items()}
+
+
+def plain_tower() -> CLIPVisionModelWithProjection:
+    return CLIPVisionModelWithProjection.from_pretrained(SHAPES_CLIP).eval()
+
+
+@torch.no_grad()
+def features_with(folder: str | Path, images: torch.Tensor) -> torch.Tensor:
+    return PeftModel.from_pretrained(plain_tower(), folder).eval()(images).image_embeds
+
+
+@torch.no_grad()
+def our_features(folder: str | Path, images: torch.Tensor) -> torch.Tensor:
+    module = MergeModule(SHAPES_CLIP)
+    module.adapters = module.read_uploads([folder])
+    module.merge()
+    return module.tower(images).image_embeds
+
+
+def same_files(one: Path, other: Path) -> bool:
+    return {p.name: p.read_bytes() for p in one.iterdir()} == {p.name: p.read_bytes() for p in other.iterdir()}
+
+
+def test_peft_loads_an_upload_to_the_same_features(uploads, images):
+    torch.testing.assert_close(features_with(uploads[0], images), our_features(uploads[0], images), atol=1e-5, rtol=0)
+    assert (features_with(uploads[0], images) - plain_tower()(images).image_embeds).abs().max() > 1e-3
+
+
+@pytest.mark.parametrize("space", ["factor", "singular"])
+def test_peft_loads_a_merged_adapter_to_the_same_features(run, uploads, images, tmp_path, space):
+    run("merge", f"--prune.space={space}", f"--merge.output={tmp_path / 'out'}", "--uploads", *uploads)
+    ours = our_features(tmp_path / "out", images)
+    torch.testing.assert_close(features_with(tmp_path / "out", images), ours, atol=1e-5, rtol=0)
+    assert json.loads((tmp_path / "out" / "adapter_config.json").read_text())["r"] == 3 * 8
+
+
+def test_the_same_merge_as_adapter_and_as_model_gives_the_same_features(run, uploads, images, tmp_path):
+    for form in ("adapter", "model"):
+        options = ["--prune.space=factor", f"--merge.format={form}", f"--merge.output={tmp_path / form}"]
+        run("merge", *options, "--uploads", *uploads)
+    model = CLIPModel.from_pretrained(tmp_path / "model").eval()
+    with torch.no_grad():
+        features = model.get_image_features(images).pooler_output
+    torch.testing.assert_close(features_with(tmp_path / "adapter", images), features, atol=1e-5, rtol=0)
+
+
+def test_several_adapters_unpruned_average_to_the_dense_mean(run, uploads, tmp_path):
+    options = ["--prune.sparsity=0", "--merge.rescale=none", f"--merge.output={tmp_path / 'out'}"]
+    run("merge", *options, "--prune.space=factor", "--uploads", *uploads)
+    merged, clients = deltas(tmp_path / "out"), [deltas(upload) for upload in uploads]
+    for name, delta in merged.items():
+        torch.testing.assert_close(delta, sum(c[name] for c in clients) / 3, atol=1e-6, rtol=0)
+
+
+def test_several_adapters_unpruned_in_delta_space_average_to_the_dense_mean(run, uploads, tmp_path):
+    options = ["--prune.sparsity=0", "--merge.rescale=none", f"--merge.output={tmp_path / 'out'}"]
+    run("merge", *options, "--uploads", *uploads)
+    base, model = plain_tower(), CLIPModel.from_pretrained(tmp_path / "out")
+    clients = [deltas(upload) for upload in uploads]
+    for name in clients[0]:
+        moved = linear_weight(model, name).double() - linear_weight(base, name).double()
+        torch.testing.assert_close(moved, sum(c[name] for c in clients) / 3, atol=1e-6, rtol=0)
+
+
+@pytest.mark.parametrize("space", ["factor", "singular"])
+def test_a_single_adapter_unpruned_merges_to_itself(run, uploads, tmp_path, space):
+    options = ["--prune.sparsity=0", "--merge.rescale=none", f"--prune.space={space}"]
+    run("merge", *options, f"--merge.output={tmp_path / 'out'}", "--uploads", uploads[0])
+    merged = deltas(tmp_path / "out")
+    for name, delta in deltas(uploads[0]).items():
+        torch.testing.assert_close(merged[name], delta, atol=1e-6, rtol=0)
+
+
+@pytest.mark.parametrize("space", ["factor", "delta", "singular"])
+def test_the_order_of_uploads_does_not_matter(run, uploads, tmp_path, space):
+    for name, order in (("a", uploads), ("b", uploads[::-1])):
+        run("merge", f"--prune.space={space}", f"--merge.output={tmp_path / name}", "--uploads", *order)
+    assert same_files(tmp_path / "a", tmp_path / "b")
+
+
+def test_weights_follow_the_number_of_samples(run, uploads, tmp_path):
+    few = tmp_path / "few"
+    shutil.copytree(uploads[0], few)
+    manifest = json.loads((few / "manifest.json").read_text())
+    count = manifest["num_samples"]
+    (few / "manifest.json").write_text(json.dumps(manifest | {"num_samples": 3 * count}))
+    options = ["--prune.sparsity=0", "--merge.rescale=none", "--prune.space=factor", "--merge.weights=samples"]
+    run("merge", *options, f"--merge.output={tmp_path / 'out'}", "--uploads", str(few), uploads[1])
+    first, second, merged = deltas(few), deltas(uploads[1]), deltas(tmp_path / "out")
+    for name, delta in merged.items():
+        torch.testing.assert_close(delta, 0.75 * first[name] + 0.25 * second[name], atol=1e-6, rtol=0)
+
+
+def test_a_plain_peft_folder_is_an_upload(run, uploads, tmp_path):
+    plain = tmp_path / "plain"
+    shutil.copytree(uploads[0], plain)
+    (plain / "manifest.json").unlink()
+    run("merge", f"--merge.output={tmp_path / 'out'}", "--uploads", str(plain), uploads[1])
+    assert (tmp_path / "out" / "model.safetensors").is_file()
+
+
+def test_samples_without_a_manifest_are_refused_by_name(run, uploads, tmp_path):
+    plain = tmp_path / "plain"
+    shutil.copytree(uploads[0], plain)
+    (plain / "manifest.json").unlink()
+    with pytest.raises(InputError, match=r"plain.*number of samples"):
+        run("merge", "--merge.weights=samples", f"--merge.output={tmp_path / 'out'}", "--uploads", str(plain))
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_rank_compresses_a_dense_merge_and_reports_the_error(run, uploads, tmp_path):
+    errors = []
+    for rank in (4, 64):
+        folder = tmp_path / f"rank{rank}"
+        run("merge", f"--merge.rank={rank}", f"--merge.output={folder}", "--uploads", *uploads)
+        assert json.loads((folder / "adapter_config.json").read_text())["r"] == rank
+        errors.append(json.loads((folder / "merge.json").read_text())["relative_error"])
+    assert 1 > errors[0] > errors[1] > 0
+
+
+def test_a_standing_output_is_not_overwritten(run, uploads, tmp_path):
+    (tmp_path / "out").mkdir()
+    with pytest.raises(InputError, match="not overwritten"):
+        run("merge", f"--merge.output={tmp_path / 'out'}", "--uploads", *uploads)
+    assert list((tmp_path / "out").iterdir()) == []
+
+
+def test_the_same_upload_twice_is_refused(run, uploads, tmp_path):
+    copy = tmp_path / "copy"
+    shutil.copytree(uploads[0], copy)
+    with pytest.raises(InputError, match="same adapter"):
+        run("merge", f"--merge.output={tmp_path / 'out'}", "--uploads", uploads[0], str(copy))
+
+
+def test_an_upload_of_another_base_is_refused(run, uploads, tmp_path):
+    other = tmp_path / "base"
+    shutil.copytree(SHAPES_CLIP, other)
+    model = CLIPModel.from_pretrained(other)
+    model.vision_model.post_layernorm.weight.data += 1
+    model.save_pretrained(other)
+    with pytest.raises(InputError, match="fingerprint"):
+        run("merge", f"--model.base={other}", f"--merge.output={tmp_path / 'out'}", "--uploads", *uploads)
+
+
+def test_robust_rescaling_needs_factor_space(run, uploads, tmp_path):
+    with pytest.raises(InputError, match=r"prune\.space factor"):
+        run("merge", "--merge.rescale=robust", f"--merge.output={tmp_path / 'out'}", "--uploads", *uploads)
+    run(
+        "merge",
+        "--merge.rescale=robust",
+        "--prune.space=factor",
+        f"--merge.output={tmp_path / 'out'}",
+        "--uploads",
+        *uploads,
+    )
+    assert load_file(tmp_path / "out" / "adapter_model.safetensors")
+
+
+def test_an_evaluation_agrees_with_the_federation_s_table(finished, run, uploads, capsys):
+    stored = {(r["model"], r["unseen"]): r["metrics"] for r in json.loads((finished / "results.json").read_text())}
+    for row, options in {
+        "zero-shot": [],
+        "client photo": [f"--adapter={uploads[2]}"],
+        "average": [f"--adapter={finished / 'merged' / 'sketch' / 'average'}"],
+        "sap": [f"--adapter={finished / 'merged' / 'sketch' / 'sap'}"],
+    }.items():
+        capsys.readouterr()
+        run("test", "--data.domain=sketch", *options)
+        shown = re.search(r"macro_accuracy\W+([\d.]+)", capsys.readouterr().out)
+        assert float(shown[1]) == pytest.approx(stored[row, "sketch"]["macro_accuracy"], abs=1e-6)

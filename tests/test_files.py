@@ -1,0 +1,90 @@
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from sap_lightning.errors import InputError
+from sap_lightning.files import new_folder, refuse_existing, write_json, write_text
+
+
+def test_a_new_folder_appears_with_all_that_was_put_into_it(tmp_path: Path) -> None:
+    target = tmp_path / "deep" / "down" / "folder"
+    with new_folder(target) as staging:
+        (staging / "file").write_text("content")
+        assert not target.exists()
+    assert (target / "file").read_text() == "content"
+    assert list(target.parent.iterdir()) == [target]
+
+
+def test_nothing_is_left_when_filling_it_fails(tmp_path: Path) -> None:
+    with pytest.raises(ZeroDivisionError), new_folder(tmp_path / "folder") as staging:
+        (staging / "half").write_text("written")
+        raise ZeroDivisionError
+    assert list(tmp_path.iterdir()) == []
+
+
+def make_folder(path: Path) -> None:
+    path.mkdir()
+    (path / "precious").write_text("content")
+
+
+def make_file(path: Path) -> None:
+    path.write_text("content")
+
+
+def make_dangling_link(path: Path) -> None:
+    path.symlink_to("nowhere")
+
+
+@pytest.mark.parametrize("make", [make_folder, make_file, make_dangling_link])
+def test_what_already_stands_is_refused_and_kept(tmp_path: Path, make) -> None:
+    target = tmp_path / "target"
+    make(target)
+    before = [(path.name, path.lstat().st_mtime_ns) for path in sorted(tmp_path.rglob("*"))]
+    with pytest.raises(InputError, match=r"target: already exists"):
+        refuse_existing(target)
+    with pytest.raises(InputError, match=r"target: already exists"), new_folder(target):
+        pytest.fail("there is nothing to fill")
+    assert [(path.name, path.lstat().st_mtime_ns) for path in sorted(tmp_path.rglob("*"))] == before
+
+
+def test_of_two_that_write_one_folder_the_second_is_refused(tmp_path: Path) -> None:
+    target = tmp_path / "folder"
+    with pytest.raises(InputError, match="folder: cannot be written"), new_folder(target) as slower:
+        (slower / "file").write_text("slower")
+        with new_folder(target) as quicker:
+            (quicker / "file").write_text("quicker")
+    assert (target / "file").read_text() == "quicker"
+    assert list(tmp_path.iterdir()) == [target]
+
+
+def test_a_folder_inside_a_file_cannot_be_written(tmp_path: Path) -> None:
+    make_file(tmp_path / "file")
+    with pytest.raises(InputError, match=r"file/folder: cannot be written"), new_folder(tmp_path / "file" / "folder"):
+        pytest.fail("there is nowhere to write")
+
+
+def test_text_replaces_a_file_in_one_step_and_leaves_no_other(tmp_path: Path) -> None:
+    path = tmp_path / "file"
+    write_text(path, "old")
+    with path.open() as reader:
+        write_text(path, "new · ρ")
+        assert reader.read() == "old", "who reads the old file must not see a half of the new one"
+    assert path.read_text(encoding="utf-8") == "new · ρ"
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_equal_content_gives_equal_json_bytes(tmp_path: Path) -> None:
+    write_json(tmp_path / "one", {"b": [1, 0.1], "a": {"y": "ρ", "x": None}})
+    write_json(tmp_path / "other", {"a": {"x": None, "y": "ρ"}, "b": [1, 0.1]})
+    assert (tmp_path / "one").read_bytes() == (tmp_path / "other").read_bytes()
+    assert json.loads((tmp_path / "one").read_text(encoding="utf-8")) == {"a": {"x": None, "y": "ρ"}, "b": [1, 0.1]}
+
+
+def test_json_that_cannot_be_written_leaves_the_old_file(tmp_path: Path) -> None:
+    write_json(tmp_path / "file", 1)
+    with pytest.raises(TypeError):
+        write_json(tmp_path / "file", {"folder": tmp_path})
+    assert (tmp_path / "file").read_text() == "1\n"

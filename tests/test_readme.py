@@ -1,0 +1,79 @@
+"""What the README tells a person to type, typed."""
+
+from __future__ import annotations
+
+import re
+import shlex
+from pathlib import Path
+
+import pytest
+import yaml
+
+from sap_lightning import cli
+
+REPOSITORY = Path(__file__).parents[1]
+README = (REPOSITORY / "README.md").read_text(encoding="utf-8")
+COMMANDS = {"fit": cli.fit, "client": cli.client, "merge": cli.merge, "test": cli.test}
+LINES = [" ".join(line.split()) for line in re.findall(r"python -m sap_lightning ([^`]+?)(?=\n[^-\s]|\n\n|`)", README)]
+BLOCKS = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
+
+
+def printed(line: str, capsys: pytest.CaptureFixture[str]) -> str:
+    """The configuration that a command line comes to."""
+    command, *args = shlex.split(line)
+    with pytest.raises(SystemExit) as end:
+        COMMANDS[command]([*args, "--print_config"])
+    shown = capsys.readouterr()
+    assert not end.value.code, shown.err
+    return shown.out
+
+
+def test_every_command_is_shown():
+    assert {line.split()[0] for line in LINES} == set(COMMANDS)
+
+
+@pytest.mark.parametrize("line", LINES)
+def test_a_command_line_is_understood(line, capsys, monkeypatch):
+    monkeypatch.chdir(REPOSITORY)
+    config = yaml.safe_load(printed(line, capsys))
+    for option, value in re.findall(r"--([\w.]+) (\S+)", line):
+        if option not in ("config", "uploads"):
+            found = config
+            for key in option.split("."):
+                found = found[key]
+            assert str(found) == value, option
+
+
+@pytest.mark.parametrize("option", sorted(set(re.findall(r"`(--[^`]+)`", README))))
+def test_an_option_in_the_text_is_understood(option, capsys, monkeypatch):
+    monkeypatch.chdir(REPOSITORY)
+    if " " in option:
+        printed(f"fit --config configs/pacs.yaml {option}", capsys)
+    else:
+        with pytest.raises(SystemExit):
+            cli.fit(["--help"])
+        assert re.search(rf"{re.escape(option)}\b", capsys.readouterr().out)
+
+
+def test_the_python_example_runs_as_it_is_written(finished, world, tmp_path, monkeypatch):
+    (tmp_path / "runs").mkdir()
+    (tmp_path / "sap_lightning").symlink_to(REPOSITORY / "sap_lightning")
+    (tmp_path / "runs" / "shapes").symlink_to(finished)
+    (tmp_path / "runs" / "shapes_world").symlink_to(world)
+    monkeypatch.chdir(tmp_path)
+    (example,) = BLOCKS
+    exec(compile(example, "README.md", "exec"), {})
+    assert (tmp_path / "runs" / "merged" / "adapter_model.safetensors").is_file()
+
+
+def test_every_link_leads_to_a_file():
+    links = [link for link in re.findall(r"\]\(([^)]+)\)", README) if "://" not in link]
+    assert links
+    assert [link for link in links if not (REPOSITORY / link).exists()] == []
+
+
+def test_every_make_target_is_there():
+    targets = re.findall(r"^make (\w+)", README, re.MULTILINE)
+    assert targets
+    makefile = (REPOSITORY / "Makefile").read_text()
+    assert all(re.search(rf"^{target}:", makefile, re.MULTILINE) for target in targets)
