@@ -8,13 +8,11 @@ import sys
 from pathlib import Path
 
 import pytest
+from places import REPOSITORY, SHAPES_CLIP
 
-import sap_lightning.data
 from sap_lightning import cli
 from sap_lightning.data.shapes import draw_world
 
-REPOSITORY = Path(__file__).parents[1]
-SHAPES_CLIP = str(Path(sap_lightning.data.__file__).with_name("shapes_clip"))
 COMMANDS = {"fit": cli.fit, "client": cli.client, "merge": cli.merge, "test": cli.test}
 
 

@@ -4,17 +4,17 @@ import shutil
 from functools import cache
 from pathlib import Path
 
+import places
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from torch.nn.functional import normalize
 from transformers import AutoTokenizer, CLIPModel, CLIPVisionModelWithProjection
 
-import sap_lightning.data
 from sap_lightning.base import Base, linear_weight, load_base, load_clip, vision_tower
 from sap_lightning.errors import InputError
 
-SHAPES_CLIP = Path(sap_lightning.data.__file__).with_name("shapes_clip")
+SHAPES_CLIP = Path(places.SHAPES_CLIP)
 CLASSES = ["star", "moon", "house"]
 TEMPLATES = ["a photo of a {}.", "{}", "a sketch of a {} and a {}"]
 

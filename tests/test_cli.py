@@ -4,11 +4,9 @@ from __future__ import annotations
 
 import logging
 import re
-import subprocess
 import sys
 import warnings
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import lightning as L
@@ -16,12 +14,12 @@ import pytest
 import yaml
 from lightning.pytorch.callbacks import ProgressBar, Timer
 from lightning.pytorch.loggers import CSVLogger
+from places import REPOSITORY
 
 from sap_lightning import __main__, cli
 from sap_lightning.callbacks.progress import TitledProgressBar
 from sap_lightning.errors import InputError
 
-REPOSITORY = Path(__file__).parents[1]
 COMMANDS = {"fit": cli.fit, "client": cli.client, "merge": cli.merge, "test": cli.test}
 GROUPS = ("model", "data", "anchors", "prune", "merge", "federation")
 CONTRACT = [
@@ -101,12 +99,6 @@ def test_help_is_the_table_of_commands_and_no_error(main, capsys, flag):
 def test_a_faulty_setting_ends_in_one_line(main, options):
     assert main("fit", *options, "--prune.sparsity=2") == "error: prune.sparsity must lie in [0, 1], got 2.0"
     assert main("fit", *options, "--model.rank=0") == "error: model.rank must be at least 1, got 0"
-
-
-def test_it_is_a_module_to_run():
-    done = subprocess.run([sys.executable, "-m", "sap_lightning"], capture_output=True, text=True)
-    assert done.returncode == 2
-    assert "usage:" in done.stdout and done.stderr == ""
 
 
 @pytest.mark.parametrize(

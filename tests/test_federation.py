@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 import yaml
-from conftest import REPOSITORY
+from places import REPOSITORY
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from sap_lightning.errors import InputError

@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import re
 import shlex
-from pathlib import Path
 
 import pytest
 import yaml
+from places import REPOSITORY
 
 from sap_lightning import cli
 
-REPOSITORY = Path(__file__).parents[1]
 README = (REPOSITORY / "README.md").read_text(encoding="utf-8")
 COMMANDS = {"fit": cli.fit, "client": cli.client, "merge": cli.merge, "test": cli.test}
 LINES = [" ".join(line.split()) for line in re.findall(r"python -m sap_lightning ([^`]+?)(?=\n[^-\s]|\n\n|`)", README)]

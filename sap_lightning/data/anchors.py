@@ -142,7 +142,7 @@ class AnchorDataModule(LightningDataModule):
         folder = Path(self.root).expanduser()
         if folder.is_dir() and not is_table(folder):
             return pairs_in_folder(folder, self.num_pairs)
-        return pairs_in_table(load_table(self.root), self.root, self.num_pairs)
+        return pairs_in_table(load_table(self.root, self.num_pairs), self.root, self.num_pairs)
 
     @cached_property
     def _preprocess(self) -> Preprocess:

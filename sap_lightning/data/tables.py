@@ -19,8 +19,12 @@ def is_table(folder: Path) -> bool:
     return _is_saved(folder) or bool(_parquet_files(folder))
 
 
-def load_table(root: str) -> datasets.Dataset:
+def load_table(root: str, rows: int | None = None) -> datasets.Dataset:
     """All splits of a dataset in a folder or on the hub, one after the other.
+
+    Args:
+        root: the folder, or id on the hub.
+        rows: of a dataset on the hub, fetch no more than these first rows.
 
     Raises:
         InputError: no such dataset, or not readable.
@@ -32,6 +36,8 @@ def load_table(root: str) -> datasets.Dataset:
         elif files := _parquet_files(folder):
             # Named by the files' stats: the library's own cache looks at their mtime only.
             loaded = datasets.load_dataset("parquet", file_fingerprint(files), data_files=files)
+        elif rows is not None:
+            loaded = first_rows(next(iter(datasets.load_dataset(root, streaming=True).values())), rows)
         else:
             loaded = datasets.load_dataset(root)
         if isinstance(loaded, datasets.DatasetDict):
@@ -40,6 +46,11 @@ def load_table(root: str) -> datasets.Dataset:
     except Exception as error:  # the library raises its own, pyarrow's, the hub client's and the file system's
         reason = (str(error) or type(error).__name__).splitlines()[0]
         raise InputError(f"{root}: neither a folder of images nor a readable dataset: {reason}") from error
+
+
+def first_rows(stream: datasets.IterableDataset, rows: int) -> datasets.Dataset:
+    """The first rows of a stream as a table, images still encoded."""
+    return datasets.Dataset.from_list(list(stream.decode(False).take(rows)), features=stream.features)
 
 
 def image_column(table: datasets.Dataset, root: str) -> str:

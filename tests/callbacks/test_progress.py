@@ -11,13 +11,11 @@ from typing import Any
 import lightning as L
 import pytest
 import rich
+from places import SHAPES_CLIP
 
-import sap_lightning.data
 from sap_lightning.callbacks.progress import EpochLog, TitledProgressBar, on_terminal, track, training_progress
 from sap_lightning.data import DomainDataModule
 from sap_lightning.modules import CLIPLoRAModule
-
-SHAPES_CLIP = str(Path(sap_lightning.data.__file__).with_name("shapes_clip"))
 
 
 @pytest.fixture

@@ -3,9 +3,8 @@
 import json
 from pathlib import Path
 
-import numpy as np
 import pytest
-from PIL import Image
+from pictures import noise
 
 PREPROCESSOR = {
     "image_processor_type": "CLIPImageProcessor",
@@ -20,10 +19,6 @@ PREPROCESSOR = {
     "image_mean": [0.48, 0.45, 0.40],
     "image_std": [0.26, 0.27, 0.28],
 }
-
-
-def noise(seed: int, width: int = 24, height: int = 20) -> Image.Image:
-    return Image.fromarray(np.random.default_rng(seed).integers(0, 256, (height, width, 3), np.uint8))
 
 
 @pytest.fixture(autouse=True)

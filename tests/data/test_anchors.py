@@ -3,8 +3,8 @@ import json
 import datasets
 import pytest
 import torch
-from conftest import noise
 from lightning.pytorch import LightningModule, Trainer
+from pictures import noise
 from transformers import AutoImageProcessor
 
 from sap_lightning.data.anchors import AnchorDataModule

@@ -3,7 +3,7 @@ import os
 
 import numpy as np
 import pytest
-from conftest import noise
+from pictures import noise
 
 from sap_lightning.data import cache
 from sap_lightning.data.cache import load_pixels

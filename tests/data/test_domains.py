@@ -2,8 +2,8 @@ import logging
 
 import pytest
 import torch
-from conftest import noise
 from lightning.pytorch import LightningModule, Trainer
+from pictures import noise
 from transformers import AutoImageProcessor
 
 from sap_lightning.data.domains import DomainDataModule, match_classes

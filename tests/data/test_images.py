@@ -2,7 +2,7 @@ import io
 
 import numpy as np
 import pytest
-from conftest import noise
+from pictures import noise
 from PIL import Image
 
 from sap_lightning.data.images import decode

@@ -1,7 +1,7 @@
 import numpy as np
 import pytest
 import torch
-from conftest import noise
+from pictures import noise
 from transformers import AutoImageProcessor
 
 from sap_lightning.data.preprocess import Preprocess

@@ -5,7 +5,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from conftest import noise
+from pictures import noise
 from PIL import Image
 
 from sap_lightning.data.sources import open_source

@@ -1,18 +1,15 @@
 from __future__ import annotations
 
-from pathlib import Path
-
 import lightning as L
 import pytest
 import torch
+from places import SHAPES_CLIP
 from torch.utils.data import DataLoader, TensorDataset
 from transformers import AutoTokenizer, CLIPModel
 
-import sap_lightning.data
 from sap_lightning.base import load_base
 from sap_lightning.modules.classifier import CLIPClassifier
 
-SHAPES_CLIP = str(Path(sap_lightning.data.__file__).with_name("shapes_clip"))
 CLASSES = ["star", "moon", "house"]
 
 

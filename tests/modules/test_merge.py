@@ -9,8 +9,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import SHAPES_CLIP
 from peft import PeftModel
+from places import SHAPES_CLIP
 from safetensors.torch import load_file
 from transformers import CLIPModel, CLIPVisionModelWithProjection
 
