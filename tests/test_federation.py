@@ -94,7 +94,7 @@ def test_running_again_changes_nothing(finished, run):
 
 
 def test_other_settings_are_refused_with_what_differs(finished, run):
-    with pytest.raises(InputError, match=r"prune\.sparsity was 0\.8, is 0\.5"):
+    with pytest.raises(InputError, match=r"prune\.sparsity was 0\.95, is 0\.5"):
         run("fit", f"--federation.run_dir={finished}", "--prune.sparsity=0.5")
 
 
