@@ -180,6 +180,7 @@ class MergeModule(CLIPClassifier):
         self.encode_captions(data_of(self.trainer).captions)
         self.merge()
 
+    @torch.inference_mode(False)  # scoring backpropagates through them, also after a copy to the device
     def encode_captions(self, captions: Sequence[str]) -> None:
         """Computes the text features of the anchors' captions once, shape (n, d)."""
         if getattr(self, "captions", None) != list(captions):
