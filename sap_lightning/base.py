@@ -64,9 +64,11 @@ def load_clip(base: str) -> CLIPModel:
     """
     try:
         # Weights of another shape are reported like missing ones, not logged in a table.
-        loaded: Any = CLIPModel.from_pretrained(
-            base, dtype=torch.float32, output_loading_info=True, ignore_mismatched_sizes=True
-        )
+        # On the CPU, also where Lightning builds models on the device: the text tower stays there.
+        with torch.device("cpu"):
+            loaded: Any = CLIPModel.from_pretrained(
+                base, dtype=torch.float32, output_loading_info=True, ignore_mismatched_sizes=True
+            )
         clip, report = cast(tuple[CLIPModel, dict[str, Any]], loaded)
     except Exception as error:  # transformers raises whatever a faulty file leads it to
         raise InputError(f"model.base {base!r}: no CLIP checkpoint could be loaded: {_first_line(error)}") from error

@@ -96,6 +96,8 @@ def client(args: Sequence[str]) -> None:
     """Train one client (--data.domain) at its own site and write its upload to <federation.run_dir>/uploads."""
     cli = SapCLI(client, args)
     folder, domain = RunFolder(cli.config_init.federation.run_dir), cli.datamodule.domain
+    if (folder.path / "config.yaml").is_file():
+        hold_to(folder.path, cli.settings())
     if domain is not None:
         hold_to(folder.client(domain), cli.settings())
     upload = train_client(cli.model, cli.datamodule, folder, cli.make_trainer, f"client {domain}")

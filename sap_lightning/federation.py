@@ -29,8 +29,8 @@ from sap_lightning.run_folder import RunFolder, hold_to
 log = logging.getLogger(__name__)
 TrainerFactory = Callable[..., L.Trainer]
 METHODS = ("average", "sap")
-UNTRAINED: dict[str, Any] = {"enable_checkpointing": False, "enable_progress_bar": False}
-"""Trainer arguments where nothing is trained."""
+UNTRAINED: dict[str, Any] = {"enable_checkpointing": False, "enable_progress_bar": False, "limit_val_batches": 1.0}
+"""Trainer arguments where nothing is trained; a merge needs its validation on the anchors, all of them."""
 
 
 def server_logger(run_dir: str) -> TensorBoardLogger:
@@ -60,6 +60,7 @@ def train_client(
         logger=TensorBoardLogger(home.parent, name="", version=home.name, default_hp_metric=False),
         callbacks=[_last_checkpoint(home), training_progress(title)],
         default_root_dir=home,
+        enable_checkpointing=True,
         enable_progress_bar=on_terminal(),
     )
     trainer.fit(module, datamodule=data, ckpt_path=checkpoint if checkpoint.is_file() else None, weights_only=True)
@@ -72,7 +73,9 @@ def train_client(
 
 
 def _last_checkpoint(folder: Path) -> ModelCheckpoint:
-    return ModelCheckpoint(folder, filename="last", save_top_k=1, every_n_epochs=1, enable_version_counter=False)
+    return ModelCheckpoint(
+        folder, filename="last", every_n_epochs=1, save_on_train_epoch_end=True, enable_version_counter=False
+    )
 
 
 class OneShotFederation:
@@ -190,6 +193,7 @@ class OneShotFederation:
         """
         self.merge.adapters = list(adapters)
         self.merge.forget_pruning()
+        self.merge.set_update({})
         if method == "sap":
             self.server.validate(self.merge, datamodule=self.anchors, verbose=False)
         else:
@@ -217,6 +221,8 @@ def _chosen(unseen: list[str] | str | None, domains: Sequence[str]) -> list[str]
     unknown = sorted(set(chosen) - set(domains))
     if unknown:
         raise InputError(f"federation.unseen {', '.join(unknown)}: no such domain; there are {', '.join(domains)}")
+    if not chosen:
+        raise InputError(f"federation.unseen is empty; choose from {', '.join(domains)}, or null for all")
     if len(domains) < 2:
         raise InputError(f"data.root holds the one domain {', '.join(domains)}; a federation needs at least two")
     return chosen

@@ -36,7 +36,7 @@ def new_folder(folder: str | Path) -> Iterator[Path]:
             yield staging
             staging.rename(folder)
     except OSError as error:
-        raise InputError(f"{folder}: cannot be written ({error.strerror}); check path and disk") from error
+        raise InputError(f"{folder}: cannot be written ({error.strerror or error}); check path and disk") from error
 
 
 def write_text(path: Path, text: str) -> None:

@@ -11,7 +11,7 @@ import yaml
 from sap_lightning.errors import InputError
 from sap_lightning.files import write_text
 
-FREE_SETTINGS = ("federation.run_dir", "federation.unseen", "data.num_workers", "anchors.num_workers")
+FREE_SETTINGS = ("federation.run_dir", "federation.unseen", "data.domain", "data.num_workers", "anchors.num_workers")
 """Settings that may change from one start to the next, because what is in the folder does not depend on them."""
 
 

@@ -32,7 +32,8 @@ def log_pruning(
         board.add_scalar(f"anchor_loss_before_pruning/{client}", loss_before)
         board.add_scalar(f"anchor_loss_after_pruning/{client}", loss_after)
         board.add_figure(f"share_kept/{client}", share_kept_figure(share_kept(masks), client))
-        board.add_histogram(f"log10_saliency/{client}", log_saliency(scores))
+        if len(saliency := log_saliency(scores)):
+            board.add_histogram(f"log10_saliency/{client}", saliency)
 
 
 def tensorboards(trainer: L.Trainer) -> list[Any]:

@@ -63,7 +63,7 @@ class EpochLog(L.Callback):
         if not trainer.is_global_zero:
             return
         measured = "".join(f", {name} {value:.3f}" for name, value in _measured(trainer).items())
-        pace = (time.monotonic() - self.started) / (trainer.global_step - self.first_step)
+        pace = (time.monotonic() - self.started) / max(trainer.global_step - self.first_step, 1)
         left = pace * (trainer.estimated_stepping_batches - trainer.global_step)
         log.info("%s: %s%s, about %.0f s left", self.title, _epoch(trainer), measured, left)
 

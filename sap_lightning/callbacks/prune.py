@@ -133,7 +133,8 @@ def _sum_over_processes(trainer: L.Trainer, tensor: Tensor) -> Tensor:
 
 def _anchors(trainer: L.Trainer, module: MergeModule) -> Iterator[tuple[Tensor, Tensor]]:
     for batch in trainer.val_dataloaders or ():
-        batch = data_of(trainer).on_after_batch_transfer(trainer.strategy.batch_to_device(batch, module.device), 0)
+        # This runs the data module's transfer hooks too: the images arrive normalised.
+        batch = trainer.strategy.batch_to_device(batch, module.device)
         yield batch.images, module.caption_features[batch.indices]
 
 

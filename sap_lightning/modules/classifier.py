@@ -55,7 +55,7 @@ class CLIPClassifier(L.LightningModule):
 
     def forward(self, images: Tensor) -> Tensor:
         """Logits, shape (n, classes), of normalised images (n, 3, h, w)."""
-        return self.logit_scale * self.image_features(images) @ self.class_features.T
+        return self.logit_scale * self.image_features(images).float() @ self.class_features.T
 
     def log_accuracy(self, prefix: str = "") -> None:
         """Logs what the metrics have gathered since the last call."""

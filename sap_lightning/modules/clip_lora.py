@@ -105,7 +105,8 @@ class CLIPLoRAModule(CLIPClassifier):
             lora_dropout=self.dropout,
             target_modules=list(self.targets),
         )
-        with torch.random.fork_rng(devices=[]):
+        # On the CPU, so that the initial adapter is the same whatever device trains it.
+        with torch.device("cpu"), torch.random.fork_rng(devices=[]):
             torch.manual_seed(self.seed)
             return get_peft_model(tower, config)
 

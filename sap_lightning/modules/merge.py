@@ -45,7 +45,11 @@ class MergeModule(CLIPClassifier):
         output: folder for the merged model; must not exist.
         format: write a PEFT adapter, a full CLIPModel, or (``auto``) an adapter whenever that is exact or a rank is
             given.
-        rank: recompress the merged adapter to this rank; the error is reported.
+        rank: recompress the adapter that is written to this rank; the error is reported. What is measured in the
+            same run is the merge before recompression.
+
+    Raises:
+        InputError: when the rank is below 1, or given for a full model.
     """
 
     texts: TextEncoder
@@ -63,6 +67,8 @@ class MergeModule(CLIPClassifier):
         rank: int | None = None,
     ) -> None:
         super().__init__()
+        if rank is not None and (rank < 1 or format == "model"):
+            raise InputError(f"merge.rank {rank}: must be at least 1, and is for merge.format adapter or auto only")
         self.base = base
         self.templates = templates
         self.rescale = rescale
@@ -188,7 +194,7 @@ class MergeModule(CLIPClassifier):
             self.register_buffer("caption_features", self.texts(captions).to(self.device), persistent=False)
 
     def validation_step(self, batch: AnchorBatch, batch_idx: int) -> None:
-        losses = alignment_loss(self.image_features(batch.images), self.caption_features[batch.indices])
+        losses = alignment_loss(self.image_features(batch.images).float(), self.caption_features[batch.indices])
         self.log("anchor_loss", losses.mean(), batch_size=len(losses), sync_dist=True, logger=False)
 
     def on_test_start(self) -> None:

@@ -210,3 +210,13 @@ def test_weights_too_large_to_score_are_refused_by_the_upload_s_name(uploads, an
 def test_robust_rescaling_is_refused_before_anything_is_scored(merged):
     with pytest.raises(InputError, match=r"prune\.space factor"):
         merged(SaliencyPruneCallback(0.7, "delta"), rescale="robust")
+
+
+def test_scoring_sees_the_very_images_that_validation_does(finished, world):
+    module = MergeModule(SHAPES_CLIP)
+    module.adapters = module.read_uploads([finished / "uploads" / "photo"])
+    prune = SaliencyPruneCallback(sparsity=0, space="factor")
+    trainer = L.Trainer(callbacks=[prune], accelerator="cpu", logger=False, enable_progress_bar=False)
+    trainer.validate(module, datamodule=AnchorDataModule(str(world / "anchors"), base=SHAPES_CLIP), verbose=False)
+    (scores,) = prune._scores.values()
+    assert scores.loss == pytest.approx(float(trainer.callback_metrics["anchor_loss"]), abs=1e-5)
