@@ -46,7 +46,7 @@ class SaliencyPruneCallback(L.Callback):
         sparsity: float = 0.8,
         space: SpaceName = "delta",
         scope: Scope = "global",
-        reduction: Reduction = "square",
+        reduction: Reduction = "abs_then_mean",
     ) -> None:
         if not 0 <= sparsity <= 1:
             raise InputError(f"prune.sparsity must lie in [0, 1], got {sparsity}")
