@@ -12,7 +12,6 @@ from rich.logging import RichHandler
 
 NOISE = (
     r".*LightningCLI's args parameter.*",
-    r".*does not have many workers.*",
     r".*`isinstance\(treespec, LeafSpec\)` is deprecated.*",
     r".*is_gradient_checkpointing.*",
     r".*module\(s\) in eval mode at the start of training.*",

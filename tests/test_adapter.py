@@ -17,13 +17,13 @@ from typing import Any
 import pytest
 import torch
 from peft import AutoPeftModel, LoraConfig, PeftModel, get_peft_model
+from references import TINY_VISION
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import (
     CLIPConfig,
     CLIPModel,
     CLIPTextConfig,
-    CLIPVisionConfig,
     CLIPVisionModel,
     CLIPVisionModelWithProjection,
 )
@@ -42,15 +42,6 @@ from sap_lightning.adapter import (
 from sap_lightning.errors import InputError
 from sap_lightning.functional.lora import LoRALayer
 
-VISION = CLIPVisionConfig(
-    hidden_size=32,
-    intermediate_size=64,
-    num_hidden_layers=2,
-    num_attention_heads=4,
-    image_size=16,
-    patch_size=8,
-    projection_dim=16,
-)
 TEXT = CLIPTextConfig(
     hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4, vocab_size=64, eos_token_id=2
 )
@@ -63,7 +54,7 @@ FC1 = "vision_model.encoder.layers.1.mlp.fc1"
 @pytest.fixture(scope="module")
 def tower() -> CLIPVisionModelWithProjection:
     torch.manual_seed(0)
-    return CLIPVisionModelWithProjection(VISION).eval()
+    return CLIPVisionModelWithProjection(TINY_VISION).eval()
 
 
 @pytest.fixture(scope="module")
@@ -155,7 +146,7 @@ def contents(folder: Path) -> dict[str, bytes]:
 def test_deltas_equal_those_of_peft(
     tmp_path: Path, shapes: dict[str, torch.Size], model_class: type, config: dict[str, Any]
 ) -> None:
-    model = trained(model_class(VISION), **config)
+    model = trained(model_class(TINY_VISION), **config)
     model.save_pretrained(tmp_path / "sketch")
     adapter = read_adapter(tmp_path / "sketch", shapes)
     prefix = "vision_model." if model_class is CLIPVisionModel else ""
@@ -176,7 +167,7 @@ def test_half_precision_is_read_as_float32(upload: Path, shapes: dict[str, torch
 
 
 def test_vision_layers_of_a_whole_clip_are_read(tmp_path: Path, shapes: dict[str, torch.Size]) -> None:
-    clip = CLIPModel(CLIPConfig(text_config=TEXT.to_dict(), vision_config=VISION.to_dict(), projection_dim=16))
+    clip = CLIPModel(CLIPConfig(text_config=TEXT.to_dict(), vision_config=TINY_VISION.to_dict(), projection_dim=16))
     model = trained(clip, r=2, target_modules=r"vision_model.*q_proj")
     model.save_pretrained(tmp_path / "vision")
     assert Q in read_adapter(tmp_path / "vision", shapes).layers
@@ -227,7 +218,7 @@ def test_peft_finds_the_base_by_itself(tmp_path: Path, tower: torch.nn.Module, s
 
 def test_peft_refuses_to_load_on_a_model_without_the_layers(upload: Path) -> None:
     with pytest.raises(ValueError, match="Target modules"):
-        PeftModel.from_pretrained(CLIPVisionModel(VISION), upload)
+        PeftModel.from_pretrained(CLIPVisionModel(TINY_VISION), upload)
 
 
 def test_equal_adapters_give_equal_bytes(tmp_path: Path, upload: Path, tower: Any, shapes: Any) -> None:
@@ -511,7 +502,7 @@ def test_manifests_with_a_field_missing_are_refused(upload: Path, shapes: dict[s
 def test_an_adapter_of_another_base_is_refused(
     upload: Path, tower: CLIPVisionModelWithProjection, shapes: dict[str, torch.Size]
 ) -> None:
-    other = fingerprint(CLIPVisionModelWithProjection(VISION))
+    other = fingerprint(CLIPVisionModelWithProjection(TINY_VISION))
     message = f"base_fingerprint is {fingerprint(tower)}, this base's is {other}.*'tiny-clip'"
     assert_refused(upload, shapes, message, other)
 

@@ -5,11 +5,12 @@ from copy import deepcopy
 
 import pytest
 import torch
+from references import REDUCTIONS, TINY_VISION
 from torch import Tensor, nn
 from torch.func import functional_call
 from torch.nn.functional import cosine_similarity
 from torch.testing import assert_close
-from transformers import CLIPVisionConfig, CLIPVisionModelWithProjection
+from transformers import CLIPVisionModelWithProjection
 
 from sap_lightning.functional.lora import LoRALayer
 from sap_lightning.functional.saliency import Reduction
@@ -17,22 +18,8 @@ from sap_lightning.functional.spaces import SPACES, Parameters, Space, SpaceName
 from sap_lightning.scoring import AnchorScores, score
 
 ANCHORS = 6
-CONFIG = CLIPVisionConfig(
-    hidden_size=32,
-    intermediate_size=64,
-    num_hidden_layers=2,
-    num_attention_heads=4,
-    image_size=16,
-    patch_size=8,
-    projection_dim=16,
-)
-DEFINITIONS: dict[Reduction, Callable[[Tensor], Tensor]] = {
-    "mean_then_abs": lambda taylor: taylor.mean(0).abs(),
-    "abs_then_mean": lambda taylor: taylor.abs().mean(0),
-    "square": lambda taylor: taylor.square().mean(0),
-}
 EACH_SPACE = pytest.mark.parametrize("space", list(SPACES))
-EACH_REDUCTION = pytest.mark.parametrize("reduction", list(DEFINITIONS))
+EACH_REDUCTION = pytest.mark.parametrize("reduction", list(REDUCTIONS))
 Tower = CLIPVisionModelWithProjection
 Layers = dict[str, LoRALayer]
 
@@ -46,7 +33,7 @@ IMAGES, CAPTIONS = randn(0, ANCHORS, 3, 16, 16), randn(1, ANCHORS, 16)
 
 @pytest.fixture(scope="module")
 def base() -> Tower:
-    tower = Tower(CONFIG).eval().requires_grad_(False)
+    tower = Tower(TINY_VISION).eval().requires_grad_(False)
     for index, weight in enumerate(tower.parameters()):
         # Large enough for attention to look somewhere, which CLIP's own initialisation is not.
         weight.copy_(0.2 * randn(100 + index, *weight.shape) + (1 if weight.ndim == 1 else 0))
@@ -129,7 +116,7 @@ def test_scores_are_autograds_on_a_real_tower(
     base: Tower, tower: Tower, layers: Layers, space: SpaceName, reduction: Reduction
 ) -> None:
     taylor, _ = reference(base, layers, space)
-    expected = {name: tuple(map(DEFINITIONS[reduction], terms)) for name, terms in taylor.items()}
+    expected = {name: tuple(map(REDUCTIONS[reduction], terms)) for name, terms in taylor.items()}
     assert_scores_close(scored(tower, layers, space, reduction).saliency, expected, rtol=1e-5)
 
 

@@ -1,9 +1,8 @@
 from __future__ import annotations
 
-from collections.abc import Callable
-
 import pytest
 import torch
+from references import REDUCTIONS
 from torch import Tensor, nn
 from torch.nn.functional import linear
 from torch.testing import assert_close
@@ -13,13 +12,8 @@ from sap_lightning.functional.saliency import Reduction, SaliencySum, alignment_
 from sap_lightning.functional.spaces import SPACES, Space, SpaceName, dense
 
 ANCHORS, TOKENS, D_IN, D_OUT, RANK, FEATURES = 7, 3, 6, 8, 4, 4
-DEFINITIONS: dict[Reduction, Callable[[Tensor], Tensor]] = {
-    "mean_then_abs": lambda taylor: taylor.mean(0).abs(),
-    "abs_then_mean": lambda taylor: taylor.abs().mean(0),
-    "square": lambda taylor: taylor.square().mean(0),
-}
 EACH_SPACE = pytest.mark.parametrize("name", list(SPACES))
-EACH_REDUCTION = pytest.mark.parametrize("reduction", list(DEFINITIONS))
+EACH_REDUCTION = pytest.mark.parametrize("reduction", list(REDUCTIONS))
 
 
 def randn(seed: int, *shape: int) -> Tensor:
@@ -60,7 +54,7 @@ def saliency(space: Space, reduction: Reduction, batch_sizes: tuple[int, ...] = 
 @EACH_REDUCTION
 def test_saliency_is_its_definition_over_a_loop_of_anchors(name: SpaceName, reduction: Reduction) -> None:
     space = SPACES[name](LAYER)
-    expected = tuple(DEFINITIONS[reduction](term) for term in taylor_terms(space))
+    expected = tuple(REDUCTIONS[reduction](term) for term in taylor_terms(space))
     assert_close(saliency(space, reduction), expected)
 
 
@@ -93,7 +87,7 @@ def test_a_parameter_that_is_zero_has_no_saliency() -> None:
 
 def test_the_reductions_order_themselves_as_jensen_says() -> None:
     space = SPACES["delta"](LAYER)
-    (mean_then_abs,), (abs_then_mean,), (square,) = (saliency(space, reduction) for reduction in DEFINITIONS)
+    (mean_then_abs,), (abs_then_mean,), (square,) = (saliency(space, reduction) for reduction in REDUCTIONS)
     assert (mean_then_abs <= abs_then_mean + 1e-15).all()
     assert (abs_then_mean <= square.sqrt() + 1e-15).all()
 
