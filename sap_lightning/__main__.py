@@ -10,6 +10,7 @@ from sap_lightning.quiet import quieten
 
 COMMANDS = {
     "fit": cli.fit,
+    "sweep": cli.sweep,
     "client": cli.client,
     "merge": cli.merge,
     "test": cli.test,

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import copy
+import re
+from collections.abc import Iterable, Sequence
 from typing import Any, NamedTuple, cast
 
 import torch
@@ -145,6 +147,61 @@ def linear_weight(model: nn.Module, layer: str) -> Tensor:
     weight = model.get_submodule(layer).weight
     assert isinstance(weight, Tensor)
     return weight.data
+
+
+def first_changed(tower: nn.Module, layers: Iterable[str]) -> int:
+    """Number of the first encoder layer that these linear layers are in; the depth of the tower when in none."""
+    found = [re.search(r"\.encoder\.layers\.(\d+)\.", name) for name in layers]
+    return min((int(number[1]) for number in found if number), default=len(tower.vision_model.encoder.layers))
+
+
+class StemCache:
+    """Features of batches whose way through the tower before one encoder layer is gone once only.
+
+    Both ways share the tower's modules, so weights that change from that layer on count.
+
+    Args:
+        tower: a vision tower whose weights before the layer stay as they are.
+        first: number of that encoder layer.
+    """
+
+    def __init__(self, tower: nn.Module, first: int) -> None:
+        self.tower = tower
+        self.first = first
+        self.hidden: dict[int, Tensor] = {}
+        self._rest = _without_stem(tower, first)
+
+    def embed(self, batch: int, images: Tensor) -> Tensor:
+        """The tower's output features, shape (n, d), of batch number ``batch``; its images (n, 3, h, w)."""
+        if batch in self.hidden:
+            return self._rest(self.hidden[batch]).image_embeds
+
+        def remember(module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+            self.hidden[batch] = inputs[0]
+
+        with self.tower.vision_model.encoder.layers[self.first].register_forward_pre_hook(remember):
+            return self.tower(images).image_embeds
+
+
+class _AsTheyAre(nn.Module):
+    """Stands where the embeddings were: hidden states come in and go out."""
+
+    def forward(self, hidden: Tensor, **kwargs: Any) -> Tensor:
+        return hidden
+
+
+def _without_stem(tower: nn.Module, first: int) -> nn.Module:
+    vision: Any = tower.vision_model
+    encoder = _with_modules(vision.encoder, layers=vision.encoder.layers[first:])
+    vision = _with_modules(vision, embeddings=_AsTheyAre(), pre_layrnorm=nn.Identity(), encoder=encoder)
+    return _with_modules(tower, vision_model=vision)
+
+
+def _with_modules(module: nn.Module, **others: nn.Module) -> nn.Module:
+    """The same module with some of its parts exchanged; the given one keeps its own."""
+    changed = copy.copy(module)
+    changed._modules = {**module._modules, **others}
+    return changed
 
 
 def _load_tokenizer(base: str, vocab_size: int) -> Any:

@@ -26,8 +26,10 @@ from sap_lightning.merging import METHODS, Average
 from sap_lightning.modules.clip_lora import CLIPLoRAModule
 from sap_lightning.modules.merge import MergeModule
 from sap_lightning.output import push_to_hub
-from sap_lightning.report import report_table
+from sap_lightning.layer_report import report_table
+from sap_lightning.results import Results
 from sap_lightning.run_folder import RunFolder, hold_to
+from sap_lightning.sweep import Sweep, folder_of, measure, options_of, unseen_of
 
 METHOD_OPTION = "--merge.method"
 MODEL_CONFIG_FILE = "config.json"
@@ -39,6 +41,7 @@ class SapCLI(LightningCLI):
     """LightningCLI with the groups anchors, prune, merge and federation beside model, data and trainer."""
 
     def __init__(self, command: Callable[..., None], args: Sequence[str], **extra: dict[str, Any]) -> None:
+        self.command = command
         self.extra = extra
         super().__init__(
             CLIPLoRAModule,
@@ -59,6 +62,8 @@ class SapCLI(LightningCLI):
         parser.add_class_arguments(OneShotFederation, "federation", skip=PARTS, instantiate=False)
         for target in ("data.base", "anchors.base", "merge.base"):
             parser.link_arguments("model.base", target)
+        if self.command is sweep:
+            parser.add_class_arguments(Sweep, "sweep")
         parser.link_arguments("model.templates", "merge.templates")
         for target in ("model.seed", "data.seed"):
             parser.link_arguments("seed_everything", target)
@@ -86,6 +91,20 @@ class SapCLI(LightningCLI):
             overrides["enable_progress_bar"] = False
             callbacks = [callback for callback in callbacks if not isinstance(callback, ProgressBar)]
         return self.instantiate_trainer(callbacks=[*configured, *callbacks], **overrides)
+
+    def federation(self, **changed: Any) -> OneShotFederation:
+        """The federation as configured, but for what is changed."""
+        parts = self.config_init
+        return OneShotFederation(
+            client=self.model,
+            data=self.datamodule,
+            anchors=parts.anchors,
+            prune=parts.prune,
+            merge=parts.merge,
+            make_trainer=self.make_trainer,
+            config=self.settings(),
+            **{**parts.federation, **changed},
+        )
 
     def settings(self) -> dict[str, Any]:
         """Everything that was configured, as plain values."""
@@ -115,18 +134,19 @@ def _class_path(name: str, has_settings: bool) -> str:
 
 def fit(args: Sequence[str]) -> None:
     """Train a client on each domain, merge for every unseen domain, and evaluate. Continues an interrupted run."""
-    cli = SapCLI(fit, args)
-    parts = cli.config_init
-    OneShotFederation(
-        client=cli.model,
-        data=cli.datamodule,
-        anchors=parts.anchors,
-        prune=parts.prune,
-        merge=parts.merge,
-        make_trainer=cli.make_trainer,
-        config=cli.settings(),
-        **parts.federation,
-    ).run()
+    SapCLI(fit, args).federation().run()
+
+
+def sweep(args: Sequence[str]) -> None:
+    """Measure merge methods over sparsities, seeds, unseen domains and settings. Continues an interrupted sweep."""
+    whole = SapCLI(sweep, args)
+    plan, run_dir = whole.config_init.sweep, Path(whole.config_init.federation.run_dir)
+    results = Results(run_dir)
+    for seed, variant in plan.variants():
+        one = SapCLI(sweep, [*args, *options_of(seed, variant)])
+        federation = one.federation(run_dir=str(folder_of(run_dir, seed, variant)), unseen=unseen_of(plan))
+        measure(federation, plan, variant, results)
+    federation.show()
 
 
 def client(args: Sequence[str]) -> None:
@@ -153,7 +173,7 @@ def merge(args: Sequence[str]) -> None:
         module.offered_method = prune.method_for(module)
     module.require_towers()
     metrics = {}
-    if module.merge_method.needs_anchors:
+    if module.looks_at_anchors:
         metrics = _merge_on_anchors(cli)
     else:
         module.merge()

@@ -5,9 +5,11 @@ from __future__ import annotations
 import copy
 import logging
 import shutil
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import replace
+from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import lightning as L
 from lightning.pytorch.callbacks import ModelCheckpoint
@@ -20,13 +22,17 @@ from sap_lightning.callbacks.progress import training_progress
 from sap_lightning.callbacks.prune import SaliencyPruneCallback
 from sap_lightning.data.anchors import AnchorDataModule
 from sap_lightning.data.domains import DomainDataModule
+from sap_lightning.data.fingerprints import digest
 from sap_lightning.errors import InputError
+from sap_lightning.files import as_json
 from sap_lightning.merging.average import Average
 from sap_lightning.merging.method import MergeMethod
 from sap_lightning.modules.clip_lora import CLIPLoRAModule
 from sap_lightning.modules.merge import MergeModule
-from sap_lightning.results import Result, Results, markdown_table, rich_table
-from sap_lightning.run_folder import RunFolder, hold_to
+from sap_lightning.poison import HONEST, Poison
+from sap_lightning.provenance import provenance
+from sap_lightning.results import CLIENT, ZERO_SHOT, Result, Results, markdown_table, rich_table, tabulate
+from sap_lightning.run_folder import FREE_SETTINGS, RunFolder, hold_to
 from sap_lightning.terminal import on_terminal, track
 
 log = logging.getLogger(__name__)
@@ -80,6 +86,20 @@ def _last_checkpoint(folder: Path) -> ModelCheckpoint:
     )
 
 
+class Point(NamedTuple):
+    """A model that is to be measured on an unseen domain.
+
+    Attributes:
+        result: what is known of it but the metrics.
+        adapters: what it is made of; nothing for zero-shot.
+        method: how; None for zero-shot and a client alone.
+    """
+
+    result: Result
+    adapters: Sequence[Adapter]
+    method: MergeMethod | None = None
+
+
 class OneShotFederation:
     """Runs the whole protocol in a run folder, and continues there what was interrupted.
 
@@ -90,10 +110,14 @@ class OneShotFederation:
         prune: scores and prunes the uploads.
         merge: merges and evaluates them.
         make_trainer: gives a Lightning Trainer for keyword arguments that override its own.
-        run_dir: folder of the run: config.yaml, clients, uploads, merged, results.json, results.csv.
+        run_dir: folder of the run: config.yaml, clients, uploads, merged, results and report.
         unseen: domains to hold out in turn; all of them if not given.
+        clients: domains whose clients take part; all of them if not given.
+        poison: a client that does harm; merges are then measured with and without it.
         config: settings that the run folder is held to; a folder of other settings is refused.
     """
+
+    keeps_models = True
 
     def __init__(
         self,
@@ -105,56 +129,77 @@ class OneShotFederation:
         make_trainer: TrainerFactory = L.Trainer,
         run_dir: str = "runs/federation",
         unseen: list[str] | str | None = None,
+        clients: list[str] | None = None,
+        poison: Poison = HONEST,
         config: Mapping[str, Any] | None = None,
     ) -> None:
         self.client = client
         self.data = data
         self.anchors = anchors
+        self.prune = prune
         self.merge = merge
         methods = [Average(), merge.method or prune.method_for(merge)]
         self.methods: dict[str, MergeMethod] = {method.name: method for method in methods}
+        self.sparsities: Sequence[float] = ()
+        self.variant: dict[str, Any] = {}
         self.make_trainer = make_trainer
         self.folder = RunFolder(run_dir)
-        self.unseen = _chosen(unseen, data.domains)
+        self.unseen = chosen_domains("federation.unseen", unseen, data.domains)
+        self.clients = chosen_domains("federation.clients", clients, data.domains)
+        self.poison = poison
         self.config = config
+        self.free_settings: Sequence[str] = FREE_SETTINGS
         self.server = make_trainer(callbacks=[prune], logger=server_logger(run_dir), **UNTRAINED)
         self.evaluator = make_trainer(logger=False, **UNTRAINED)
+        self._prepared: Preparation | None = None
+
+    @cached_property
+    def results(self) -> Results:
+        """The points that are known; of this run folder, if not set to others'."""
+        return Results(self.folder.path)
+
+    @cached_property
+    def provenance(self) -> dict[str, str]:
+        """What each row of the results was made with."""
+        return provenance(self.config or {})
 
     @property
     def domains(self) -> list[str]:
         """Domains that some unseen domain needs a client of."""
-        return [d for d in self.data.domains if any(d != unseen for unseen in self.unseen)]
-
-    @property
-    def rows(self) -> list[str]:
-        """What is measured: rows of the results table."""
-        return ["zero-shot", *(f"client {domain}" for domain in self.domains), *self.methods]
+        return [d for d in self.clients if any(d != unseen for unseen in self.unseen)]
 
     def run(self) -> Results:
-        """Trains, collects, merges and evaluates whatever is not done yet, and prints the results.
+        """Trains, collects, merges and evaluates whatever is not done yet, prints the table and writes the report.
 
         Raises:
             InputError: when the settings differ from the run folder's, or an upload is faulty.
         """
+        self.measure()
+        self.show()
+        return self.results
+
+    def measure(self) -> None:
+        """Trains, collects, merges and evaluates whatever is not done yet."""
         self.check()
         if self.config is not None:
-            hold_to(self.folder.path, self.config)
-        results = Results(self.folder.path)
-        adapters = self.collect(self.train())
+            hold_to(self.folder.path, self.config, self.free_settings)
+        self.adapters = self.collect(self.train())
+        self.honest = {adapter.sha256 for adapter in self.adapters}
+        self.sent = self.with_poison(self.adapters)
         for unseen in self.unseen:
-            self.evaluate(unseen, [adapter for adapter in adapters if adapter.name != unseen], results)
-        self.show(results)
-        return results
+            self.evaluate(unseen)
 
     def check(self) -> None:
         """Finds a faulty base, faulty anchors or too few clients for a method before clients train for hours."""
-        clients = min(len(set(self.data.domains) - {unseen}) for unseen in self.unseen)
+        clients = min(len(set(self.clients) - {unseen}) for unseen in self.unseen)
         for name, method in self.methods.items():
-            if clients < method.least_clients:
+            if clients < max(method.least_clients, 1):
                 raise InputError(
                     f"merge.method {name} needs at least {method.least_clients} clients at these settings, an unseen"
                     f" domain leaves {clients}; change its settings or the method"
                 )
+        if self.poison.domain is not None:
+            chosen_domains("federation.poison.domain", self.poison.domain, self.clients)
         self.merge.configure_model()
         self.merge.encode_captions(self.anchors.captions)
 
@@ -172,44 +217,137 @@ class OneShotFederation:
         adapters = self.merge.read_uploads(uploads)
         found, expected = sorted(adapter.name for adapter in adapters), sorted(upload.name for upload in uploads)
         if found != expected:
-            raise InputError(f"{self.folder.path / 'uploads'}: uploads are of domains {found}, expected {expected}")
+            raise InputError(f"{uploads[0].parent}: uploads are of domains {found}, expected {expected}")
         return adapters
 
-    def evaluate(self, unseen: str, adapters: Sequence[Adapter], results: Results) -> None:
+    def with_poison(self, honest: Sequence[Adapter]) -> list[Adapter]:
+        """The adapters as they are sent: the poisoned client's in place of its honest one."""
+        domain = self.poison.domain
+        if domain is None or domain not in self.domains:
+            return list(honest)
+        folder = self.folder.poisoned(self.poison.name)
+        if self.poison.poisons_labels:
+            data = self.poison.relabelled(self.data.for_domain(domain))
+            train_client(copy.deepcopy(self.client), data, folder, self.make_trainer, f"poisoned client {domain}")
+        elif not folder.upload(domain).exists():
+            self.poison.rewrite(self.folder.upload(domain), folder.upload(domain))
+        self.server.strategy.barrier()
+        others = [adapter for adapter in honest if adapter.name != domain]
+        return sorted([*others, *self.collect([folder.upload(domain)])], key=lambda adapter: adapter.sha256)
+
+    def evaluate(self, unseen: str) -> None:
         """Measures zero-shot, each client alone and each merge of the clients on a domain none of them has seen."""
         data = self.data.for_domain(unseen)
-        alone = {f"client {adapter.name}": [adapter] for adapter in sorted(adapters, key=lambda a: a.name)}
-        models: dict[str, Sequence[Adapter]] = {"zero-shot": ()} | alone | {name: adapters for name in self.methods}
-        todo = [row for row, of in models.items() if not results.has(self.result(row, unseen, of))]
-        for row in track(todo, f"evaluating on {unseen}"):
-            self.wear(row, models[row])
-            (metrics,) = self.evaluator.test(self.merge, datamodule=data, verbose=False)
-            log.info("%s on unseen %s: accuracy %.3f", row, unseen, metrics["accuracy"])
-            if row in self.methods:
-                self.keep(unseen, metrics)
-            results.add(self.result(row, unseen, models[row], metrics))
-            if self.evaluator.is_global_zero:
-                results.write(results.models(self.rows), self.unseen)
+        self.merge.remember_stem([*self.adapters, *self.sent])
+        todo = [point for point in self.points(unseen) if not self.results.has(point.result)]
+        for point in track(todo, f"evaluating on {unseen}"):
+            known = self.results.measured(point.result.measurement)
+            result = known or self.test(point, data)
+            self.results.add(replace(point.result, metrics=result.metrics, rejected=result.rejected))
 
-    def result(
-        self, row: str, unseen: str, adapters: Sequence[Adapter], metrics: Mapping[str, float] | None = None
-    ) -> Result:
-        """A cell of the table: what was measured, and all it depends on."""
-        settings = self.methods[row].settings | {"weights": self.merge.weights} if row in self.methods else {}
-        return Result(row, unseen, [adapter.sha256 for adapter in adapters], dict(metrics or {}), settings)
+    def test(self, point: Point, data: DomainDataModule) -> Result:
+        """Measures a model, and keeps what it said of each image and, of a merge, the model."""
+        self.wear(point)
+        (metrics,) = self.evaluator.test(self.merge, datamodule=data, verbose=False)
+        log.info("%s on unseen %s: accuracy %.3f", point.result.label, point.result.unseen, metrics["accuracy"])
+        self.results.keep_predictions(point.result.measurement, self.merge.predictions)
+        if point.method is not None and self.keeps_models and set(point.result.sources) <= self.honest:
+            self.keep(point.result.unseen, metrics)
+        rejected = self.merge.rejected if point.method is not None else []
+        return replace(point.result, metrics=dict(metrics), rejected=rejected)
 
-    def wear(self, row: str, adapters: Sequence[Adapter]) -> None:
-        """Makes the merge module the model of a row."""
-        self.merge.set_update({})
-        if row not in self.methods:
-            self.merge.set_update(adapters[0].layers if adapters else {})
+    def points(self, unseen: str) -> Iterator[Point]:
+        """All that is to be measured on an unseen domain, in an order that prepares each method once."""
+        honest, sent = ([a for a in adapters if a.name != unseen] for adapters in (self.adapters, self.sent))
+        yield self.point(ZERO_SHOT, unseen, ())
+        for adapter in sorted(honest, key=lambda adapter: adapter.name):
+            yield self.point(f"{CLIENT}{adapter.name}", unseen, [adapter])
+        poisoned = [adapter for adapter in sent if adapter.sha256 not in self.honest]
+        for adapter in poisoned:
+            yield self.point(f"{CLIENT}{adapter.name}, {self.poison.kind}", unseen, [adapter])
+        rejecting = ", rejecting outliers" if self.merge.reject_outliers else ""
+        for name, method in self.methods.items():
+            yield from self.swept(f"{name}{rejecting}", unseen, honest, method)
+            if poisoned:
+                yield from self.swept(f"{name}{rejecting}, {self.poison.label}", unseen, sent, method)
+
+    def swept(self, model: str, unseen: str, adapters: Sequence[Adapter], method: MergeMethod) -> Iterator[Point]:
+        """A merge at each sparsity, or at the method's own."""
+        if method.sparsity is None or not self.sparsities:
+            yield self.point(model, unseen, adapters, method, method.sparsity)
             return
-        self.merge.adapters = list(adapters)
-        self.merge.method = self.methods[row]
-        if self.merge.method.needs_anchors:
+        for sparsity in self.sparsities:
+            point = self.point(model, unseen, adapters, method, sparsity)
+            yield point._replace(result=replace(point.result, swept=True))
+
+    def point(
+        self,
+        model: str,
+        unseen: str,
+        adapters: Sequence[Adapter],
+        method: MergeMethod | None = None,
+        sparsity: float | None = None,
+    ) -> Point:
+        """A point, and all that its metrics depend on."""
+        settings = self.settings_of(method, sparsity) if method else {}
+        sources = [adapter.sha256 for adapter in adapters]
+        data = self.data
+        tested = [self.merge.base_fingerprint, list(self.merge.templates), data.root, data.class_names, unseen]
+        measurement = digest(tested, self.evaluator.precision, sources, settings)
+        result = Result(
+            model=model,
+            unseen=unseen,
+            measurement=measurement,
+            sparsity=sparsity,
+            seed=self.data.seed,
+            variant=self.variant,
+            settings=settings,
+            sources=sources,
+            provenance=self.provenance,
+        )
+        return Point(result, adapters, method)
+
+    def settings_of(self, method: MergeMethod, sparsity: float | None) -> dict[str, Any]:
+        """What decides the outcome of a merge beside the adapters, as JSON knows it."""
+        settings = {"method": method.name, **method.settings, "weights": self.merge.weights}
+        if sparsity is not None:
+            settings["sparsity"] = sparsity
+        if method.needs_anchors or self.merge.reject_outliers:
+            settings["anchors"] = {name: getattr(self.anchors, name) for name in ("root", "num_pairs", "noise")}
+        if self.merge.reject_outliers:
+            settings["reject_outliers"] = True
+        return dict(as_json(settings))
+
+    def wear(self, point: Point) -> None:
+        """Makes the merge module the model of a point; a method is prepared once for the same adapters."""
+        if point.method is None:
+            self.merge.set_update(point.adapters[0].layers if point.adapters else {})
+            return
+        preparation = Preparation(point.method, [adapter.sha256 for adapter in point.adapters])
+        self.merge.sparsity = point.result.sparsity
+        if preparation == self._prepared:
+            self.merge.apply()
+            return
+        self._prepared = None
+        self.merge.set_update({})
+        self.merge.adapters, self.merge.method = list(point.adapters), point.method
+        if self.merge.looks_at_anchors:
             self.server.validate(self.merge, datamodule=self.anchors, verbose=False)
         else:
             self.merge.merge()
+        self._prepared = preparation
+
+    def show(self) -> None:
+        """Prints the results table, and puts it into TensorBoard."""
+        if not self.server.is_global_zero:
+            return
+        rows = tabulate(self.results, self.unseen)
+        for board in tensorboards(self.server):
+            board.add_text("results", markdown_table(rows, self.unseen))
+            board.flush()
+        console = Console()
+        console.print(rich_table(rows, self.unseen))
+        console.print(f"Table: {self.results.csv}\nFigures: tensorboard --logdir {self.folder.path}", highlight=False)
 
     def keep(self, unseen: str, metrics: Mapping[str, float]) -> None:
         """Writes the merged model to the run folder, in place of one that was merged otherwise."""
@@ -220,26 +358,25 @@ class OneShotFederation:
             merged.save(folder, self.merge.format, self.merge.rank)
         self.server.strategy.barrier()
 
-    def show(self, results: Results) -> None:
-        """Prints the results table, and puts it into TensorBoard."""
-        if not self.server.is_global_zero:
-            return
-        rows = results.models(self.rows)
-        for board in tensorboards(self.server):
-            board.add_text("results", markdown_table(results, rows, self.unseen))
-            board.flush()
-        console = Console()
-        console.print(rich_table(results, rows, self.unseen))
-        console.print(f"Table: {results.csv}\nFigures: tensorboard --logdir {self.folder.path}", highlight=False)
+
+class Preparation(NamedTuple):
+    """What a method was last prepared for: adapters by their hashes."""
+
+    method: MergeMethod
+    sources: list[str]
 
 
-def _chosen(unseen: list[str] | str | None, domains: Sequence[str]) -> list[str]:
-    chosen = list(domains) if unseen is None else [unseen] if isinstance(unseen, str) else unseen
-    unknown = sorted(set(chosen) - set(domains))
-    if unknown:
-        raise InputError(f"federation.unseen {', '.join(unknown)}: no such domain; there are {', '.join(domains)}")
-    if not chosen:
-        raise InputError(f"federation.unseen is empty; choose from {', '.join(domains)}, or null for all")
+def chosen_domains(setting: str, chosen: Sequence[str] | str | None, domains: Sequence[str]) -> list[str]:
+    """The domains that a setting names, all where it names none.
+
+    Raises:
+        InputError: naming the setting, when it is empty or names others, or when there are not two domains.
+    """
     if len(domains) < 2:
         raise InputError(f"data.root holds the one domain {', '.join(domains)}; a federation needs at least two")
-    return chosen
+    names = list(domains) if chosen is None else [chosen] if isinstance(chosen, str) else list(chosen)
+    if unknown := sorted(set(names) - set(domains)):
+        raise InputError(f"{setting} {', '.join(unknown)}: no such domain; there are {', '.join(domains)}")
+    if not names:
+        raise InputError(f"{setting} is empty; choose from {', '.join(domains)}, or null for all")
+    return names

@@ -1,16 +1,29 @@
-"""The results table of a federation: a row for each model, a column for each unseen domain."""
+"""Every measured point of a run, on disk as soon as it is known, and the table made of them."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field
+from collections import defaultdict
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
+import torch
+from lightning.pytorch.utilities import rank_zero_only
 from rich.table import Table
+from safetensors.torch import load_file, save_file
+from torch import Tensor
 
+from sap_lightning.errors import InputError
 from sap_lightning.files import as_json, write_csv, write_json
+from sap_lightning.functional.statistics import Interval, bootstrap_difference, mean_and_std
+
+ZERO_SHOT = "zero-shot"
+AVERAGE = "average"
+CLIENT = "client "
+BEST_CLIENT = "best client"
+CSV_METRICS = ("accuracy", "macro_accuracy", "ece")
 
 
 @dataclass(frozen=True)
@@ -18,97 +31,300 @@ class Result:
     """One model measured on one unseen domain.
 
     Attributes:
-        model: the table's row: zero-shot, client <domain>, or a merge method.
+        model: zero-shot, client <domain>, or what the merge is called.
         unseen: the domain it was measured on.
-        sources: hashes of the adapters it was made from.
-        metrics: accuracy, macro_accuracy and accuracy/<class>, as shares of 1.
+        measurement: digest of all that the metrics depend on.
+        sparsity: ρ; None where nothing is pruned.
+        swept: whether the merge was measured at several sparsities, each a row of its own.
+        seed: of the clients' training.
+        variant: the settings that a sweep changed for this point, by name.
+        metrics: accuracy, macro_accuracy, ece and accuracy/<class>, as shares of 1.
         settings: those of the merge.
+        sources: hashes of the adapters it was made from.
+        rejected: names of clients that the server left out.
+        provenance: config hash, git commit and package versions.
     """
 
     model: str
     unseen: str
-    sources: list[str]
-    metrics: dict[str, float]
+    measurement: str
+    sparsity: float | None = None
+    swept: bool = False
+    seed: int = 0
+    variant: dict[str, Any] = field(default_factory=dict)
+    metrics: dict[str, float] = field(default_factory=dict)
     settings: dict[str, Any] = field(default_factory=dict)
+    sources: list[str] = field(default_factory=list)
+    rejected: list[str] = field(default_factory=list)
+    provenance: dict[str, str] = field(default_factory=dict)
 
     @property
-    def identity(self) -> str:
-        """All that the metrics depend on."""
-        return json.dumps([self.model, self.unseen, self.sources, self.settings], sort_keys=True, default=str)
+    def label(self) -> str:
+        """The row of the table that it belongs to."""
+        sparsity = f" ρ={self.sparsity:g}" if self.swept else ""
+        return f"{self.model}{sparsity}{self.variant_label}"
+
+    @property
+    def variant_label(self) -> str:
+        """What a sweep changed, as the end of a label."""
+        return "".join(f", {name.rsplit('.', 1)[-1]}={_short(value)}" for name, value in self.variant.items())
+
+
+class Predictions(NamedTuple):
+    """What a model said of the images of a domain.
+
+    Attributes:
+        probabilities: of each class, shape (n, classes), float32.
+        labels: the true classes, shape (n,).
+        images: positions of the images in the domain, shape (n,).
+    """
+
+    probabilities: Tensor
+    labels: Tensor
+    images: Tensor
+
+    @property
+    def predicted(self) -> Tensor:
+        """The class of highest probability, shape (n,)."""
+        return self.probabilities.argmax(1)
+
+    @property
+    def correct(self) -> Tensor:
+        """Whether each image was classified right, shape (n,), bool."""
+        return self.predicted == self.labels
 
 
 class Results:
-    """Results that are on disk as soon as they are known, so that an interrupted run continues."""
+    """The points of a run folder: results.json, results.csv (a line for each point) and predictions/."""
 
     def __init__(self, folder: Path) -> None:
+        self.folder = folder
         self.json = folder / "results.json"
         self.csv = folder / "results.csv"
-        stored = json.loads(self.json.read_text(encoding="utf-8")) if self.json.is_file() else []
-        self.rows = [Result(**row) for row in stored]
+        self.rows = _read(self.json) if self.json.is_file() else []
 
-    def has(self, result: Result) -> bool:
-        """Whether this very model has been measured on this domain."""
-        return any(r.identity == result.identity for r in self.rows)
+    def has(self, point: Result) -> bool:
+        """Whether this very point is known."""
+        return any(_cell(row) == _cell(point) for row in self._of_measurement(point.measurement))
 
-    def models(self, first: Sequence[str]) -> list[str]:
-        """These models and whatever else has been measured in this folder: the table's rows."""
-        return [*first, *dict.fromkeys(row.model for row in self.rows if row.model not in first)]
+    def measured(self, measurement: str) -> Result | None:
+        """A result of the same model on the same images, whatever it was called there."""
+        return next(iter(self._of_measurement(measurement)), None)
+
+    def _of_measurement(self, measurement: str) -> list[Result]:
+        if not self._predictions_file(measurement).is_file():
+            return []
+        return [row for row in self.rows if row.measurement == measurement]
 
     def add(self, result: Result) -> None:
-        """Takes the place of an earlier result of the same model on this domain, and with other settings on any."""
-        self.rows = [r for r in self.rows if not self._replaces(result, r)] + [result]
+        """Takes the place of an earlier result in the same cell, and of other settings' in the same row; writes."""
+        self.rows = [row for row in self.rows if not _replaces(result, row)] + [result]
+        self.write()
 
-    def _replaces(self, new: Result, old: Result) -> bool:
-        return new.model == old.model and (new.unseen == old.unseen or new.settings != old.settings)
-
-    def write(self, models: Sequence[str], unseen: Sequence[str]) -> None:
-        """Writes results.json and, as a table of these rows and columns, results.csv."""
-        self.rows.sort(key=lambda r: (models.index(r.model) if r.model in models else len(models), r.model, r.unseen))
+    @rank_zero_only
+    def write(self) -> None:
+        """Writes results.json and results.csv, each in one step."""
         write_json(self.json, as_json([asdict(row) for row in self.rows]))
-        table = [["model", *unseen, "mean"]]
-        for model in models:
-            values = self.accuracies(model, unseen)
-            table.append([model, *("" if v is None else f"{v:.4f}" for v in [*values, mean(values)])])
-        write_csv(self.csv, table)
+        head = ["model", "sparsity", "unseen", "seed", "variant", *CSV_METRICS, "rejected", "settings", "sources"]
+        write_csv(self.csv, [[*head, "measurement", "config", "commit", "versions"], *map(_csv_row, self.rows)])
 
-    def accuracies(self, model: str, unseen: Sequence[str]) -> list[float | None]:
-        """Top-1 accuracy on each domain; None where the domain is no unseen one for this model."""
-        found = {r.unseen: r.metrics["accuracy"] for r in self.rows if r.model == model}
-        return [found.get(domain) for domain in unseen]
+    @property
+    def unseen(self) -> list[str]:
+        """The unseen domains, sorted."""
+        return sorted({row.unseen for row in self.rows})
+
+    @property
+    def labels(self) -> list[str]:
+        """The table's rows: zero-shot, clients, then merges in the order of measurement."""
+        clients = sorted(row.label for row in self.rows if row.model.startswith(CLIENT))
+        zero_shot = [row.label for row in self.rows if row.model == ZERO_SHOT]
+        return list(dict.fromkeys([*zero_shot, *clients, *(row.label for row in self.rows)]))
+
+    def of(self, label: str) -> list[Result]:
+        """The results of a row of the table."""
+        return [row for row in self.rows if row.label == label]
+
+    def predictions(self, result: Result) -> Predictions:
+        """What the measured model said of every image."""
+        return Predictions(**load_file(self._predictions_file(result.measurement)))
+
+    @rank_zero_only
+    def keep_predictions(self, measurement: str, predictions: Predictions) -> None:
+        """Stores what a model said of every image, before its result is added."""
+        file = self._predictions_file(measurement)
+        file.parent.mkdir(parents=True, exist_ok=True)
+        staging = file.with_suffix(".partial")
+        save_file({name: tensor.contiguous() for name, tensor in predictions._asdict().items()}, staging)
+        staging.replace(file)
+
+    def _predictions_file(self, measurement: str) -> Path:
+        return self.folder / "predictions" / f"{measurement}.safetensors"
 
 
-def mean(values: Sequence[float | None]) -> float | None:
-    """Mean of the values there are."""
-    known = [value for value in values if value is not None]
-    return sum(known) / len(known) if known else None
+class Spread(NamedTuple):
+    """Mean and sample standard deviation over seeds, and their number."""
+
+    mean: float
+    std: float
+    seeds: int
+
+    def __str__(self) -> str:
+        return f"{self.mean:.3f}" + (f" ± {self.std:.3f}" if self.seeds > 1 else "")
 
 
-def rich_table(results: Results, models: Sequence[str], unseen: Sequence[str]) -> Table:
+class TableRow(NamedTuple):
+    """A row of the table.
+
+    Attributes:
+        label: what it is called.
+        cells: top-1 accuracy on each unseen domain; None where the model has none.
+        mean: over the unseen domains, its spread over seeds.
+        ece: expected calibration error, mean over domains and seeds.
+        over_average: paired difference to the plain average on the same images, with a 95 % bootstrap interval.
+        over_zero_shot: the same to zero-shot.
+    """
+
+    label: str
+    cells: list[Spread | None]
+    mean: Spread
+    ece: float
+    over_average: Interval | None
+    over_zero_shot: Interval | None
+
+
+def tabulate(results: Results, unseen: Sequence[str], labels: Sequence[str] | None = None) -> list[TableRow]:
+    """The table's rows in the order of the labels (all, if not given), best client after the clients.
+
+    The best client is for each unseen domain the client that does best there: an upper bound on choosing one, since
+    the choice takes labels of the unseen domain.
+    """
+    rows = [results.of(label) for label in (results.labels if labels is None else labels)]
+    rows = [[row for row in of if row.unseen in unseen] for of in rows]
+    clients = [row for of in rows for row in of if row.model.startswith(CLIENT)]
+    if clients:
+        last = max(index for index, of in enumerate(rows) if of and of[0].model.startswith(CLIENT))
+        rows[last + 1 : last + 1] = _best_clients(clients)
+    every = [row for of in rows for row in of]
+    return [_table_row(results, of, every, unseen) for of in rows if of]
+
+
+def _best_clients(clients: Iterable[Result]) -> list[list[Result]]:
+    best: dict[tuple[str, int, str], Result] = {}
+    for row in sorted(clients, key=lambda row: -row.metrics["accuracy"]):
+        best.setdefault((row.variant_label, row.seed, row.unseen), replace(row, model=BEST_CLIENT))
+    by_label: dict[str, list[Result]] = defaultdict(list)
+    for row in best.values():
+        by_label[row.label].append(row)
+    return list(by_label.values())
+
+
+def _table_row(results: Results, row: list[Result], every: Sequence[Result], unseen: Sequence[str]) -> TableRow:
+    by_seed: dict[int, list[float]] = defaultdict(list)
+    for result in row:
+        by_seed[result.seed].append(result.metrics["accuracy"])
+    return TableRow(
+        row[0].label,
+        [_spread([r.metrics["accuracy"] for r in row if r.unseen == domain]) for domain in unseen],
+        Spread(*mean_and_std([sum(values) / len(values) for values in by_seed.values()]), len(by_seed)),
+        sum(result.metrics["ece"] for result in row) / len(row),
+        difference(results, row, [r for r in every if r.model == AVERAGE]),
+        difference(results, row, [r for r in every if r.model == ZERO_SHOT]),
+    )
+
+
+def difference(results: Results, row: Sequence[Result], reference: Sequence[Result]) -> Interval | None:
+    """Accuracy of a row over that of a reference, on the images, seeds and variants that both have; None if none."""
+    others = {(r.unseen, r.seed, r.variant_label): r for r in reference}
+    pairs = [(r, others.get((r.unseen, r.seed, r.variant_label))) for r in row]
+    by_domain: dict[str, list[tuple[Tensor, Tensor]]] = defaultdict(list)
+    for own, other in sorted(((o, t) for o, t in pairs if t is not None), key=lambda pair: pair[0].seed):
+        correct = results.predictions(own).correct, results.predictions(other).correct
+        by_domain[own.unseen].append(correct)
+    if not by_domain or row[0].model == reference[0].model:
+        return None
+    stacked = [tuple(map(torch.stack, zip(*by_domain[name], strict=True))) for name in sorted(by_domain)]
+    return bootstrap_difference([own for own, _ in stacked], [other for _, other in stacked])
+
+
+def rich_table(rows: Sequence[TableRow], unseen: Sequence[str]) -> Table:
     """The table for a terminal, the best of each column in bold; – where a client has seen the domain."""
     table = Table("model", title="top-1 accuracy on unseen domains")
     for domain in [*unseen, "mean"]:
         table.add_column(domain, justify="right")
-    rows = {model: _with_mean(results.accuracies(model, unseen)) for model in models}
-    best = [max(v for v in column if v is not None) for column in zip(*rows.values(), strict=True)]
-    for model, values in rows.items():
-        table.add_row(model, *(_cell(value, value == top) for value, top in zip(values, best, strict=True)))
+    best = best_cells(rows)
+    for row in rows:
+        cells = zip([*row.cells, row.mean], best, strict=True)
+        table.add_row(row.label, *(_marked(cell, top, "[bold]{}[/bold]") for cell, top in cells))
     return table
 
 
-def markdown_table(results: Results, models: Sequence[str], unseen: Sequence[str]) -> str:
-    """The table for TensorBoard's text tab and for documents."""
-    lines = [["model", *unseen, "mean"], ["---"] + ["---:"] * (len(unseen) + 1)]
-    for model in models:
-        values = _with_mean(results.accuracies(model, unseen))
-        lines.append([model, *("–" if value is None else f"{value:.3f}" for value in values)])
-    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+def markdown_table(rows: Sequence[TableRow], unseen: Sequence[str]) -> str:
+    """The table for TensorBoard's text tab and for documents, with calibration and paired differences."""
+    head = ["model", *unseen, "mean", "ECE", "over average [95 %]", "over zero-shot [95 %]"]
+    lines = [head, ["---"] + ["---:"] * (len(head) - 1)]
+    best = best_cells(rows)
+    for row in rows:
+        cells = [_marked(cell, top, "**{}**") for cell, top in zip([*row.cells, row.mean], best, strict=True)]
+        differences = [interval_text(value) for value in (row.over_average, row.over_zero_shot)]
+        lines.append([row.label, *cells, f"{row.ece:.3f}", *differences])
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines) + "\n"
 
 
-def _with_mean(values: list[float | None]) -> list[float | None]:
-    return [*values, mean(values)]
+def best_cells(rows: Sequence[TableRow]) -> list[float]:
+    """The highest value of each unseen domain and of the mean, as printed."""
+    columns = zip(*([*row.cells, row.mean] for row in rows), strict=True)
+    return [max((round(cell.mean, 3) for cell in column if cell), default=0.0) for column in columns]
 
 
-def _cell(value: float | None, best: bool) -> str:
-    if value is None:
+def interval_text(interval: Interval | None) -> str:
+    """A difference in points of accuracy with its interval, such as +1.2 [0.3, 2.1]."""
+    if interval is None:
         return "–"
-    return f"[bold]{value:.3f}[/bold]" if best else f"{value:.3f}"
+    return f"{100 * interval.difference:+.1f} [{100 * interval.low:.1f}, {100 * interval.high:.1f}]"
+
+
+def _spread(values: Sequence[float]) -> Spread | None:
+    return Spread(*mean_and_std(values), len(values)) if values else None
+
+
+def _marked(cell: Spread | None, best: float, mark: str) -> str:
+    if cell is None:
+        return "–"
+    return mark.format(cell) if round(cell.mean, 3) == best else str(cell)
+
+
+def _read(file: Path) -> list[Result]:
+    try:
+        return [Result(**row) for row in json.loads(file.read_text(encoding="utf-8"))]
+    except (ValueError, TypeError) as error:
+        raise InputError(f"{file}: not results of this version ({error}); use another --federation.run_dir") from error
+
+
+def _cell(result: Result) -> tuple[str, str, int]:
+    return result.label, result.unseen, result.seed
+
+
+def _replaces(new: Result, old: Result) -> bool:
+    if new.label != old.label:
+        return False
+    return _cell(new) == _cell(old) or new.settings != old.settings
+
+
+def _csv_row(row: Result) -> list[object]:
+    metrics = [f"{row.metrics[name]:.6f}" for name in CSV_METRICS]
+    point = [row.model, "" if row.sparsity is None else row.sparsity, row.unseen, row.seed, _json(row.variant)]
+    made = [";".join(row.rejected), _json(row.settings), ";".join(row.sources), row.measurement]
+    return [*point, *metrics, *made, *(row.provenance.get(name, "") for name in ("config", "commit", "versions"))]
+
+
+def _json(values: Mapping[str, Any]) -> str:
+    return json.dumps(values, sort_keys=True, default=str) if values else ""
+
+
+def _short(value: Any) -> str:
+    """A setting in a label: lists without brackets, paths by their last part."""
+    if isinstance(value, list):
+        return "+".join(map(_short, value))
+    if isinstance(value, str):
+        return value.rstrip("/").rsplit("/", 1)[-1]
+    return f"{value:g}" if isinstance(value, float) else str(value)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,19 +14,24 @@ from sap_lightning.files import write_text
 FREE_SETTINGS = (
     "federation.run_dir",
     "federation.unseen",
+    "federation.clients",
+    "federation.poison",
     "data.domain",
     "data.num_workers",
     "anchors.num_workers",
     "merge.method",
+    "merge.reject_outliers",
     "merge.report",
     "merge.push_to_hub",
 )
 """Settings, and groups of them, that may change from one start to the next: what is in the folder does not depend on
-them."""
+them, or says itself what it was made with."""
+SERVER_SETTINGS = (*FREE_SETTINGS, "federation", "anchors", "prune", "merge")
+"""Settings that no client's training depends on."""
 
 
 class RunFolder:
-    """config.yaml, clients/<domain>, uploads/<domain>, merged/<unseen>/<method>, results.json and results.csv."""
+    """config.yaml, clients/<domain>, uploads/<domain>, merged/<unseen>/<method>, results, report; poisoned/<what>."""
 
     def __init__(self, path: str | Path) -> None:
         self.path = Path(path)
@@ -39,13 +44,22 @@ class RunFolder:
         """What a client sent."""
         return self.path / "uploads" / domain
 
+    def poisoned(self, name: str) -> RunFolder:
+        """Training and upload of a poisoned client."""
+        return RunFolder(self.path / "poisoned" / name)
+
     def merged(self, unseen: str, method: str) -> Path:
         """A merged model, made without the unseen domain's client."""
         return self.path / "merged" / unseen / method
 
 
-def hold_to(folder: Path, config: Mapping[str, Any]) -> None:
+def hold_to(folder: Path, config: Mapping[str, Any], free: Sequence[str] = FREE_SETTINGS) -> None:
     """Writes the folder's config.yaml, or compares with the one that stands once training has begun.
+
+    Args:
+        folder: of a run or of a client.
+        config: all settings.
+        free: settings, and groups of them, that may differ.
 
     Raises:
         InputError: naming every setting that differs.
@@ -60,7 +74,7 @@ def hold_to(folder: Path, config: Mapping[str, Any]) -> None:
     changed = [
         f"{key} was {before.get(key)!r}, is {now.get(key)!r}"
         for key in sorted(before.keys() | now.keys())
-        if before.get(key) != now.get(key) and not _is_free(key)
+        if before.get(key) != now.get(key) and not _is_free(key, free)
     ]
     if changed:
         raise InputError(
@@ -69,8 +83,8 @@ def hold_to(folder: Path, config: Mapping[str, Any]) -> None:
         )
 
 
-def _is_free(key: str) -> bool:
-    return any(key == free or key.startswith(f"{free}.") for free in FREE_SETTINGS)
+def _is_free(key: str, free: Sequence[str]) -> bool:
+    return any(key == name or key.startswith(f"{name}.") for name in free)
 
 
 def _flat(config: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 from collections.abc import Iterator
 from functools import cached_property
@@ -17,13 +18,15 @@ from torch.utils.data import DataLoader, Dataset
 
 from sap_lightning.data.cache import load_pixels
 from sap_lightning.data.fingerprints import file_fingerprint
-from sap_lightning.data.images import Picture, file_picture
+from sap_lightning.data.images import SUFFIXES, Picture, file_picture
 from sap_lightning.data.loaders import eval_sampler, make_loader, process_of, share
 from sap_lightning.data.preprocess import Preprocess
+from sap_lightning.data.sources import images_in, subfolders
 from sap_lightning.data.tables import image_column, is_table, load_table, table_fingerprint, table_pictures
 from sap_lightning.errors import InputError
 
 CAPTION_COLUMNS = ("captions", "caption", "sentences", "text")
+CLASS_CAPTION = "a photo of a {}."
 
 
 class AnchorBatch(NamedTuple):
@@ -68,14 +71,20 @@ class Pairs(NamedTuple):
 class AnchorDataModule(LightningDataModule):
     """The first image–caption pairs of a public collection, for `trainer.validate`.
 
+    For ablations, a folder of labelled images is a collection too, and noise can stand in for the images.
+
     Args:
         root: Folder with images and a `captions.jsonl` (`file_name`, and `captions` or `caption`), folder of a saved
-            or parquet dataset, or id of a dataset on the hub. The first caption of each image is used.
+            or parquet dataset, or id of a dataset on the hub; the first caption of each image is used. Or a folder
+            `class/image` without `captions.jsonl`: each image's caption is then `a photo of a <class>.`, and the order
+            is the first image of every class, then the second of every class, and so on.
         num_pairs: How many pairs to use, from the first on.
         base: Hub id or folder of the CLIP checkpoint whose preprocessing to apply.
         batch_size: Images per batch over all processes.
         cache: Whether to keep decoded images on disk, see `sap_lightning.data.cache`.
         num_workers: Loader processes; decoded images need none.
+        noise: Replace the images by random noise, as a control: pixels uniform in 0…255 after resizing, the same at
+            every use. The captions stay, and the images are not decoded.
 
     Raises:
         InputError: on use, for anything wrong with these arguments or with the data.
@@ -89,6 +98,7 @@ class AnchorDataModule(LightningDataModule):
         batch_size: int = 32,
         cache: bool = True,
         num_workers: int = 0,
+        noise: bool = False,
     ) -> None:
         super().__init__()
         if num_pairs < 2:
@@ -101,6 +111,7 @@ class AnchorDataModule(LightningDataModule):
         self.batch_size = batch_size
         self.cache = cache
         self.num_workers = num_workers
+        self.noise = noise
 
     @property
     def captions(self) -> list[str]:
@@ -150,28 +161,54 @@ class AnchorDataModule(LightningDataModule):
 
     def _load(self) -> AnchorSet:
         pictures, _, fingerprint = self._pairs
+        if self.noise:
+            return AnchorSet(noise_images((len(pictures), *self._preprocess.shape)))
         pixels = load_pixels(pictures, fingerprint, self._preprocess, self.cache)
         for position, reason in pixels.corrupt.items():
             raise InputError(f"{self.root}: anchor {pictures[position].name} cannot be decoded: {reason}")
         return AnchorSet(pixels.images)
 
 
+def noise_images(shape: tuple[int, ...]) -> np.ndarray:
+    """uint8 pixels drawn uniformly, always the same."""
+    generator = torch.Generator().manual_seed(0)
+    return torch.randint(256, shape, dtype=torch.uint8, generator=generator).numpy()
+
+
 def pairs_in_folder(folder: Path, num_pairs: int) -> Pairs:
-    """The first pairs that a folder's `captions.jsonl` lists.
+    """The first pairs of a folder: those its `captions.jsonl` lists, or without one those of its class folders.
 
     Raises:
-        InputError: no such file, a bad line, a missing image, or too few pairs.
+        InputError: neither is there, a bad line, a missing image, or too few pairs.
     """
     listing = folder / "captions.jsonl"
-    if not listing.is_file():
-        raise InputError(f"{listing}: no such file; anchors need one JSON object per line: file_name, captions")
+    files, captions = _listed(listing, num_pairs) if listing.is_file() else _by_class(folder, num_pairs)
+    return Pairs([file_picture(file, folder) for file in files], captions, file_fingerprint(files))
+
+
+def _listed(listing: Path, num_pairs: int) -> tuple[list[Path], list[str]]:
+    """Images and captions of a listing's first lines."""
     files, captions = [], []
     for where, entry in _entries(listing):
-        files.append(_image_file(folder, entry, where))
+        files.append(_image_file(listing.parent, entry, where))
         captions.append(_caption(next((entry[key] for key in CAPTION_COLUMNS if key in entry), None), where))
         if len(files) == num_pairs:
-            return Pairs([file_picture(file, folder) for file in files], captions, file_fingerprint(files))
+            return files, captions
     raise InputError(f"{listing}: num_pairs is {num_pairs}, but the file has {len(files)}")
+
+
+def _by_class(folder: Path, num_pairs: int) -> tuple[list[Path], list[str]]:
+    """Images of `class/image`, one of every class in turn, with captions that name the class."""
+    rounds = itertools.zip_longest(*(images_in(label) for label in subfolders(folder)))
+    files = [file for one_of_each in rounds for file in one_of_each if file is not None][:num_pairs]
+    if not files:
+        raise InputError(
+            f"{folder}: neither a captions.jsonl (one JSON object per line: file_name, captions)"
+            f" nor images class/image with {', '.join(sorted(SUFFIXES))}; anchors need one of them"
+        )
+    if len(files) < num_pairs:
+        raise InputError(f"{folder}: num_pairs is {num_pairs}, but the class folders have {len(files)} images")
+    return files, [CLASS_CAPTION.format(file.parent.name.replace("_", " ")) for file in files]
 
 
 def pairs_in_table(table: datasets.Dataset, root: str, num_pairs: int) -> Pairs:

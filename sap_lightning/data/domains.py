@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import copy
 import logging
+from collections.abc import Callable
 from functools import cached_property
 
 import torch
 from lightning.pytorch import LightningDataModule
 from lightning.pytorch.utilities import rank_zero_only
+from torch import Tensor
 from torch.utils.data import DataLoader
 
 from sap_lightning.data.augment import epoch_crops, resized_crop
@@ -41,6 +43,9 @@ class DomainDataModule(LightningDataModule):
         domain_column: Column of a dataset that names the domain.
         label_column: Column of a dataset that holds the class.
         seed: Seed of the split, the shuffling and the augmentation.
+
+    Attributes:
+        relabel: Gives other labels to the training part, from its own (n,) and the number of classes; None keeps them.
 
     Raises:
         InputError: on use, for anything wrong with these arguments or with the data.
@@ -77,6 +82,7 @@ class DomainDataModule(LightningDataModule):
         self.domain_column = domain_column
         self.label_column = label_column
         self.seed = seed
+        self.relabel: Callable[[Tensor, int], Tensor] | None = None
         self._given_names = class_names
         self._fingerprint: str | None = None
 
@@ -96,9 +102,9 @@ class DomainDataModule(LightningDataModule):
         return len(self._train)
 
     def for_domain(self, name: str) -> DomainDataModule:
-        """The same settings for another domain."""
+        """The same settings for another domain; its labels are its own, whatever `relabel` does here."""
         other = copy.copy(self)
-        other.domain, other.trainer, other._fingerprint = name, None, None
+        other.domain, other.trainer, other.relabel, other._fingerprint = name, None, None, None
         return other
 
     def prepare_data(self) -> None:
@@ -122,7 +128,7 @@ class DomainDataModule(LightningDataModule):
                 " leaves none to train on"
             )
         self._val = self._part(usable[order[:num_val]].sort().values)
-        self._train = self._part(usable[order[num_val:]].sort().values)
+        self._train = self._train_part(usable[order[num_val:]].sort().values)
         self._test = self._part(usable)
 
     def train_dataloader(self) -> DataLoader[Batch]:
@@ -177,8 +183,15 @@ class DomainDataModule(LightningDataModule):
         report_corrupt(samples.pictures, self._pixels, f"{self.root}: domain {self.domain!r}")
         self._fingerprint = samples.fingerprint
 
-    def _part(self, rows: torch.Tensor) -> PixelDataset:
+    def _part(self, rows: Tensor) -> PixelDataset:
         return PixelDataset(self._pixels.images, self._labels, rows)
+
+    def _train_part(self, rows: Tensor) -> PixelDataset:
+        if self.relabel is None:
+            return self._part(rows)
+        labels = self._labels.clone()
+        labels[rows] = self.relabel(labels[rows], len(self.class_names))
+        return PixelDataset(self._pixels.images, labels, rows)
 
     def _eval_loader(self, part: PixelDataset) -> DataLoader[Batch]:
         world_size, rank = process_of(self.trainer)

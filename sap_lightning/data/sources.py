@@ -67,8 +67,8 @@ class ImageFolder:
     def __init__(self, root: Path) -> None:
         self._root = root
         per_domain = {
-            domain.name: [name.name for name in _subfolders(domain) if next(_images(name), None)]
-            for domain in _subfolders(root)
+            domain.name: [name.name for name in subfolders(domain) if next(images_in(name), None)]
+            for domain in subfolders(root)
         }
         self.domains = sorted(domain for domain, classes in per_domain.items() if classes)
         self.classes = sorted(set().union(*per_domain.values()))
@@ -79,7 +79,7 @@ class ImageFolder:
 
     def samples(self, domain: str) -> Samples:
         """The images of one domain sorted by class, then by file name."""
-        files = [file for folder in _subfolders(self._root / domain) for file in _images(folder)]
+        files = [file for folder in subfolders(self._root / domain) for file in images_in(folder)]
         return Samples(
             [file_picture(file, self._root) for file in files],
             [file.parent.name for file in files],
@@ -125,11 +125,13 @@ def _names(table: datasets.Dataset, column: str, root: str) -> list[str]:
     return values
 
 
-def _subfolders(folder: Path) -> list[Path]:
+def subfolders(folder: Path) -> list[Path]:
+    """The folders in a folder, sorted, without hidden ones."""
     return [path for path in _visible(folder) if path.is_dir()]
 
 
-def _images(folder: Path) -> Iterator[Path]:
+def images_in(folder: Path) -> Iterator[Path]:
+    """The image files in a folder, sorted, without hidden ones."""
     return (path for path in _visible(folder) if path.suffix.lower() in SUFFIXES and path.is_file())
 
 

@@ -9,7 +9,7 @@ import lightning as L
 from torch import Tensor, nn
 from torch.nn.functional import normalize
 from torchmetrics import MetricCollection
-from torchmetrics.classification import MulticlassAccuracy
+from torchmetrics.classification import MulticlassAccuracy, MulticlassCalibrationError
 
 
 def data_of(trainer: L.Trainer) -> Any:
@@ -18,13 +18,14 @@ def data_of(trainer: L.Trainer) -> Any:
 
 
 def accuracy_metrics(class_names: Sequence[str]) -> MetricCollection:
-    """Top-1, macro and per-class accuracy."""
+    """Top-1, macro and per-class accuracy, and expected calibration error (15 bins; Guo et al. 2017, arXiv:1706.04599)."""
     classes = len(class_names)
     return MetricCollection(
         {
             "accuracy": MulticlassAccuracy(classes, average="micro"),
             "macro_accuracy": MulticlassAccuracy(classes, average="macro"),
             "class_accuracy": MulticlassAccuracy(classes, average="none"),
+            "ece": MulticlassCalibrationError(classes),
         }
     )
 
@@ -55,7 +56,11 @@ class CLIPClassifier(L.LightningModule):
 
     def forward(self, images: Tensor) -> Tensor:
         """Logits, shape (n, classes), of normalised images (n, 3, h, w)."""
-        return self.logit_scale * self.image_features(images).float() @ self.class_features.T
+        return self.logits(self.image_features(images))
+
+    def logits(self, features: Tensor) -> Tensor:
+        """Logits, shape (n, classes), of normalised image features (n, d)."""
+        return self.logit_scale * features.float() @ self.class_features.T
 
     def log_accuracy(self, prefix: str = "") -> None:
         """Logs what the metrics have gathered since the last call."""

@@ -2,27 +2,43 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+import logging
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Literal
 
 import torch
 from torch import Tensor
+from torch.nn.functional import normalize
+from torchmetrics import CatMetric
 
 from sap_lightning.adapter import Adapter, fingerprint, layer_shapes
-from sap_lightning.base import TextEncoder, linear_shapes, linear_weight, load_base, model_type
+from sap_lightning.base import (
+    StemCache,
+    TextEncoder,
+    first_changed,
+    linear_shapes,
+    linear_weight,
+    load_base,
+    model_type,
+)
 from sap_lightning.data.anchors import AnchorBatch
 from sap_lightning.data.domains import Batch
 from sap_lightning.errors import InputError
 from sap_lightning.functional.lora import Update, dense
 from sap_lightning.functional.masking import Scope
+from sap_lightning.functional.outliers import OUTLIER, robust_z_scores
 from sap_lightning.functional.rescaling import Rescale
 from sap_lightning.functional.saliency import alignment_loss
 from sap_lightning.merging import MergeMethod, named
+from sap_lightning.merging.method import required
 from sap_lightning.modules.classifier import CLIPClassifier, data_of
 from sap_lightning.output import Merged
 from sap_lightning.probe import AnchorProbe
+from sap_lightning.results import Predictions
 from sap_lightning.uploads import read_uploads
+
+log = logging.getLogger(__name__)
 
 
 class MergeModule(CLIPClassifier):
@@ -41,6 +57,8 @@ class MergeModule(CLIPClassifier):
             or rank by rank as RobustMerge does (factor space only).
         rescale_scope: for sap: whether l1 and l2 restore the norm of each layer or of the whole adapter.
         weights: clients count alike, or by their number of training images.
+        reject_outliers: leave out clients whose adapter, alone, has an anchor loss that stands out from the others'
+            (robust z-score above 3.5), and say so; needs at least three clients.
         output: folder for the merged model; must not exist.
         format: write a PEFT adapter, a full CLIPModel, or (``auto``) an adapter whenever that is exact or a rank is
             given.
@@ -64,6 +82,7 @@ class MergeModule(CLIPClassifier):
         rescale: Rescale = "l2",
         rescale_scope: Scope = "layer",
         weights: Literal["uniform", "samples"] = "uniform",
+        reject_outliers: bool = False,
         output: str | None = None,
         format: Literal["auto", "adapter", "model"] = "auto",
         rank: int | None = None,
@@ -79,15 +98,20 @@ class MergeModule(CLIPClassifier):
         self.rescale = rescale
         self.rescale_scope = rescale_scope
         self.weights = weights
+        self.reject_outliers = reject_outliers
         self.output = output
         self.format = format
         self.rank = rank
         self.report = report
         self.push_to_hub = push_to_hub
         self.offered_method: MergeMethod | None = None
+        self.sparsity: float | None = None
         self.adapters: list[Adapter] = []
+        self.rejected: list[str] = []
         self.update: dict[str, Update] = {}
         self._base_weights: dict[str, Tensor] = {}
+        self._losses_alone: dict[tuple[str, str], float] = {}
+        self._stem: StemCache | None = None
 
     def configure_model(self) -> None:
         if self.tower is None:
@@ -122,24 +146,52 @@ class MergeModule(CLIPClassifier):
             raise InputError("merge.method is not set: name one, or give the trainer a SaliencyPruneCallback")
         return method
 
+    @property
+    def looks_at_anchors(self) -> bool:
+        """Whether anchors have a say in the merge."""
+        return self.merge_method.needs_anchors or self.reject_outliers
+
     def require_towers(self) -> None:
-        """Raises InputError when the method looks at anchors, which only a CLIP base can."""
-        if self.merge_method.needs_anchors and (kind := model_type(self.base)) != "clip":
+        """Raises InputError when the merge looks at anchors, which only a CLIP base can."""
+        if self.looks_at_anchors and (kind := model_type(self.base)) != "clip":
             raise InputError(
                 f"merge.method {self.merge_method.name} looks at anchors through CLIP, but {self.base} is a {kind}"
                 " model; use one that needs none, such as --merge.method average or ties"
             )
 
     def merge(self, anchors: AnchorProbe | None = None) -> None:
-        """Merges the adapters by the method and adds the result to the base's weights.
+        """Prepares the method with the adapters, and applies it.
 
         Raises:
             InputError: when there is no adapter or method, or the method needs what is not there.
         """
         if not self.adapters:
             raise InputError("nothing to merge: give at least one upload")
+        if self.reject_outliers:
+            self._reject_outliers(required(anchors, self.merge_method))
         self.merge_method.prepare(self.adapters, self.client_weights(), anchors)
-        self.set_update(self.merge_method.apply())
+        self.apply()
+
+    def apply(self) -> None:
+        """Adds what the prepared method makes of the adapters, at ``sparsity`` if that is set, to the base's weights."""
+        self.set_update(self.merge_method.apply(self.sparsity))
+
+    def losses_alone(self, anchors: AnchorProbe) -> list[float]:
+        """The anchors' alignment loss with each adapter alone."""
+        for adapter in self.adapters:
+            if (anchors.fingerprint, adapter.sha256) not in self._losses_alone:
+                loss = anchors.loss(adapter.layers)
+                self._losses_alone[anchors.fingerprint, adapter.sha256] = loss
+        return [self._losses_alone[anchors.fingerprint, adapter.sha256] for adapter in self.adapters]
+
+    def _reject_outliers(self, anchors: AnchorProbe) -> None:
+        losses = self.losses_alone(anchors)
+        self.rejected = []
+        for adapter, loss, z in zip(list(self.adapters), losses, robust_z_scores(torch.tensor(losses)), strict=True):
+            if z > OUTLIER:
+                log.warning("%s left out: anchor loss %.4f, robust z-score %.1f", adapter.name, loss, z)
+                self.rejected.append(adapter.name)
+                self.adapters = [other for other in self.adapters if other is not adapter]
 
     def client_weights(self) -> list[float]:
         """Each adapter's share of the whole; they sum to 1.
@@ -232,6 +284,7 @@ class MergeModule(CLIPClassifier):
 
     def on_test_start(self) -> None:
         self._use_classes_of_the_data()
+        self._tested = [CatMetric().to(self.device) for _ in Predictions._fields]
 
     def on_predict_start(self) -> None:
         self._use_classes_of_the_data()
@@ -246,7 +299,32 @@ class MergeModule(CLIPClassifier):
         return self(batch.images).float().softmax(-1).cpu()
 
     def test_step(self, batch: Batch, batch_idx: int) -> None:
-        self.metrics.update(self(batch.images), batch.labels)
+        logits = self.logits(self._test_features(batch, batch_idx))
+        self.metrics.update(logits, batch.labels)
+        for metric, values in zip(self._tested, (logits.softmax(-1), batch.labels, batch.indices), strict=True):
+            metric.update(values)
 
     def on_test_epoch_end(self) -> None:
         self.log_accuracy()
+        # Over all processes, in the order of the domain; the metrics are float32, which holds these integers.
+        probabilities, labels, images = (metric.compute().cpu() for metric in self._tested)
+        order = images.argsort()
+        probabilities = probabilities.view(len(images), -1)
+        self.predictions = Predictions(probabilities[order], labels[order].long(), images[order].long())
+
+    def remember_stem(self, adapters: Iterable[Adapter]) -> None:
+        """From now on, what comes before the first layer of these adapters is computed once for each test batch.
+
+        The batches must stay the same: call it anew for every domain. It takes memory for the hidden states of all
+        images, and does nothing where an adapter changes the first encoder layer.
+        """
+        assert self.tower is not None
+        layers = [name for adapter in adapters for name in adapter.layers]
+        first = min(first_changed(self.tower, layers), first_changed(self.tower, ()) - 1)
+        self._stem = StemCache(self.tower, first) if layers and first > 0 else None
+
+    def _test_features(self, batch: Batch, batch_idx: int) -> Tensor:
+        assert self.tower is not None
+        if self._stem is None or first_changed(self.tower, self.update) < self._stem.first:
+            return self.image_features(batch.images)
+        return normalize(self._stem.embed(batch_idx, batch.images), dim=-1)

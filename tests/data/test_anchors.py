@@ -100,9 +100,68 @@ def test_a_bad_line_is_named(folder, base, line, message):
         _ = AnchorDataModule(str(folder), 2, base).captions
 
 
-def test_a_folder_without_listing_is_refused(folder, base):
-    with pytest.raises(InputError, match=r"captions\.jsonl: no such file"):
+def labelled(folder, **images: int):
+    """Folders class/image with so many images each; image i of class c is noise(10·c + i)."""
+    for position, (label, count) in enumerate(images.items()):
+        (folder / label).mkdir(parents=True)
+        for number in range(count):
+            noise(10 * position + number).save(folder / label / f"{number}.png")
+    return folder
+
+
+def test_class_folders_take_turns(tmp_path, base):
+    folder = labelled(tmp_path / "photo", zebra=3, big_cat=1, dog=2)
+    (folder / "dog" / "notes.txt").write_text("no image")
+    (folder / ".hidden").mkdir()
+    noise(99).save(folder / ".hidden" / "0.png")
+    data = AnchorDataModule(str(folder), num_pairs=5, base=base)
+    captions = [f"a photo of a {label}." for label in ("big cat", "dog", "zebra", "dog", "zebra")]
+    assert data.captions == captions
+    processor = AutoImageProcessor.from_pretrained(base, backend="pil")
+    images = [noise(seed) for seed in (10, 20, 0, 21, 1)]
+    expected = processor(images, return_tensors="pt")["pixel_values"]
+    torch.testing.assert_close(data.images(), expected, atol=1e-6, rtol=1e-6)
+    assert AnchorDataModule(str(folder), 3, base).captions == captions[:3]
+
+
+def test_a_listing_goes_before_class_folders(folder, base):
+    labelled(folder / "more", dog=3)
+    write(folder, entry(0), entry(1))
+    assert AnchorDataModule(str(folder), 2, base).captions == ["caption 0", "caption 1"]
+
+
+def test_too_few_images_in_class_folders_are_refused(tmp_path, base):
+    folder = labelled(tmp_path / "photo", cat=1, dog=2)
+    with pytest.raises(InputError, match=r"photo: num_pairs is 4, but the class folders have 3 images"):
+        _ = AnchorDataModule(str(folder), 4, base).captions
+
+
+def test_a_folder_with_neither_listing_nor_class_folders_is_refused(folder, base):
+    with pytest.raises(InputError, match=r"neither a captions\.jsonl .* nor images class/image with \.bmp, \.jpeg"):
         _ = AnchorDataModule(str(folder), 2, base).captions
+
+
+@pytest.mark.parametrize("cache", [True, False])
+def test_noise_takes_the_place_of_the_images_and_leaves_the_captions(folder, base, cache):
+    write(folder, *[entry(number) for number in range(5)])
+    pictures = AnchorDataModule(str(folder), 5, base, cache=cache)
+    control = AnchorDataModule(str(folder), 5, base, cache=cache, noise=True)
+    assert control.captions == pictures.captions
+    before = pictures.images()
+    torch.manual_seed(3)
+    images = control.images()
+    assert images.shape == before.shape and images.dtype == before.dtype
+    mean, std = (torch.tensor(x).view(3, 1, 1) for x in ([0.48, 0.45, 0.40], [0.26, 0.27, 0.28]))
+    levels = ((images * std + mean) * 255).round()
+    # Uniform on 0…255: every value occurs, each about as often.
+    histogram = levels.flatten().histc(256, 0, 255)
+    expected = levels.numel() / 256
+    assert (histogram - expected).square().sum() / expected < 350  # χ² of 255 degrees of freedom, p < 1e-4
+    assert len(levels.flatten(1).unique(dim=0)) == 5
+    # The same whatever the global generator's state, and the pictures behind the cache stay what they were.
+    torch.manual_seed(4)
+    assert torch.equal(AnchorDataModule(str(folder), 5, base, cache=cache, noise=True).images(), images)
+    assert torch.equal(AnchorDataModule(str(folder), 5, base, cache=cache).images(), before)
 
 
 def test_more_pairs_than_there_are_is_refused(folder, base):

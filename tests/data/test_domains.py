@@ -195,6 +195,21 @@ def test_for_domain_keeps_the_settings_and_reads_the_other_images(make_data):
     assert not torch.equal(photo_batch.images, sketch_batch.images)
 
 
+def test_other_labels_reach_training_alone_and_no_other_domain(make_data):
+    data = make_data()
+    data.relabel = lambda labels, num_classes: num_classes - 1 - labels
+    data.setup("fit")  # the trainer sets up again, and must not swap the labels back
+    recorder = fit(data, epochs=2)
+    make_trainer().test(recorder, datamodule=data, verbose=False)
+    for wrong, batches in (
+        (True, [batch for _, batch in recorder.trained]),
+        (False, recorder.validated + recorder.tested),
+        (False, [batch for _, batch in fit(data.for_domain("photo")).trained]),
+    ):
+        indices, labels = (torch.cat([getattr(batch, part) for batch in batches]) for part in ("indices", "labels"))
+        assert torch.equal(labels, (indices >= 10).long() ^ wrong), "the first ten images are of the first class"
+
+
 def test_a_client_never_reads_another_domain(root, make_data):
     for file in (root / "sketch").rglob("*.png"):
         file.write_bytes(b"")

@@ -1,0 +1,69 @@
+"""Where clients agree: what they keep, which way they change it, and a plane to look at features in."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import torch
+from torch import Tensor
+
+from sap_lightning.functional.spaces import Parameters
+
+
+def overlap(one: Mapping[str, Parameters], other: Mapping[str, Parameters]) -> float:
+    """Jaccard index of two clients' keep masks over all layers: kept by both / kept by either.
+
+    A layer that one of them lacks counts as nothing kept there, and so does what only the larger of two ranks has.
+
+    Args:
+        one: for each layer the masks of its tensors, bool of any shape, True where a parameter is kept.
+        other: the same of the other client, with the same number of tensors in a layer.
+
+    Returns:
+        In [0, 1]; 0 when neither keeps anything.
+    """
+    both = sum(_kept_by_both(a, b) for name in one.keys() & other.keys() for a, b in zip(one[name], other[name], strict=True))
+    either = sum(int(mask.sum()) for masks in (one, other) for layer in masks.values() for mask in layer) - both
+    return both / either if either else 0.0
+
+
+def _kept_by_both(one: Tensor, other: Tensor) -> int:
+    common = tuple(slice(min(sizes)) for sizes in zip(one.shape, other.shape, strict=True))
+    return int((one[common] & other[common]).sum())
+
+
+def sign_conflict(updates: Sequence[Tensor]) -> float:
+    """Of the elements that at least two clients change, the share where not all of their signs agree.
+
+    What TIES calls sign disagreement (Yadav et al. 2023, arXiv:2306.01708, section 3).
+
+    Args:
+        updates: every client's ΔW of one layer, all of one shape; 0 is no change.
+
+    Returns:
+        In [0, 1]; 0 when no element is changed by two clients.
+    """
+    up = sum(((update > 0).int() for update in updates), torch.tensor(0))
+    down = sum(((update < 0).int() for update in updates), torch.tensor(0))
+    shared = int((up + down > 1).sum())
+    return int(((up > 0) & (down > 0)).sum()) / shared if shared else 0.0
+
+
+def principal_components(features: Tensor) -> Tensor:
+    """Coordinates on the first two principal components, of features centred but not scaled.
+
+    The sign of a component is that which makes its loading of largest magnitude positive.
+
+    Args:
+        features: shape (n, d), n at least 1.
+
+    Returns:
+        float64 (n, 2); zeros along a component that there is not, as n or d is too small.
+    """
+    centred = features.double() - features.double().mean(0)
+    _, _, components = torch.linalg.svd(centred, full_matrices=False)
+    components = components[:2]
+    largest = components.gather(1, components.abs().argmax(1, keepdim=True))
+    plane = torch.zeros(len(features), 2, dtype=torch.float64)
+    plane[:, : len(components)] = centred @ (components * largest.sign()).T
+    return plane

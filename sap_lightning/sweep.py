@@ -1,0 +1,135 @@
+"""Sweeps: the whole protocol for several merge methods, sparsities, seeds and settings, resumable point by point."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from itertools import product
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from sap_lightning.errors import InputError
+from sap_lightning.federation import OneShotFederation
+from sap_lightning.merging import METHODS, SAP, MergeMethod, named
+from sap_lightning.merging.method import check_share
+from sap_lightning.results import Results
+from sap_lightning.run_folder import SERVER_SETTINGS
+
+SEED = "seed_everything"
+
+
+@dataclass
+class Sweep:
+    """Everything that is measured: methods × sparsities × seeds × unseen domains × other settings.
+
+    Args:
+        methods: names of merge methods, or methods with settings of their own (class_path and init_args).
+        sparsities: values of ρ for the methods that prune; each method's own if empty.
+        seeds: of the clients' training; the table's spread is over these.
+        unseen: domains to hold out in turn, or all.
+        over: values to go through for other settings, by name: ``{anchors.num_pairs: [4, 8, 16]}``. Clients are
+            trained anew only for settings of model, data and trainer.
+
+    Raises:
+        InputError: for an unknown method, a sparsity outside [0, 1] or an empty list.
+    """
+
+    methods: list[MergeMethod | str] = field(default_factory=lambda: ["average", "sap"])
+    sparsities: list[float] = field(default_factory=list)
+    seeds: list[int] = field(default_factory=lambda: [0])
+    unseen: list[str] | str = "all"
+    over: dict[str, list[Any]] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        for setting in ("methods", "seeds", "unseen"):
+            if not getattr(self, setting):
+                raise InputError(f"sweep.{setting} is empty")
+        for sparsity in self.sparsities:
+            check_share("sweep.sparsities", sparsity)
+        for name in self.methods:
+            if isinstance(name, str) and name not in METHODS:
+                raise InputError(f"sweep.methods: no method {name!r}; there are {', '.join(METHODS)}")
+        for name, values in self.over.items():
+            if not isinstance(values, list) or not values:
+                raise InputError(f"sweep.over.{name} must be a list of values, got {values!r}")
+
+    def variants(self) -> Iterator[tuple[int, dict[str, Any]]]:
+        """Every seed with every combination of the other settings."""
+        for seed, *values in product(self.seeds, *self.over.values()):
+            yield seed, dict(zip(self.over, values, strict=True))
+
+    def labelled(self, sap: SAP) -> dict[str, MergeMethod]:
+        """The methods by what the table calls them: their names, and settings where these are not the defaults.
+
+        Args:
+            sap: what the name ``sap`` stands for.
+
+        Raises:
+            InputError: when two have the same name.
+        """
+        methods: dict[str, MergeMethod] = {}
+        for given in self.methods:
+            method = (sap if given == SAP.name else named(given)) if isinstance(given, str) else given
+            label = method.name if isinstance(given, str) else label_of(method)
+            if label in methods:
+                raise InputError(f"sweep.methods: {label} is named twice")
+            methods[label] = method
+        return methods
+
+
+def measure(federation: OneShotFederation, sweep: Sweep, variant: Mapping[str, Any], results: Results) -> None:
+    """Measures what is missing of one seed and variant, and adds it to the results of the whole sweep."""
+    federation.methods = sweep.labelled(federation.prune.method_for(federation.merge))
+    federation.sparsities = sweep.sparsities
+    federation.variant = dict(variant)
+    federation.results = results
+    federation.keeps_models = False
+    federation.free_settings = (*SERVER_SETTINGS, "sweep")
+    federation.measure()
+
+
+def label_of(method: MergeMethod) -> str:
+    """A method's name and the settings that are not its defaults, such as ``sap (space factor)``; ρ is not among them."""
+    defaults = type(method)().settings
+    changed = [f"{name} {value}" for name, value in method.settings.items() if value != defaults[name]]
+    changed = [setting for setting in changed if not setting.startswith("sparsity ")]
+    return f"{method.name} ({', '.join(changed)})" if changed else method.name
+
+
+def options_of(seed: int, variant: Mapping[str, Any]) -> list[str]:
+    """A variant as command-line options."""
+    # JSON is YAML, which is how options are read.
+    return [f"--{name}={json.dumps(value)}" for name, value in {SEED: seed, **variant}.items()]
+
+
+def folder_of(run_dir: str | Path, seed: int, variant: Mapping[str, Any]) -> Path:
+    """Where clients of a seed and of settings that their training depends on are kept.
+
+    That is the run folder itself where ``fit`` has trained them there.
+    """
+    training = {name: value for name, value in variant.items() if not _is_servers(name)}
+    if not training and _seed_of(Path(run_dir)) == seed:
+        return Path(run_dir)
+    name = ",".join([f"seed_{seed}", *(f"{name}={value}" for name, value in training.items())])
+    return Path(run_dir) / re.sub(r"[^\w.,=+-]+", "_", name)
+
+
+def _is_servers(name: str) -> bool:
+    return any(name == setting or name.startswith(f"{setting}.") for setting in SERVER_SETTINGS)
+
+
+def _seed_of(run_dir: Path) -> int | None:
+    file = run_dir / "config.yaml"
+    if not file.is_file():
+        return None
+    seed = yaml.safe_load(file.read_text(encoding="utf-8")).get(SEED)
+    return None if seed is None else int(seed)
+
+
+def unseen_of(sweep: Sweep) -> Sequence[str] | str | None:
+    """The unseen domains as a federation takes them."""
+    return None if sweep.unseen == "all" else sweep.unseen
