@@ -152,7 +152,13 @@ def linear_weight(model: nn.Module, layer: str) -> Tensor:
 def first_changed(tower: nn.Module, layers: Iterable[str]) -> int:
     """Number of the first encoder layer that these linear layers are in; the depth of the tower when in none."""
     found = [re.search(r"\.encoder\.layers\.(\d+)\.", name) for name in layers]
-    return min((int(number[1]) for number in found if number), default=len(tower.vision_model.encoder.layers))
+    return min((int(number[1]) for number in found if number), default=len(encoder_layers(tower)))
+
+
+def encoder_layers(tower: nn.Module) -> nn.ModuleList:
+    """The encoder layers of a vision tower."""
+    vision: Any = tower.vision_model
+    return cast(nn.ModuleList, vision.encoder.layers)
 
 
 class StemCache:
@@ -179,7 +185,7 @@ class StemCache:
         def remember(module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
             self.hidden[batch] = inputs[0]
 
-        with self.tower.vision_model.encoder.layers[self.first].register_forward_pre_hook(remember):
+        with encoder_layers(self.tower)[self.first].register_forward_pre_hook(remember):
             return self.tower(images).image_embeds
 
 
@@ -192,7 +198,7 @@ class _AsTheyAre(nn.Module):
 
 def _without_stem(tower: nn.Module, first: int) -> nn.Module:
     vision: Any = tower.vision_model
-    encoder = _with_modules(vision.encoder, layers=vision.encoder.layers[first:])
+    encoder = _with_modules(vision.encoder, layers=encoder_layers(tower)[first:])
     vision = _with_modules(vision, embeddings=_AsTheyAre(), pre_layrnorm=nn.Identity(), encoder=encoder)
     return _with_modules(tower, vision_model=vision)
 

@@ -22,11 +22,11 @@ from sap_lightning.data.folder import ImageFolderDataModule
 from sap_lightning.errors import InputError
 from sap_lightning.federation import UNTRAINED, OneShotFederation, server_logger, train_client
 from sap_lightning.files import refuse_existing, write_csv
+from sap_lightning.layer_report import report_table
 from sap_lightning.merging import METHODS, Average
 from sap_lightning.modules.clip_lora import CLIPLoRAModule
 from sap_lightning.modules.merge import MergeModule
 from sap_lightning.output import push_to_hub
-from sap_lightning.layer_report import report_table
 from sap_lightning.results import Results
 from sap_lightning.run_folder import RunFolder, hold_to
 from sap_lightning.sweep import Sweep, folder_of, measure, options_of, unseen_of
@@ -142,11 +142,14 @@ def sweep(args: Sequence[str]) -> None:
     whole = SapCLI(sweep, args)
     plan, run_dir = whole.config_init.sweep, Path(whole.config_init.federation.run_dir)
     results = Results(run_dir)
+    first: OneShotFederation | None = None
     for seed, variant in plan.variants():
         one = SapCLI(sweep, [*args, *options_of(seed, variant)])
         federation = one.federation(run_dir=str(folder_of(run_dir, seed, variant)), unseen=unseen_of(plan))
         measure(federation, plan, variant, results)
-    federation.show()
+        first = first or federation
+    assert first is not None
+    first.show()
 
 
 def client(args: Sequence[str]) -> None:

@@ -24,13 +24,15 @@ from sap_lightning.data.anchors import AnchorDataModule
 from sap_lightning.data.domains import DomainDataModule
 from sap_lightning.data.fingerprints import digest
 from sap_lightning.errors import InputError
-from sap_lightning.files import as_json
+from sap_lightning.evidence import collect_evidence
+from sap_lightning.files import as_json, write_csv
 from sap_lightning.merging.average import Average
 from sap_lightning.merging.method import MergeMethod
 from sap_lightning.modules.clip_lora import CLIPLoRAModule
 from sap_lightning.modules.merge import MergeModule
 from sap_lightning.poison import HONEST, Poison
 from sap_lightning.provenance import provenance
+from sap_lightning.report import Client, draw, log_figures, write_report
 from sap_lightning.results import CLIENT, ZERO_SHOT, Result, Results, markdown_table, rich_table, tabulate
 from sap_lightning.run_folder import FREE_SETTINGS, RunFolder, hold_to
 from sap_lightning.terminal import on_terminal, track
@@ -111,7 +113,7 @@ class OneShotFederation:
         merge: merges and evaluates them.
         make_trainer: gives a Lightning Trainer for keyword arguments that override its own.
         run_dir: folder of the run: config.yaml, clients, uploads, merged, results and report.
-        unseen: domains to hold out in turn; all of them if not given.
+        unseen: domains to hold out in turn; all of them if not given, but for the poisoned client's.
         clients: domains whose clients take part; all of them if not given.
         poison: a client that does harm; merges are then measured with and without it.
         config: settings that the run folder is held to; a folder of other settings is refused.
@@ -144,14 +146,27 @@ class OneShotFederation:
         self.variant: dict[str, Any] = {}
         self.make_trainer = make_trainer
         self.folder = RunFolder(run_dir)
-        self.unseen = chosen_domains("federation.unseen", unseen, data.domains)
         self.clients = chosen_domains("federation.clients", clients, data.domains)
         self.poison = poison
+        self.unseen = self._unseen(unseen)
         self.config = config
         self.free_settings: Sequence[str] = FREE_SETTINGS
         self.server = make_trainer(callbacks=[prune], logger=server_logger(run_dir), **UNTRAINED)
         self.evaluator = make_trainer(logger=False, **UNTRAINED)
         self._prepared: Preparation | None = None
+
+    def _unseen(self, unseen: Sequence[str] | str | None) -> list[str]:
+        poisoned = self.poison.domain
+        chosen = chosen_domains("federation.unseen", unseen, self.data.domains)
+        if poisoned is None:
+            return chosen
+        chosen_domains("federation.poison.domain", poisoned, self.clients)
+        if unseen is not None and poisoned in chosen:
+            raise InputError(
+                f"federation.unseen {poisoned}: the poisoned client has no part in a merge for its own domain; leave"
+                " it out"
+            )
+        return [domain for domain in chosen if domain != poisoned]
 
     @cached_property
     def results(self) -> Results:
@@ -198,8 +213,6 @@ class OneShotFederation:
                     f"merge.method {name} needs at least {method.least_clients} clients at these settings, an unseen"
                     f" domain leaves {clients}; change its settings or the method"
                 )
-        if self.poison.domain is not None:
-            chosen_domains("federation.poison.domain", self.poison.domain, self.clients)
         self.merge.configure_model()
         self.merge.encode_captions(self.anchors.captions)
 
@@ -326,7 +339,7 @@ class OneShotFederation:
         preparation = Preparation(point.method, [adapter.sha256 for adapter in point.adapters])
         self.merge.sparsity = point.result.sparsity
         if preparation == self._prepared:
-            self.merge.apply()
+            self.merge.apply_method()
             return
         self._prepared = None
         self.merge.set_update({})
@@ -337,17 +350,26 @@ class OneShotFederation:
             self.merge.merge()
         self._prepared = preparation
 
+    def folder_of(self, adapter: Adapter) -> Path:
+        """The upload that an adapter was read from."""
+        folder = self.folder if adapter.sha256 in self.honest else self.folder.poisoned(self.poison.name)
+        return folder.upload(adapter.name)
+
     def show(self) -> None:
-        """Prints the results table, and puts it into TensorBoard."""
+        """Prints the results table, writes the report, and puts both into TensorBoard."""
+        evidence = collect_evidence(self)
         if not self.server.is_global_zero:
             return
-        rows = tabulate(self.results, self.unseen)
+        folder, rows = self.results.folder, tabulate(self.results, self.unseen)
+        write_csv(folder / "clients.csv", [Client._fields, *evidence.clients])
+        report = write_report(folder, folder.name, self.results, self.unseen, evidence, self.config or {})
         for board in tensorboards(self.server):
             board.add_text("results", markdown_table(rows, self.unseen))
-            board.flush()
+        log_figures(tensorboards(self.server), draw(self.results, self.unseen, evidence))
         console = Console()
         console.print(rich_table(rows, self.unseen))
-        console.print(f"Table: {self.results.csv}\nFigures: tensorboard --logdir {self.folder.path}", highlight=False)
+        console.print(f"Report: {report}\nTable: {self.results.csv}", highlight=False)
+        console.print(f"Figures: tensorboard --logdir {folder}", highlight=False)
 
     def keep(self, unseen: str, metrics: Mapping[str, float]) -> None:
         """Writes the merged model to the run folder, in place of one that was merged otherwise."""

@@ -14,7 +14,7 @@ import yaml
 
 from sap_lightning.errors import InputError
 from sap_lightning.federation import OneShotFederation
-from sap_lightning.merging import METHODS, SAP, MergeMethod, named
+from sap_lightning.merging import METHODS, SAP, MergeMethod
 from sap_lightning.merging.method import check_share
 from sap_lightning.results import Results
 from sap_lightning.run_folder import SERVER_SETTINGS
@@ -73,8 +73,10 @@ class Sweep:
         """
         methods: dict[str, MergeMethod] = {}
         for given in self.methods:
-            method = (sap if given == SAP.name else named(given)) if isinstance(given, str) else given
-            label = method.name if isinstance(given, str) else label_of(method)
+            if isinstance(given, MergeMethod):
+                method, label = given, label_of(given)
+            else:
+                method, label = sap if given == SAP.name else METHODS[given](), given
             if label in methods:
                 raise InputError(f"sweep.methods: {label} is named twice")
             methods[label] = method
@@ -93,7 +95,7 @@ def measure(federation: OneShotFederation, sweep: Sweep, variant: Mapping[str, A
 
 
 def label_of(method: MergeMethod) -> str:
-    """A method's name and the settings that are not its defaults, such as ``sap (space factor)``; ρ is not among them."""
+    """A method's name and the settings but ρ that are not its defaults, such as ``sap (space factor)``."""
     defaults = type(method)().settings
     changed = [f"{name} {value}" for name, value in method.settings.items() if value != defaults[name]]
     changed = [setting for setting in changed if not setting.startswith("sparsity ")]

@@ -10,10 +10,10 @@ from places import SHAPES_CLIP
 from sap_lightning.adapter import Adapter, layer_shapes, sha256_of, write_adapter
 from sap_lightning.base import load_base
 from sap_lightning.functional.lora import LoRALayer, Update
+from sap_lightning.layer_report import LayerReport, layer_report, report_table
 from sap_lightning.merging.magnitude import Magnitude
 from sap_lightning.merging.method import ClientLayers
 from sap_lightning.merging.ties import TIES
-from sap_lightning.layer_report import LayerReport, layer_report, report_table
 
 WEIGHTS = [0.5, 0.3, 0.2]
 

@@ -7,6 +7,7 @@ import logging
 from collections.abc import Callable
 from functools import cached_property
 
+import numpy as np
 import torch
 from lightning.pytorch import LightningDataModule
 from lightning.pytorch.utilities import rank_zero_only
@@ -45,6 +46,7 @@ class DomainDataModule(LightningDataModule):
         seed: Seed of the split, the shuffling and the augmentation.
 
     Attributes:
+        test_images: Test on that many images, spread evenly over the domain; None tests on all.
         relabel: Gives other labels to the training part, from its own (n,) and the number of classes; None keeps them.
 
     Raises:
@@ -82,6 +84,7 @@ class DomainDataModule(LightningDataModule):
         self.domain_column = domain_column
         self.label_column = label_column
         self.seed = seed
+        self.test_images: int | None = None
         self.relabel: Callable[[Tensor, int], Tensor] | None = None
         self._given_names = class_names
         self._fingerprint: str | None = None
@@ -107,6 +110,11 @@ class DomainDataModule(LightningDataModule):
         other.domain, other.trainer, other.relabel, other._fingerprint = name, None, None, None
         return other
 
+    def images(self) -> np.ndarray:
+        """All images of the domain as they are decoded, uint8 (n, 3, h, w); zeros where one could not be."""
+        self._load()
+        return self._pixels.images
+
     def prepare_data(self) -> None:
         """Decode the domain into the cache, in one process."""
         if self.cache:
@@ -129,7 +137,7 @@ class DomainDataModule(LightningDataModule):
             )
         self._val = self._part(usable[order[:num_val]].sort().values)
         self._train = self._train_part(usable[order[num_val:]].sort().values)
-        self._test = self._part(usable)
+        self._test = self._part(_spread(usable, self.test_images))
 
     def train_dataloader(self) -> DataLoader[Batch]:
         """Shuffled batches of the training part; the last one is dropped where it is not full."""
@@ -143,7 +151,7 @@ class DomainDataModule(LightningDataModule):
         return self._eval_loader(self._val)
 
     def test_dataloader(self) -> DataLoader[Batch]:
-        """The whole domain in order, each image once."""
+        """The whole domain in order, each image once, or `test_images` of them."""
         return self._eval_loader(self._test)
 
     def on_after_batch_transfer(self, batch: Batch, dataloader_idx: int) -> Batch:
@@ -225,6 +233,12 @@ def match_classes(found: list[str], given: list[str] | None) -> tuple[list[str],
             keys = found_keys
     label = {key: position for position, key in enumerate(keys)}
     return names, {name: label[_key(name)] for name in found}
+
+
+def _spread(rows: Tensor, number: int | None) -> Tensor:
+    if number is None or number >= len(rows):
+        return rows
+    return rows[torch.linspace(0, len(rows) - 1, number).round().long()]
 
 
 def _check_positional(found: list[str], given: list[str]) -> None:

@@ -22,7 +22,9 @@ def overlap(one: Mapping[str, Parameters], other: Mapping[str, Parameters]) -> f
     Returns:
         In [0, 1]; 0 when neither keeps anything.
     """
-    both = sum(_kept_by_both(a, b) for name in one.keys() & other.keys() for a, b in zip(one[name], other[name], strict=True))
+    both = sum(
+        _kept_by_both(a, b) for name in one.keys() & other.keys() for a, b in zip(one[name], other[name], strict=True)
+    )
     either = sum(int(mask.sum()) for masks in (one, other) for layer in masks.values() for mask in layer) - both
     return both / either if either else 0.0
 

@@ -1,4 +1,4 @@
-"""How far apart the clients' updates are."""
+"""How far apart the clients' updates are, and whether they point the same way."""
 
 from __future__ import annotations
 
@@ -13,7 +13,23 @@ from sap_lightning.terminal import track
 
 
 def squared_distances(adapters: Sequence[Adapter]) -> Tensor:
-    """‖ΔW_i − ΔW_j‖² in Frobenius norm over all layers, shape (K, K), float64; exactly symmetric, and at least 0.
+    """‖ΔW_i − ΔW_j‖² in Frobenius norm over all layers, shape (K, K), float64; exactly symmetric, and at least 0."""
+    products = inner_products(adapters)
+    norms = products.diagonal()
+    return (norms[:, None] + norms - 2 * products).clamp(min=0)
+
+
+def mean_cosine(adapters: Sequence[Adapter]) -> float:
+    """Mean cosine of ΔW_i and ΔW_j over all pairs of clients and all layers together; 0 with fewer than two clients."""
+    products = inner_products(adapters)
+    norms = products.diagonal().sqrt()
+    cosines = products / (norms[:, None] * norms).clamp(min=torch.finfo(torch.float64).tiny)
+    pairs = cosines[~torch.eye(len(adapters), dtype=torch.bool)]
+    return float(pairs.mean()) if len(pairs) else 0.0
+
+
+def inner_products(adapters: Sequence[Adapter]) -> Tensor:
+    """⟨ΔW_i, ΔW_j⟩ over all layers, shape (K, K), float64; exactly symmetric.
 
     From products of the factors, with one layer's factors of all clients in memory at a time.
     """
@@ -30,6 +46,4 @@ def squared_distances(adapters: Sequence[Adapter]) -> Tensor:
             inner = ((B[:, start:end].T @ B[:, :end]) * (A[start:end] @ A[:end].T)).sum(0)
             products[i].index_add_(0, owners[:end], inner)
             start = end
-    products += products.tril(-1).T.clone()
-    norms = products.diagonal()
-    return (norms[:, None] + norms - 2 * products).clamp(min=0)
+    return products + products.tril(-1).T

@@ -17,6 +17,7 @@ from sap_lightning.functional.masking import Scope
 from sap_lightning.functional.rescaling import Rescale
 from sap_lightning.functional.saliency import AnchorLoss, Reduction, loss_reduction, saliency
 from sap_lightning.functional.spaces import Parameters, Space, SpaceName
+from sap_lightning.merging.distances import mean_cosine
 from sap_lightning.merging.method import MergeMethod, PruningMethod, check_share, required
 from sap_lightning.probe import AnchorProbe
 
@@ -112,8 +113,12 @@ class Trial(NamedTuple):
 class SAPAuto(MergeMethod):
     """SAP that chooses ρ, space and scale by itself, without labels or images of the unseen domain.
 
-    Half of the anchors score; the others measure the alignment loss of every space and sparsity, and then of every
+    Where the clients' updates point the same way, their mean cosine above 0, what they learned is shared and SAP at its
+    defaults keeps it. Where they contradict each other, each has learned what holds at home only, and most must go:
+    half of the anchors then score, and the others measure the alignment loss of every space and sparsity, and of every
     scale of the best of them. The lowest loss wins, ties go to what was tried first. ``tried`` holds all trials.
+
+    Agreement between environments as a sign of what carries over: Parascandolo et al. 2021, arXiv:2009.00329.
 
     Args:
         sparsities: values of ρ to try.
@@ -144,6 +149,21 @@ class SAPAuto(MergeMethod):
         self, adapters: Sequence[Adapter], weights: Sequence[float], anchors: AnchorProbe | None = None
     ) -> None:
         anchors = required(anchors, self)
+        self.agreement = mean_cosine(adapters)
+        if self.agreement > 0:
+            self._take_defaults(adapters, weights, anchors)
+        else:
+            self._search(adapters, weights, anchors)
+
+    def _take_defaults(self, adapters: Sequence[Adapter], weights: Sequence[float], anchors: AnchorProbe) -> None:
+        sap = SAP(reduction=self.reduction)
+        sap.prepare(adapters, weights, anchors)
+        self._by_space = {sap.space: sap}
+        self.tried = [Trial(sap.space, sap.sparsity, 1.0, anchors.loss(sap.apply()))]
+        self.base_loss = anchors.loss({})
+        log.info("sap_auto: clients agree (mean cosine %.3f), sap at its defaults", self.agreement)
+
+    def _search(self, adapters: Sequence[Adapter], weights: Sequence[float], anchors: AnchorProbe) -> None:
         if len(anchors.chosen) < 2:
             raise InputError("merge.method sap_auto holds out half of the anchors; give it at least two")
         scoring, held_out = anchors.halves()
@@ -161,9 +181,9 @@ class SAPAuto(MergeMethod):
                 self.tried.append(Trial(space, sparsity, scale, held_out.loss(_times(merged, scale))))
         self.base_loss = held_out.loss({})
         log.info(
-            "sap_auto tried %d settings on %d held-out anchors: space %s, sparsity %g, scale %g has the lowest"
-            " alignment loss, %.4f (%.4f without any merge)",
-            len(self.tried), len(held_out.chosen), *self.chosen, self.base_loss,
+            "sap_auto: clients disagree (mean cosine %.3f), tried %d settings on %d held-out anchors: space %s,"
+            " sparsity %g, scale %g has the lowest alignment loss, %.4f (%.4f without any merge)",
+            self.agreement, len(self.tried), len(held_out.chosen), *self.chosen, self.base_loss,
         )  # fmt: skip
 
     @property
@@ -179,7 +199,8 @@ class SAPAuto(MergeMethod):
     @property
     def findings(self) -> dict[str, Any]:
         tried = [trial._asdict() for trial in self.tried]
-        return {"chosen": self.chosen._asdict(), "loss_without_merge": self.base_loss, "tried": tried}
+        chosen = self.chosen._asdict()
+        return {"agreement": self.agreement, "chosen": chosen, "loss_without_merge": self.base_loss, "tried": tried}
 
 
 def _times(updates: Mapping[str, Update], scale: float) -> dict[str, Update]:

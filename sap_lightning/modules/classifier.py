@@ -18,7 +18,10 @@ def data_of(trainer: L.Trainer) -> Any:
 
 
 def accuracy_metrics(class_names: Sequence[str]) -> MetricCollection:
-    """Top-1, macro and per-class accuracy, and expected calibration error (15 bins; Guo et al. 2017, arXiv:1706.04599)."""
+    """Top-1, macro and per-class accuracy, and expected calibration error.
+
+    The error is that of Guo et al. 2017, arXiv:1706.04599, over 15 bins.
+    """
     classes = len(class_names)
     return MetricCollection(
         {

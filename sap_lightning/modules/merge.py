@@ -170,10 +170,10 @@ class MergeModule(CLIPClassifier):
         if self.reject_outliers:
             self._reject_outliers(required(anchors, self.merge_method))
         self.merge_method.prepare(self.adapters, self.client_weights(), anchors)
-        self.apply()
+        self.apply_method()
 
-    def apply(self) -> None:
-        """Adds what the prepared method makes of the adapters, at ``sparsity`` if that is set, to the base's weights."""
+    def apply_method(self) -> None:
+        """Adds what the prepared method makes of the adapters, at ``sparsity`` if set, to the base's weights."""
         self.set_update(self.merge_method.apply(self.sparsity))
 
     def losses_alone(self, anchors: AnchorProbe) -> list[float]:
@@ -284,7 +284,7 @@ class MergeModule(CLIPClassifier):
 
     def on_test_start(self) -> None:
         self._use_classes_of_the_data()
-        self._tested = [CatMetric().to(self.device) for _ in Predictions._fields]
+        self._tested = [CatMetric().to(self.device) for _ in (*Predictions._fields, "features")]
 
     def on_predict_start(self) -> None:
         self._use_classes_of_the_data()
@@ -299,17 +299,20 @@ class MergeModule(CLIPClassifier):
         return self(batch.images).float().softmax(-1).cpu()
 
     def test_step(self, batch: Batch, batch_idx: int) -> None:
-        logits = self.logits(self._test_features(batch, batch_idx))
+        features = self._test_features(batch, batch_idx)
+        logits = self.logits(features)
         self.metrics.update(logits, batch.labels)
-        for metric, values in zip(self._tested, (logits.softmax(-1), batch.labels, batch.indices), strict=True):
+        tested = (logits.softmax(-1), batch.labels, batch.indices, features.float())
+        for metric, values in zip(self._tested, tested, strict=True):
             metric.update(values)
 
     def on_test_epoch_end(self) -> None:
         self.log_accuracy()
         # Over all processes, in the order of the domain; the metrics are float32, which holds these integers.
-        probabilities, labels, images = (metric.compute().cpu() for metric in self._tested)
+        probabilities, labels, images, features = (metric.compute().cpu() for metric in self._tested)
         order = images.argsort()
         probabilities = probabilities.view(len(images), -1)
+        self.tested_features = features.view(len(images), -1)[order]
         self.predictions = Predictions(probabilities[order], labels[order].long(), images[order].long())
 
     def remember_stem(self, adapters: Iterable[Adapter]) -> None:

@@ -30,6 +30,7 @@ from torch.nn.functional import cross_entropy, normalize
 from sap_lightning.adapter import Adapter, sha256_of
 from sap_lightning.errors import InputError
 from sap_lightning.functional.lora import LoRALayer, Update, dense
+from sap_lightning.merging.distances import mean_cosine
 from sap_lightning.merging.sap import SAP, SAPAuto
 from sap_lightning.probe import AnchorProbe
 
@@ -222,10 +223,17 @@ def auto() -> SAPAuto:
     return SAPAuto(sparsities=[0.0, 0.5, 0.9], spaces=["delta", "factor"], scales=[0.5, 1.0, 1.5])
 
 
+def disagreeing() -> list[Adapter]:
+    """Clients of which the second wants the opposite of the first, but half as much."""
+    first, _, third = clients()
+    layers = {name: layer._replace(B=-layer.B / 2) for name, layer in first.layers.items()}
+    return [first, Adapter("contrary", layers, sha256_of(layers), None), third]
+
+
 @pytest.fixture(scope="module")
 def prepared() -> SAPAuto:
     method = auto()
-    method.prepare(clients(), WEIGHTS, probe())
+    method.prepare(disagreeing(), WEIGHTS, probe())
     return method
 
 
@@ -238,7 +246,7 @@ def test_auto_tries_every_space_with_every_sparsity_and_then_the_scales_of_the_b
 
 def test_auto_scores_on_one_half_of_the_anchors_and_judges_on_the_other(prepared):
     for trial in prepared.tried:
-        scored = SAP(trial.sparsity, trial.space).merge(clients(), WEIGHTS, scoring_half())
+        scored = SAP(trial.sparsity, trial.space).merge(disagreeing(), WEIGHTS, scoring_half())
         update = {name: trial.scale * dense(layer) for name, layer in scored.items()}
         assert trial.loss == pytest.approx(held_out_loss(update), abs=1e-5)
     assert prepared.chosen.loss == min(trial.loss for trial in prepared.tried)
@@ -270,9 +278,40 @@ def test_the_halves_of_the_anchors_have_no_pair_in_common():
         assert sorted([*one.chosen, *other.chosen]) == list(range(anchors))
 
 
+def test_auto_takes_the_defaults_where_the_clients_agree():
+    agreeing = clients()[:1]
+    layers = {name: layer._replace(B=layer.B * 1.5) for name, layer in agreeing[0].layers.items()}
+    agreeing.append(Adapter("more of it", layers, sha256_of(layers), None))
+    method = auto()
+    method.prepare(agreeing, WEIGHTS[:2], probe())
+    assert method.findings["agreement"] == pytest.approx(1)
+    assert (
+        relative_gap(method.apply(), {n: dense(u) for n, u in SAP().merge(agreeing, WEIGHTS[:2], probe()).items()}) == 0
+    )
+
+
+def test_the_mean_cosine_is_that_of_the_dense_updates():
+    adapters = disagreeing()
+    names = sorted({name for adapter in adapters for name in adapter.layers})
+    deltas = [
+        torch.cat(
+            [(a.layers[n].delta() if n in a.layers else torch.zeros(_shape(n))).double().flatten() for n in names]
+        )
+        for a in adapters
+    ]
+    pairs = [torch.cosine_similarity(deltas[i], deltas[j], dim=0) for i, j in ((0, 1), (0, 2), (1, 2))]
+    assert mean_cosine(adapters) == pytest.approx(float(sum(pairs)) / 3, abs=1e-7)
+    assert mean_cosine(adapters) < 0
+    assert mean_cosine(adapters[:1]) == 0
+
+
+def _shape(name: str) -> tuple[int, ...]:
+    return tuple(tower().get_submodule(name).weight.shape)
+
+
 def test_auto_applies_what_it_chose(prepared):
     chosen = prepared.chosen
-    scored = SAP(chosen.sparsity, chosen.space).merge(clients(), WEIGHTS, scoring_half())
+    scored = SAP(chosen.sparsity, chosen.space).merge(disagreeing(), WEIGHTS, scoring_half())
     expected = {name: chosen.scale * dense(layer) for name, layer in scored.items()}
     assert relative_gap(prepared.apply(), expected) < 1e-5
 
@@ -303,10 +342,10 @@ def test_the_command_leaves_auto_s_findings_in_the_record(run, finished, tmp_pat
 
 def test_auto_needs_two_anchors_and_something_to_try():
     with pytest.raises(InputError, match="holds out half of the anchors"):
-        auto().prepare(clients(), WEIGHTS, probe(1))
-    auto().prepare(clients(), WEIGHTS, probe(2))
+        auto().prepare(disagreeing(), WEIGHTS, probe(1))
+    auto().prepare(disagreeing(), WEIGHTS, probe(2))
     with pytest.raises(InputError, match=r"sap_auto looks at anchors; give --anchors\.root"):
-        auto().prepare(clients(), WEIGHTS)
+        auto().prepare(disagreeing(), WEIGHTS)
     for empty in ("sparsities", "spaces", "scales"):
         with pytest.raises(InputError, match="something to try"):
             SAPAuto(**{empty: []})

@@ -14,23 +14,11 @@ from sap_lightning.callbacks.figures import (
     HISTOGRAM_SAMPLES,
     log_pruning,
     log_saliency,
-    share_kept,
-    share_kept_figure,
     tensorboards,
 )
 
 ATTENTION = "vision_model.encoder.layers.{}.self_attn.{}"
-SHARES = {
-    "visual_projection": 0.5,
-    ATTENTION.format(10, "q_proj"): 0.4,
-    ATTENTION.format(2, "q_proj"): 0.1,
-    ATTENTION.format(2, "v_proj"): 0.2,
-}
-
-
-def test_the_share_kept_is_over_all_parameters_of_a_layer():
-    A, B = torch.tensor([[True, False], [False, False]]), torch.tensor([[True, True]])
-    assert share_kept({"factors": (A, B), "delta": (A,)}) == {"factors": 3 / 6, "delta": 1 / 4}
+LAYERS = ["visual_projection", ATTENTION.format(10, "q_proj"), ATTENTION.format(2, "v_proj")]
 
 
 def test_saliency_is_shown_as_log10_without_what_is_not_salient():
@@ -47,40 +35,6 @@ def test_saliency_is_thinned_evenly_to_a_million(size):
     torch.testing.assert_close(shown, scores[::step])
 
 
-def test_the_heat_map_has_a_row_for_each_layer_in_order_and_a_column_for_each_module():
-    axes = share_kept_figure(SHARES, "photo").axes[0]
-    columns = [label.get_text() for label in axes.get_xticklabels()]
-    rows = [label.get_text() for label in axes.get_yticklabels()]
-    grid = axes.images[0].get_array().filled(np.nan)
-    assert "photo" in axes.get_title()
-    assert columns == ["q_proj", "v_proj", "visual_projection"]
-    assert rows == ["2", "10", "–"], "by number, and last what is in no layer"
-    none = np.nan
-    np.testing.assert_array_equal(grid, [[0.1, 0.2, none], [0.4, none, none], [none, none, 0.5]])
-
-
-def test_every_cell_of_the_heat_map_says_its_share():
-    axes = share_kept_figure(SHARES, "photo").axes[0]
-    assert {(text.get_position(), text.get_text()) for text in axes.texts} == {
-        ((0, 0), "10.0%"),
-        ((1, 0), "20.0%"),
-        ((0, 1), "40.0%"),
-        ((2, 2), "50.0%"),
-    }
-
-
-def test_the_heat_map_draws():
-    image = io.BytesIO()
-    share_kept_figure(SHARES, "photo").savefig(image, format="png")
-    assert Image.open(image).size > (100, 100)
-
-
-def test_even_an_adapter_of_which_nothing_is_left_draws():
-    image = io.BytesIO()
-    share_kept_figure(dict.fromkeys(SHARES, 0.0), "photo").savefig(image, format="png")
-    assert Image.open(image).size > (100, 100)
-
-
 def test_only_tensorboard_s_own_writers_are_written_to(tmp_path):
     board = TensorBoardLogger(tmp_path / "board")
     trainer = L.Trainer(accelerator="cpu", logger=[CSVLogger(tmp_path / "csv"), board])
@@ -90,7 +44,7 @@ def test_only_tensorboard_s_own_writers_are_written_to(tmp_path):
 
 def test_a_client_s_pruning_is_in_tensorboard(tmp_path):
     trainer = L.Trainer(accelerator="cpu", logger=TensorBoardLogger(tmp_path, name="", version="server"))
-    masks = {name: (torch.rand(4, 4, generator=torch.Generator().manual_seed(0)) > 0.5,) for name in SHARES}
+    masks = {name: (torch.rand(4, 4, generator=torch.Generator().manual_seed(0)) > 0.5,) for name in LAYERS}
     log_pruning(trainer, "photo", 0.7, 0.8, masks, {name: (mask[0].float(),) for name, mask in masks.items()})
     tensorboards(trainer)[0].flush()
     events = EventAccumulator(str(tmp_path / "server")).Reload()
