@@ -21,13 +21,13 @@ from sap_lightning.data.domains import DomainDataModule
 from sap_lightning.data.folder import ImageFolderDataModule
 from sap_lightning.errors import InputError
 from sap_lightning.federation import UNTRAINED, OneShotFederation, server_logger, train_client
-from sap_lightning.files import refuse_existing, write_csv
+from sap_lightning.files import refuse_existing, write_csv, write_text
 from sap_lightning.layer_report import report_table
 from sap_lightning.merging import METHODS, Average
 from sap_lightning.modules.clip_lora import CLIPLoRAModule
 from sap_lightning.modules.merge import MergeModule
 from sap_lightning.output import push_to_hub
-from sap_lightning.results import Results
+from sap_lightning.results import Cell, Results
 from sap_lightning.run_folder import RunFolder, hold_to
 from sap_lightning.sweep import Sweep, folder_of, measure, options_of, unseen_of
 
@@ -142,13 +142,18 @@ def sweep(args: Sequence[str]) -> None:
     whole = SapCLI(sweep, args)
     plan, run_dir = whole.config_init.sweep, Path(whole.config_init.federation.run_dir)
     results = Results(run_dir)
+    run_dir.mkdir(parents=True, exist_ok=True)
+    write_text(run_dir / "sweep.yaml", yaml.safe_dump(whole.settings(), sort_keys=False, allow_unicode=True))
     first: OneShotFederation | None = None
+    cells: list[Cell] = []
     for seed, variant in plan.variants():
         one = SapCLI(sweep, [*args, *options_of(seed, variant)])
         federation = one.federation(run_dir=str(folder_of(run_dir, seed, variant)), unseen=unseen_of(plan))
         measure(federation, plan, variant, results)
         first = first or federation
+        cells += federation.cells()
     assert first is not None
+    first.results = results.only(cells)
     first.show()
 
 

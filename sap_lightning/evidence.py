@@ -41,7 +41,8 @@ class Inspection:
         saps = [method for method in methods if isinstance(method, SAP)]
         self.sap = saps[0] if saps else federation.prune.method_for(federation.merge)
         self.method = saps[0] if saps else methods[-1]
-        self.sparsity = min(federation.sparsities or [self.sap.sparsity], key=lambda rho: abs(rho - self.sap.sparsity))
+        own = self.sap.sparsity if self.method.sparsity is None else self.method.sparsity
+        self.sparsity = min(federation.sparsities or [own], key=lambda rho: abs(rho - own))
 
     def evidence(self) -> Evidence:
         """All of it."""
@@ -56,7 +57,8 @@ class Inspection:
             broken += pictures[1]
         shown = max(pairs, key=lambda unseen: gain(*pairs[unseen]))
         clients = self.clients()
-        share_kept, overlap, conflict = evidence_of_masks(self.sap, self.federation.sent, self.sparsity)
+        sent = sorted(self.federation.sent, key=lambda adapter: adapter.name)
+        share_kept, overlap, conflict = evidence_of_masks(self.sap, sent, self.sparsity)
         return Evidence(
             merged=self.point(shown).result.label,
             clients=clients,
@@ -98,6 +100,7 @@ class Inspection:
         rejects, self.merge.reject_outliers = self.merge.reject_outliers, False
         federation.server.validate(self.merge, datamodule=federation.anchors, verbose=False)
         self.merge.reject_outliers = rejects
+        federation._prepared = None  # the module has merged something else since
         losses = self.merge.losses_alone(self.merge.probe())
         scores = robust_z_scores(torch.tensor(losses)).tolist()
         rows = zip(federation.sent, losses, scores, strict=True)

@@ -32,8 +32,8 @@ from sap_lightning.modules.clip_lora import CLIPLoRAModule
 from sap_lightning.modules.merge import MergeModule
 from sap_lightning.poison import HONEST, Poison
 from sap_lightning.provenance import provenance
-from sap_lightning.report import Client, draw, log_figures, write_report
-from sap_lightning.results import CLIENT, ZERO_SHOT, Result, Results, markdown_table, rich_table, tabulate
+from sap_lightning.report import Client, write_report
+from sap_lightning.results import CLIENT, ZERO_SHOT, Cell, Result, Results, markdown_table, rich_table, tabulate
 from sap_lightning.run_folder import FREE_SETTINGS, RunFolder, hold_to
 from sap_lightning.terminal import on_terminal, track
 
@@ -204,6 +204,10 @@ class OneShotFederation:
         for unseen in self.unseen:
             self.evaluate(unseen)
 
+    def cells(self) -> list[Cell]:
+        """Where in the table the points are that this federation measures."""
+        return [point.result.cell for unseen in self.unseen for point in self.points(unseen)]
+
     def check(self) -> None:
         """Finds a faulty base, faulty anchors or too few clients for a method before clients train for hours."""
         clients = min(len(set(self.clients) - {unseen}) for unseen in self.unseen)
@@ -362,10 +366,11 @@ class OneShotFederation:
             return
         folder, rows = self.results.folder, tabulate(self.results, self.unseen)
         write_csv(folder / "clients.csv", [Client._fields, *evidence.clients])
-        report = write_report(folder, folder.name, self.results, self.unseen, evidence, self.config or {})
-        for board in tensorboards(self.server):
+        boards = tensorboards(self.server)
+        report = write_report(folder, folder.name, self.results, self.unseen, evidence, self.config or {}, boards)
+        for board in boards:
             board.add_text("results", markdown_table(rows, self.unseen))
-        log_figures(tensorboards(self.server), draw(self.results, self.unseen, evidence))
+            board.flush()
         console = Console()
         console.print(rich_table(rows, self.unseen))
         console.print(f"Report: {report}\nTable: {self.results.csv}", highlight=False)

@@ -196,7 +196,7 @@ def conflict_figure(conflict: Mapping[str, tuple[float, float]]) -> Figure:
         step = math.ceil(len(rows) / 8)
         ticks = range(0, len(rows), step)
         axes.set_xticks(ticks, [f"{rows[tick]:g}" if rows[tick] < math.inf else "–" for tick in ticks])
-        axes.set_ylim(bottom=0)
+        axes.set_ylim(0, 1)
     for axes in panels[len(modules) :]:
         axes.set_visible(False)
     figure.supxlabel("layer", fontsize=10)

@@ -214,12 +214,8 @@ def _in_order(predictions: Predictions) -> Predictions:
     return Predictions(*(tensor[order] for tensor in predictions))
 
 
-def draw(results: Results, unseen: Sequence[str], evidence: Evidence | None) -> dict[str, Figure]:
+def draw(results: Results, rows: Sequence[TableRow], evidence: Evidence | None) -> dict[str, Figure]:
     """All figures that there is data for, by name; a name with a / is one of several of a kind."""
-    return _draw(results, tabulate(results, unseen), evidence)
-
-
-def _draw(results: Results, rows: Sequence[TableRow], evidence: Evidence | None) -> dict[str, Figure]:
     figures: dict[str, Figure] = {}
     curves, references = accuracy_curves(results, rows)
     if any(len(curve) > 1 for curve in curves.values()):
@@ -265,8 +261,8 @@ def accuracy_curves(
     references: dict[str, Spread] = {}
     for row in rows:
         of = results.of(row.label)  # of the best client there are none
-        if len({result.sparsity for result in of}) != 1:
-            continue  # a method that chooses ρ anew for every domain has no place on the axis
+        if None in row.cells or len({result.sparsity for result in of}) != 1:
+            continue  # other domains are no comparison, and a method that chooses ρ itself has no place on the axis
         if of[0].sparsity is not None:
             curves.setdefault(replace(of[0], swept=False).label, []).append((of[0].sparsity, row.mean))
         elif of[0].model in (ZERO_SHOT, AVERAGE):
@@ -288,6 +284,7 @@ def write_report(
     unseen: Sequence[str],
     evidence: Evidence | None,
     settings: Mapping[str, Any],
+    boards: Iterable[Any] = (),
 ) -> Path:
     """Writes figures/<name>.png and .svg, table.md and report.html, each whole or not at all.
 
@@ -300,12 +297,14 @@ def write_report(
         unseen: the table's columns.
         evidence: what is shown beside the table; without it the report is the table and accuracy against sparsity.
         settings: the run's.
+        boards: TensorBoard writers that get the figures too.
 
     Returns:
         The report's path.
     """
     rows = tabulate(results, unseen)
-    figures = _draw(results, rows, evidence)
+    figures = draw(results, rows, evidence)
+    log_figures(boards, figures)
     embedded = _write_figures(folder / FIGURES_FOLDER, figures)
     write_text(folder / TABLE_FILE, markdown_table(rows, unseen))
     environment = Environment(
@@ -332,7 +331,7 @@ def write_report(
         outlier=OUTLIER,
         provenance=_provenance(results),
         settings=yaml.safe_dump(as_json(dict(settings)), allow_unicode=True) if settings else "",
-        command=_command(folder),
+        command=_command(folder, settings),
     )
     path = folder / REPORT_FILE
     write_text(path, page)
@@ -349,6 +348,8 @@ class _Embedded(NamedTuple):
 
 def _write_figures(folder: Path, figures: Mapping[str, Figure]) -> list[_Embedded]:
     folder.mkdir(parents=True, exist_ok=True)
+    for old in folder.iterdir():
+        old.unlink()  # of a run that had other clients or domains
     embedded = []
     for (name, figure), file_name in zip(figures.items(), file_names(figures), strict=True):
         # The salt makes the ids of an SVG the same in every process.
@@ -528,9 +529,10 @@ def _provenance(results: Results) -> dict[str, list[str]]:
     return {label: sorted(found) for label, found in values.items() if found}
 
 
-def _command(folder: Path) -> str:
+def _command(folder: Path, settings: Mapping[str, Any]) -> str:
     """What repeats the run; empty when the folder holds no settings, as one that Python code filled."""
-    if not (folder / "config.yaml").is_file():
+    command, file = ("sweep", "sweep.yaml") if "sweep" in settings else ("fit", "config.yaml")
+    if not (folder / file).is_file():
         return ""
-    config, again = shlex.quote(str(folder / "config.yaml")), shlex.quote(f"{folder}_again")
-    return f"python -m sap_lightning fit --config {config} --federation.run_dir {again}"
+    config, again = shlex.quote(str(folder / file)), shlex.quote(f"{folder}_again")
+    return f"python -m sap_lightning {command} --config {config} --federation.run_dir {again}"

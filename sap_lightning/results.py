@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
@@ -24,6 +25,14 @@ AVERAGE = "average"
 CLIENT = "client "
 BEST_CLIENT = "best client"
 CSV_METRICS = ("accuracy", "macro_accuracy", "ece")
+
+
+class Cell(NamedTuple):
+    """A place in the table, of one seed."""
+
+    label: str
+    unseen: str
+    seed: int
 
 
 @dataclass(frozen=True)
@@ -57,6 +66,11 @@ class Result:
     sources: list[str] = field(default_factory=list)
     rejected: list[str] = field(default_factory=list)
     provenance: dict[str, str] = field(default_factory=dict)
+
+    @property
+    def cell(self) -> Cell:
+        """Its place in the table: row, column and seed."""
+        return Cell(self.label, self.unseen, self.seed)
 
     @property
     def label(self) -> str:
@@ -105,7 +119,7 @@ class Results:
 
     def has(self, point: Result) -> bool:
         """Whether this very point is known."""
-        return any(_cell(row) == _cell(point) for row in self._of_measurement(point.measurement))
+        return any(row.cell == point.cell for row in self._of_measurement(point.measurement))
 
     def measured(self, measurement: str) -> Result | None:
         """A result of the same model on the same images, whatever it was called there."""
@@ -115,6 +129,13 @@ class Results:
         if not self._predictions_file(measurement).is_file():
             return []
         return [row for row in self.rows if row.measurement == measurement]
+
+    def only(self, cells: Iterable[Cell]) -> Results:
+        """These results alone, in this order, to be tabulated; what is on disk stays as it is."""
+        by_cell = {row.cell: row for row in self.rows}
+        part = copy.copy(self)
+        part.rows = [by_cell[cell] for cell in cells]
+        return part
 
     def add(self, result: Result) -> None:
         """Takes the place of an earlier result in the same cell, and of other settings' in the same row; writes."""
@@ -271,8 +292,9 @@ def markdown_table(rows: Sequence[TableRow], unseen: Sequence[str]) -> str:
 
 
 def best_cells(rows: Sequence[TableRow]) -> list[float]:
-    """The highest value of each unseen domain and of the mean, as printed."""
-    columns = zip(*([*row.cells, row.mean] for row in rows), strict=True)
+    """The highest value of each unseen domain, and of the means over all of them, as printed."""
+    whole = [row.mean for row in rows if None not in row.cells]
+    columns = [*zip(*(row.cells for row in rows), strict=True), whole]
     return [max((round(cell.mean, 3) for cell in column if cell), default=0.0) for column in columns]
 
 
@@ -300,14 +322,10 @@ def _read(file: Path) -> list[Result]:
         raise InputError(f"{file}: not results of this version ({error}); use another --federation.run_dir") from error
 
 
-def _cell(result: Result) -> tuple[str, str, int]:
-    return result.label, result.unseen, result.seed
-
-
 def _replaces(new: Result, old: Result) -> bool:
     if new.label != old.label:
         return False
-    return _cell(new) == _cell(old) or new.settings != old.settings
+    return new.cell == old.cell or new.settings != old.settings
 
 
 def _csv_row(row: Result) -> list[object]:

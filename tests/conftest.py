@@ -15,7 +15,14 @@ from places import REPOSITORY, SHAPES_CLIP
 from sap_lightning import cli
 from sap_lightning.data.shapes import draw_world
 
-COMMANDS = {"fit": cli.fit, "client": cli.client, "merge": cli.merge, "test": cli.test, "predict": cli.predict}
+COMMANDS = {
+    "fit": cli.fit,
+    "sweep": cli.sweep,
+    "client": cli.client,
+    "merge": cli.merge,
+    "test": cli.test,
+    "predict": cli.predict,
+}
 
 
 @pytest.fixture(scope="session")

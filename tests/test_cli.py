@@ -23,7 +23,14 @@ from sap_lightning.callbacks.progress import TitledProgressBar
 from sap_lightning.errors import InputError
 from sap_lightning.merging import METHODS, MergeMethod
 
-COMMANDS = {"fit": cli.fit, "client": cli.client, "merge": cli.merge, "test": cli.test, "predict": cli.predict}
+COMMANDS = {
+    "fit": cli.fit,
+    "sweep": cli.sweep,
+    "client": cli.client,
+    "merge": cli.merge,
+    "test": cli.test,
+    "predict": cli.predict,
+}
 GROUPS = ("model", "data", "anchors", "prune", "merge", "federation")
 CONTRACT = [
     "--model.base",

@@ -13,11 +13,15 @@ import time
 from pathlib import Path
 
 import pytest
+import torch
 import yaml
 from places import REPOSITORY
+from safetensors.torch import load_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+from sap_lightning.adapter import read_adapter
 from sap_lightning.errors import InputError
+from sap_lightning.results import Results
 
 DOMAINS = ["cartoon", "painting", "photo", "sketch"]
 CLIENTS = [f"client {domain}" for domain in DOMAINS]
@@ -38,19 +42,52 @@ def outcome(folder: Path) -> dict[str, bytes]:
     }
 
 
-def table(folder: Path) -> dict[str, dict[str, str]]:
+def lines_of(folder: Path) -> list[dict[str, str]]:
+    """The points of results.csv."""
     with (folder / "results.csv").open() as lines:
-        return {row.pop("model"): row for row in csv.DictReader(lines)}
+        return list(csv.DictReader(lines))
 
 
-def test_the_table_has_a_row_for_each_model_and_a_column_for_each_unseen_domain(finished):
+def table(folder: Path) -> dict[str, dict[str, float]]:
+    """Accuracy by model and unseen domain."""
+    rows: dict[str, dict[str, float]] = {}
+    for line in lines_of(folder):
+        rows.setdefault(line["model"], {})[line["unseen"]] = float(line["accuracy"])
+    return rows
+
+
+def test_the_table_has_every_model_on_every_unseen_domain(finished):
     rows = table(finished)
-    assert list(rows) == ["zero-shot", *CLIENTS, "average", "sap"]
-    assert list(rows["sap"]) == [*DOMAINS, "mean"]
-    for domain in DOMAINS:
-        assert rows[f"client {domain}"][domain] == "", "a client has seen its own domain"
-        assert 0 <= float(rows["sap"][domain]) <= 1
-    assert float(rows["sap"]["mean"]) == pytest.approx(sum(float(rows["sap"][d]) for d in DOMAINS) / 4, abs=1e-4)
+    assert set(rows) == {"zero-shot", *CLIENTS, "average", "sap"}
+    for model, accuracies in rows.items():
+        expected = [domain for domain in DOMAINS if model != f"client {domain}"]
+        assert list(accuracies) == expected, "a client has seen its own domain"
+        assert all(0 <= accuracy <= 1 for accuracy in accuracies.values())
+
+
+def test_a_line_of_results_csv_is_one_point_with_what_it_was_made_with(finished):
+    lines = lines_of(finished)
+    assert len(lines) == 4 * (1 + 3 + 2)
+    assert list(lines[0]) == [
+        "model", "sparsity", "unseen", "seed", "variant", "accuracy", "macro_accuracy", "ece", "rejected", "settings",
+        "sources", "measurement", "config", "commit", "versions",
+    ]  # fmt: skip
+    for line in lines:
+        assert line["seed"] == "0" and line["variant"] == line["rejected"] == ""
+        assert 0 <= float(line["ece"]) <= 1 and 0 <= float(line["macro_accuracy"]) <= 1
+        assert len(line["config"]) == 12 and "torch " in line["versions"]
+        assert (finished / "predictions" / f"{line['measurement']}.safetensors").is_file()
+        assert line["sparsity"] == ("0.95" if line["model"] == "sap" else "")
+    assert len({line["measurement"] for line in lines}) == len(lines)
+
+
+def test_predictions_are_those_that_the_accuracy_was_measured_by(finished):
+    results = Results(finished)
+    for row in results.rows:
+        predictions = results.predictions(row)
+        assert float(predictions.correct.float().mean()) == pytest.approx(row.metrics["accuracy"], abs=1e-6)
+        assert predictions.images.tolist() == sorted(set(predictions.images.tolist()))
+        torch.testing.assert_close(predictions.probabilities.sum(1), torch.ones(len(predictions.labels)))
 
 
 def test_results_json_says_what_each_row_was_made_from(finished):
@@ -61,8 +98,9 @@ def test_results_json_says_what_each_row_was_made_from(finished):
     assert not set(sources["sap", "photo"]) & set(sources["client photo", "sketch"])
     settings = {(row["model"], row["unseen"]): row["settings"] for row in rows}
     assert settings["zero-shot", "photo"] == settings["client photo", "sketch"] == {}
-    assert settings["average", "photo"] == {"weights": "uniform"}
+    assert settings["average", "photo"] == {"method": "average", "weights": "uniform"}
     assert settings["sap", "photo"]["sparsity"] == 0.95
+    assert settings["sap", "photo"]["anchors"]["num_pairs"] == 8
 
 
 def test_the_run_folder_holds_config_clients_uploads_and_merged_models(finished):
@@ -109,20 +147,21 @@ def copy(finished, tmp_path) -> Path:
 
 
 def test_another_merge_method_in_a_finished_run_adds_a_row_and_leaves_the_others(copy, finished, run):
-    kept = {name: content for name, content in contents(copy).items() if not name.startswith("results.")}
+    kept = {name: content for part in ("clients", "uploads", "merged", "predictions")
+            for name, content in contents(copy, f"{part}/**/*").items()}  # fmt: skip
     times = {path: path.stat().st_mtime_ns for path in copy.glob("merged/*/*/*")}
     run("fit", "--merge.method=ties", "--merge.method.sparsity=0.5", f"--federation.run_dir={copy}")
     before, after = table(finished), table(copy)
     assert sorted(after) == sorted([*before, "ties"])
     assert {row: after[row] for row in before} == before
-    assert all(0 <= float(after["ties"][column]) <= 1 for column in [*DOMAINS, "mean"])
+    assert list(after["ties"]) == DOMAINS
     now = contents(copy)
     assert {name: now[name] for name in kept} == kept
     assert {path: path.stat().st_mtime_ns for path in times} == times
     for domain in DOMAINS:
         record = json.loads((copy / "merged" / domain / "ties" / "merge.json").read_text())
         assert (record["method"], record["settings"]["sparsity"]) == ("ties", 0.5)
-        assert record["metrics"][f"accuracy on {domain}"] == pytest.approx(float(after["ties"][domain]), abs=1e-4)
+        assert record["metrics"][f"accuracy on {domain}"] == pytest.approx(after["ties"][domain], abs=1e-6)
 
 
 def test_a_merge_method_with_other_settings_takes_the_place_of_its_row_and_of_its_models(copy, run):
@@ -177,8 +216,10 @@ def test_an_unknown_unseen_domain_is_refused(run, tmp_path):
 
 def test_killed_during_the_second_client_it_continues_to_the_same_bits(options, run, tmp_path):
     two_epochs = ["--trainer.max_epochs=3", "--federation.unseen=[photo,sketch]"]
-    run("fit", *two_epochs, f"--federation.run_dir={tmp_path / 'whole'}")
-    halves = tmp_path / "halves"
+    # The config's hash is in the results, and the run folder in the config: both bear one name.
+    halves = tmp_path / "run"
+    run("fit", *two_epochs, f"--federation.run_dir={halves}")
+    halves.rename(tmp_path / "whole")
     line = [sys.executable, "-m", "sap_lightning", "fit", *options, *two_epochs, f"--federation.run_dir={halves}"]
     process = subprocess.Popen(line, cwd=REPOSITORY, env=os.environ, stderr=subprocess.DEVNULL)
     second = halves / "clients" / "painting" / "last.ckpt"
@@ -197,14 +238,15 @@ def test_two_processes_train_score_and_evaluate_as_one_does(finished, run_in_she
     two = ["--trainer.devices=2", "--trainer.strategy=ddp", "--federation.unseen=sketch"]
     done = run_in_shell("fit", *two, f"--federation.run_dir={tmp_path}", timeout=300)
     assert done.returncode == 0, done.stderr
-    from safetensors.torch import load_file
-
     for domain in ("cartoon", "painting", "photo"):
         one_process = load_file(finished / "uploads" / domain / "adapter_model.safetensors")
         for key, tensor in load_file(tmp_path / "uploads" / domain / "adapter_model.safetensors").items():
             assert (tensor - one_process[key]).abs().max() < 1e-4, key
     for model, row in table(tmp_path).items():
-        assert float(row["sketch"]) == pytest.approx(float(table(finished)[model]["sketch"]), abs=0.045)
+        assert row["sketch"] == pytest.approx(table(finished)[model]["sketch"], abs=0.045)
+    results = Results(tmp_path)
+    for row in results.rows:
+        assert len(results.predictions(row).labels) == len(set(results.predictions(row).images.tolist())) == 66
 
 
 def test_too_few_clients_for_a_method_are_refused_before_any_is_trained(run, tmp_path):
@@ -216,7 +258,7 @@ def test_too_few_clients_for_a_method_are_refused_before_any_is_trained(run, tmp
 
 def test_bfloat16_trains_and_scores(run, tmp_path):
     run("fit", "--trainer.precision=bf16-mixed", "--federation.unseen=sketch", f"--federation.run_dir={tmp_path}")
-    assert float(table(tmp_path)["sap"]["sketch"]) > 0
+    assert table(tmp_path)["sap"]["sketch"] > 0
 
 
 def test_bad_input_ends_in_one_line_and_exit_code_1(run_in_shell, tmp_path):
@@ -231,3 +273,108 @@ def test_every_setting_can_be_printed(run_in_shell):
     done = run_in_shell("fit", "--print_config")
     config = yaml.safe_load(done.stdout)
     assert {"model", "data", "anchors", "prune", "merge", "federation", "trainer", "seed_everything"} <= set(config)
+
+
+# Clients that do harm
+
+SCALED = ["--federation.poison.domain=photo", "--federation.poison.kind=scale"]
+
+
+def stored(folder: Path, model: str, unseen: str) -> dict[str, object]:
+    (row,) = [
+        r for r in json.loads((folder / "results.json").read_text()) if (r["model"], r["unseen"]) == (model, unseen)
+    ]
+    return row
+
+
+def only(folder: Path, part: str) -> dict[str, bytes]:
+    return contents(folder, f"{part}/**/*")
+
+
+def test_a_scaled_client_gets_rows_of_its_own_beside_the_honest_ones(copy, finished, run):
+    run("fit", *SCALED, "--federation.unseen=sketch", f"--federation.run_dir={copy}")
+    rows, before = table(copy), table(finished)
+    assert rows.keys() - before.keys() == {"client photo, scale", "average, photo scale", "sap, photo scale"}
+    assert {model: rows[model] for model in before} == before
+    for part in ("clients", "uploads", "merged"):
+        assert only(copy, part) == only(finished, part), "what is honest stays as it is"
+    honest = read_adapter(copy / "uploads" / "photo")
+    harmful = read_adapter(copy / "poisoned" / "photo-scale-1" / "uploads" / "photo")
+    for name, layer in honest.layers.items():
+        torch.testing.assert_close(harmful.layers[name].delta(), 10 * layer.delta(), atol=1e-6, rtol=1e-5)
+    with_harm, without = (set(stored(copy, model, "sketch")["sources"]) for model in ("sap, photo scale", "sap"))
+    assert (with_harm - without, without - with_harm) == ({harmful.sha256}, {honest.sha256})
+    assert stored(copy, "client photo, scale", "sketch")["sources"] == [harmful.sha256]
+
+
+def test_a_poisoned_run_again_changes_nothing(copy, run):
+    again = [*SCALED, "--federation.unseen=sketch", f"--federation.run_dir={copy}"]
+    run("fit", *again)
+    before = contents(copy)
+    run("fit", *again)
+    assert contents(copy) == before
+
+
+def test_a_rejected_client_has_no_part_in_the_merge(copy, run):
+    rejecting = [*SCALED, "--merge.reject_outliers=true", "--federation.unseen=sketch"]
+    run("fit", *rejecting, f"--federation.run_dir={copy}")
+    rejected = {
+        model: stored(copy, f"{model}, rejecting outliers, photo scale", "sketch") for model in ("average", "sap")
+    }
+    assert [row["rejected"] for row in rejected.values()] == [["photo"], ["photo"]]
+    assert [line["rejected"] for line in lines_of(copy) if line["model"].endswith("outliers, photo scale")] == [
+        "photo"
+    ] * 2
+    honest = stored(copy, "sap, rejecting outliers", "sketch")["rejected"]
+    assert "photo" not in honest, "it is the scaled update that stands out"
+    run("fit", "--federation.clients=[cartoon,painting]", "--federation.unseen=sketch", f"--federation.run_dir={copy}")
+    for model, row in rejected.items():
+        without = stored(copy, model, "sketch")
+        assert len(without["sources"]) == 2 and without["metrics"] == row["metrics"], model
+        together, apart = (load_file(copy / "predictions" / f"{r['measurement']}.safetensors") for r in (row, without))
+        assert all(torch.equal(together[name], apart[name]) for name in apart), model
+
+
+def test_wrong_labels_are_trained_on_beside_the_honest_client(copy, finished, run):
+    flipped = ["--federation.poison.domain=photo", "--federation.poison.fraction=0.5", "--federation.unseen=sketch"]
+    run("fit", *flipped, f"--federation.run_dir={copy}")
+    for part in ("clients", "uploads", "merged"):
+        assert only(copy, part) == only(finished, part)
+    harmful = copy / "poisoned" / "photo-label_flip-0.5"
+    assert (harmful / "clients" / "photo" / "last.ckpt").is_file()
+    assert read_adapter(harmful / "uploads" / "photo").sha256 != read_adapter(copy / "uploads" / "photo").sha256
+    assert {"client photo, label_flip", "sap, photo label_flip 0.5"} <= table(copy).keys()
+
+
+def test_a_poisoned_domain_that_is_no_client_is_refused_before_training(run, tmp_path):
+    with pytest.raises(InputError, match=r"federation\.poison\.domain clipart: no such domain; there are cartoon"):
+        run("fit", "--federation.poison.domain=clipart", f"--federation.run_dir={tmp_path}")
+    others = ["--federation.clients=[cartoon,sketch]", "--federation.poison.domain=photo"]
+    with pytest.raises(InputError, match=r"federation\.poison\.domain photo"):
+        run("fit", *others, f"--federation.run_dir={tmp_path}")
+    with pytest.raises(InputError, match=r"federation\.unseen photo: the poisoned client has no part"):
+        run("fit", *SCALED, "--federation.unseen=[photo,sketch]", f"--federation.run_dir={tmp_path}")
+    assert not (tmp_path / "uploads").exists()
+
+
+def test_only_the_clients_that_take_part_train(finished, run, tmp_path):
+    some = ["--federation.clients=[cartoon,photo]", "--federation.unseen=[photo,sketch]"]
+    run("fit", *some, f"--federation.run_dir={tmp_path}")
+    assert sorted(path.name for path in (tmp_path / "uploads").iterdir()) == ["cartoon", "photo"]
+    assert only(tmp_path, "uploads") == {
+        n: c for n, c in only(finished, "uploads").items() if n.split("/")[1] in ("cartoon", "photo")
+    }
+    rows = table(tmp_path)
+    assert set(rows) == {"zero-shot", "client cartoon", "client photo", "average", "sap"}
+    assert rows["average"]["photo"] == rows["client cartoon"]["photo"], "an average of one"
+
+
+@pytest.mark.parametrize("clients", ["[]", "[clipart]"])
+def test_clients_that_are_none_or_unknown_are_refused(run, tmp_path, clients):
+    with pytest.raises(InputError, match=r"federation\.clients"):
+        run("fit", f"--federation.clients={clients}", f"--federation.run_dir={tmp_path}")
+
+
+def test_a_lone_client_cannot_be_merged_for_its_own_domain(run, tmp_path):
+    with pytest.raises(InputError, match="needs at least 1 clients .* leaves 0"):
+        run("fit", "--federation.clients=[photo]", "--federation.unseen=photo", f"--federation.run_dir={tmp_path}")

@@ -30,11 +30,9 @@ from sap_lightning.report import (
     accuracy_curves,
     anchor_sentences,
     bytes_text,
-    draw,
     evidence_of_masks,
     file_names,
     gallery,
-    log_figures,
     summary,
     write_report,
 )
@@ -348,12 +346,11 @@ def test_evidence_of_masks_is_that_of_the_dense_updates(scope, space) -> None:
 
 
 def test_tensorboard_has_the_same_figures(tmp_path: Path) -> None:
-    figures = draw(measured(tmp_path), UNSEEN, evidence())
     board = SummaryWriter(str(tmp_path / "board"))
-    log_figures([board], figures)
+    write_report(tmp_path, "run", measured(tmp_path), UNSEEN, evidence(), {}, [board])
     board.close()
     tags = EventAccumulator(str(tmp_path / "board")).Reload().Tags()["images"]
-    assert len(tags) == len(figures) == 12
+    assert len(tags) == len(list((tmp_path / "figures").glob("*.png"))) == 12
     assert {"accuracy_by_sparsity", "share_kept/photo", "confusion/photo/after", "gallery/fixed"} < set(tags)
 
 
