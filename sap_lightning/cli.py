@@ -29,7 +29,7 @@ from sap_lightning.modules.merge import MergeModule
 from sap_lightning.output import push_to_hub
 from sap_lightning.results import Cell, Results
 from sap_lightning.run_folder import RunFolder, hold_to
-from sap_lightning.sweep import Sweep, folder_of, measure, options_of, unseen_of
+from sap_lightning.sweep import Sweep, folder_of, measure, options_of
 
 METHOD_OPTION = "--merge.method"
 MODEL_CONFIG_FILE = "config.json"
@@ -148,7 +148,8 @@ def sweep(args: Sequence[str]) -> None:
     cells: list[Cell] = []
     for seed, variant in plan.variants():
         one = SapCLI(sweep, [*args, *options_of(seed, variant)])
-        federation = one.federation(run_dir=str(folder_of(run_dir, seed, variant)), unseen=unseen_of(plan))
+        unseen = {} if plan.unseen == "all" else {"unseen": plan.unseen}
+        federation = one.federation(run_dir=str(folder_of(run_dir, seed, variant)), **unseen)
         measure(federation, plan, variant, results)
         first = first or federation
         cells += federation.cells()

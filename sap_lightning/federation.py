@@ -175,8 +175,10 @@ class OneShotFederation:
 
     @cached_property
     def provenance(self) -> dict[str, str]:
-        """What each row of the results was made with."""
-        return provenance(self.config or {})
+        """What each row of the results was made with, wherever the run folder lies."""
+        config = dict(self.config or {})
+        config["federation"] = {k: v for k, v in config.get("federation", {}).items() if k != "run_dir"}
+        return provenance(config)
 
     @property
     def domains(self) -> list[str]:

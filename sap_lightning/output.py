@@ -41,6 +41,7 @@ class Merged:
         weights: each adapter's share of the whole.
         update: ΔW by layer.
         metrics: what was measured of it, by name.
+        rejected: names of clients that were left out as outliers.
     """
 
     base: str
@@ -49,6 +50,7 @@ class Merged:
     weights: Sequence[float]
     update: Mapping[str, Update]
     metrics: Mapping[str, float] = field(default_factory=dict)
+    rejected: Sequence[str] = ()
 
     @cached_property
     def base_type(self) -> str:
@@ -98,7 +100,14 @@ class Merged:
         return as_json(record)
 
     def _outcome(self, error: float) -> dict[str, Any]:
-        return as_json({"relative_error": error, "findings": self.method.findings, "metrics": dict(self.metrics)})
+        return as_json(
+            {
+                "relative_error": error,
+                "findings": self.method.findings,
+                "metrics": dict(self.metrics),
+                "rejected": list(self.rejected),
+            }
+        )
 
     def card(self, library: str) -> ModelCard:
         """A model card that the hub accepts."""

@@ -16,10 +16,17 @@ from sap_lightning.errors import InputError
 from sap_lightning.federation import OneShotFederation
 from sap_lightning.merging import METHODS, SAP, MergeMethod
 from sap_lightning.merging.method import check_share
-from sap_lightning.results import Results
+from sap_lightning.results import Result, Results
 from sap_lightning.run_folder import SERVER_SETTINGS
 
 SEED = "seed_everything"
+OWN_SETTINGS = {
+    SEED: "sweep.seeds",
+    "merge.method": "sweep.methods",
+    "federation.unseen": "sweep.unseen",
+    "federation.run_dir": "--federation.run_dir",
+}
+"""Settings that a sweep cannot vary as it does others, and what does."""
 
 
 @dataclass
@@ -35,7 +42,7 @@ class Sweep:
             trained anew only for settings of model, data and trainer.
 
     Raises:
-        InputError: for an unknown method, a sparsity outside [0, 1] or an empty list.
+        InputError: for an unknown method, a sparsity outside [0, 1], an empty list or values that look alike.
     """
 
     methods: list[MergeMethod | str] = field(default_factory=lambda: ["average", "sap"])
@@ -48,14 +55,17 @@ class Sweep:
         for setting in ("methods", "seeds", "unseen"):
             if not getattr(self, setting):
                 raise InputError(f"sweep.{setting} is empty")
+        for setting in ("sparsities", "seeds", "unseen"):
+            values = getattr(self, setting)
+            if isinstance(values, list) and (twice := [value for value in values if values.count(value) > 1]):
+                raise InputError(f"sweep.{setting} names {twice[0]} twice")
         for sparsity in self.sparsities:
             check_share("sweep.sparsities", sparsity)
         for name in self.methods:
             if isinstance(name, str) and name not in METHODS:
                 raise InputError(f"sweep.methods: no method {name!r}; there are {', '.join(METHODS)}")
         for name, values in self.over.items():
-            if not isinstance(values, list) or not values:
-                raise InputError(f"sweep.over.{name} must be a list of values, got {values!r}")
+            _check_variants(name, values)
 
     def variants(self) -> Iterator[tuple[int, dict[str, Any]]]:
         """Every seed with every combination of the other settings."""
@@ -94,18 +104,34 @@ def measure(federation: OneShotFederation, sweep: Sweep, variant: Mapping[str, A
     federation.measure()
 
 
+def _check_variants(name: str, values: object) -> None:
+    """Refuses what a sweep has a setting of its own for, and values that the table could not tell apart."""
+    for setting, own in OWN_SETTINGS.items():
+        if name == setting or name.startswith(f"{setting}."):
+            raise InputError(f"sweep.over.{name}: that is what {own} is for")
+    if not isinstance(values, list) or not values:
+        raise InputError(f"sweep.over.{name} must be a list of values, got {values!r}")
+    shown = [Result("", "", "", variant={name: value}).variant_label.removeprefix(", ") for value in values]
+    if alike := [label for label in shown if shown.count(label) > 1]:
+        raise InputError(f"sweep.over.{name}: two values are {alike[0]} in the table; leave one out or rename it")
+
+
 def label_of(method: MergeMethod) -> str:
     """A method's name and the settings but ρ that are not its defaults, such as ``sap (space factor)``."""
-    defaults = type(method)().settings
-    changed = [f"{name} {value}" for name, value in method.settings.items() if value != defaults[name]]
+    try:
+        defaults = type(method)().settings
+    except TypeError:  # a method of one's own may have settings without defaults
+        defaults = {}
+    changed = [f"{name} {value}" for name, value in method.settings.items() if (name, value) not in defaults.items()]
     changed = [setting for setting in changed if not setting.startswith("sparsity ")]
     return f"{method.name} ({', '.join(changed)})" if changed else method.name
 
 
 def options_of(seed: int, variant: Mapping[str, Any]) -> list[str]:
     """A variant as command-line options."""
-    # JSON is YAML, which is how options are read.
-    return [f"--{name}={json.dumps(value)}" for name, value in {SEED: seed, **variant}.items()]
+    # JSON is YAML, which is how options are read; but a string's quotes would count as part of it.
+    given = {SEED: seed, **variant}.items()
+    return [f"--{name}={value if isinstance(value, str) else json.dumps(value)}" for name, value in given]
 
 
 def folder_of(run_dir: str | Path, seed: int, variant: Mapping[str, Any]) -> Path:
@@ -130,8 +156,3 @@ def _seed_of(run_dir: Path) -> int | None:
         return None
     seed = yaml.safe_load(file.read_text(encoding="utf-8")).get(SEED)
     return None if seed is None else int(seed)
-
-
-def unseen_of(sweep: Sweep) -> Sequence[str] | str | None:
-    """The unseen domains as a federation takes them."""
-    return None if sweep.unseen == "all" else sweep.unseen

@@ -11,7 +11,7 @@ from safetensors.torch import load_file, save_file
 from torch.nn.functional import normalize
 from transformers import AutoTokenizer, CLIPModel, CLIPVisionModelWithProjection
 
-from sap_lightning.base import Base, linear_weight, load_base, load_clip, vision_tower
+from sap_lightning.base import Base, StemCache, first_changed, linear_weight, load_base, load_clip, vision_tower
 from sap_lightning.errors import InputError
 
 SHAPES_CLIP = Path(places.SHAPES_CLIP)
@@ -175,3 +175,51 @@ def test_a_faulty_checkpoint_is_refused_in_one_line_with_its_name(copy: Path, sp
 def test_a_checkpoint_that_is_not_there_is_refused() -> None:
     with pytest.raises(InputError, match=r"model\.base '/nowhere'"):
         load_base("/nowhere")
+
+
+LAYER = "vision_model.encoder.layers.{}.self_attn.q_proj"
+
+
+def pixels(seed: int) -> torch.Tensor:
+    return torch.randn(3, 3, 64, 64, generator=torch.Generator().manual_seed(seed))
+
+
+def test_the_first_changed_layer_is_the_lowest_in_number(base: Base) -> None:
+    depth = len(base.tower.vision_model.encoder.layers)
+    assert first_changed(base.tower, [LAYER.format(3), LAYER.format(2), "visual_projection"]) == 2
+    assert first_changed(base.tower, [LAYER.format(10), LAYER.format(9)]) == 9, "numbers, not texts"
+    assert first_changed(base.tower, ["visual_projection"]) == first_changed(base.tower, []) == depth
+
+
+@pytest.mark.parametrize("first", [1, 2, 3])
+@torch.no_grad()
+def test_a_stem_that_is_gone_through_once_gives_the_same_bits(first: int) -> None:
+    tower = load_base(str(SHAPES_CLIP)).tower
+    cache = StemCache(tower, first)
+    batches = [pixels(seed) for seed in range(2)]
+    for _ in range(2):
+        for number, images in enumerate(batches):
+            assert torch.equal(cache.embed(number, images), tower(images).image_embeds)
+    before = tower(batches[0]).image_embeds
+    linear_weight(tower, LAYER.format(first)).mul_(1.5)
+    linear_weight(tower, "visual_projection").add_(0.01)
+    changed = tower(batches[0]).image_embeds
+    assert not torch.equal(changed, before)
+    assert torch.equal(cache.embed(0, batches[0]), changed), "weights from that layer on count"
+
+
+@torch.no_grad()
+def test_a_stem_is_not_gone_through_again_and_leaves_the_tower_as_it_was() -> None:
+    tower = load_base(str(SHAPES_CLIP)).tower
+    names = [name for name, _ in tower.named_modules()]
+    calls: list[int] = []
+    tower.vision_model.encoder.layers[0].register_forward_hook(lambda *_: calls.append(1))
+    cache = StemCache(tower, 2)
+    first, other = pixels(0), pixels(1)
+    expected = cache.embed(0, first)
+    assert torch.equal(cache.embed(0, other), expected), "a batch is known by its number"
+    assert len(calls) == 1
+    assert not torch.equal(cache.embed(1, other), expected)
+    assert len(calls) == 2
+    assert [name for name, _ in tower.named_modules()] == names
+    assert not any(layer._forward_pre_hooks for layer in tower.vision_model.encoder.layers)

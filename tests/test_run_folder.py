@@ -7,7 +7,7 @@ import pytest
 import yaml
 
 from sap_lightning.errors import InputError
-from sap_lightning.run_folder import RunFolder, hold_to
+from sap_lightning.run_folder import SERVER_SETTINGS, RunFolder, hold_to
 
 CONFIG: dict[str, Any] = {
     "seed_everything": 0,
@@ -38,6 +38,7 @@ def test_everything_has_its_place() -> None:
     assert folder.client("photo") == Path("run/clients/photo")
     assert folder.upload("photo") == Path("run/uploads/photo")
     assert folder.merged("photo", "sap") == Path("run/merged/photo/sap")
+    assert folder.poisoned("photo-scale-1").upload("photo") == Path("run/poisoned/photo-scale-1/uploads/photo")
 
 
 def test_settings_are_written_as_yaml_in_their_order(tmp_path: Path) -> None:
@@ -84,12 +85,28 @@ def test_a_setting_that_is_new_or_gone_is_a_difference(begun: Path) -> None:
         {"data": {"domain": "photo"}},
         {"merge": {"method": {"class_path": "sap_lightning.merging.ties.TIES", "init_args": {"sparsity": 0.8}}}},
         {"merge": {"report": True}},
+        {"merge": {"reject_outliers": True}},
+        {"federation": {"clients": ["photo"]}},
+        {"federation": {"poison": {"domain": "photo", "kind": "scale", "fraction": 0.5}}},
     ],
     ids=str,
 )
 def test_what_the_folder_does_not_depend_on_may_change(begun: Path, free: dict[str, Any]) -> None:
     hold_to(begun, changed(**free))
     assert yaml.safe_load((begun / "config.yaml").read_text()) == CONFIG
+
+
+SERVERS = {"anchors": {"num_pairs": 4}, "prune": {"sparsity": 0.5}, "merge": {"rescale": "l1"}}
+
+
+def test_clients_are_held_only_to_what_is_not_free(begun: Path) -> None:
+    hold_to(begun, changed(**SERVERS) | {"sweep": {"seeds": [0, 1]}}, (*SERVER_SETTINGS, "sweep"))
+    with pytest.raises(InputError, match=r"other settings: model\.rank was 8, is 4\. "):
+        hold_to(begun, changed(**SERVERS, model={"rank": 4}), SERVER_SETTINGS)
+    with pytest.raises(InputError, match=r"anchors\.num_pairs .*merge\.rescale .*prune\.sparsity"):
+        hold_to(begun, changed(**SERVERS))
+    with pytest.raises(InputError, match=r"data\.num_workers"):
+        hold_to(begun, changed(data={"num_workers": 4}), ())
 
 
 def test_one_merge_method_may_follow_another(begun: Path) -> None:

@@ -225,7 +225,15 @@ class MergeModule(CLIPClassifier):
 
     def merged(self, metrics: Mapping[str, float] | None = None) -> Merged:
         """The present update with all that is to be known of it, and what was measured of it."""
-        return Merged(self.base, self.merge_method, self.adapters, self.client_weights(), self.update, metrics or {})
+        return Merged(
+            self.base,
+            self.merge_method,
+            self.adapters,
+            self.client_weights(),
+            self.update,
+            metrics or {},
+            self.rejected,
+        )
 
     def save(self, folder: str | Path, metrics: Mapping[str, float] | None = None) -> Path:
         """Writes the merged model: a PEFT adapter or a CLIPModel folder, ``merge.json`` and a model card.

@@ -8,7 +8,7 @@ from torch.utils.data import DataLoader, TensorDataset
 from transformers import AutoTokenizer, CLIPModel
 
 from sap_lightning.base import load_base
-from sap_lightning.modules.classifier import CLIPClassifier
+from sap_lightning.modules.classifier import CLIPClassifier, accuracy_metrics
 
 CLASSES = ["star", "moon", "house"]
 
@@ -63,8 +63,28 @@ def test_accuracy_counts_images_and_macro_accuracy_counts_classes() -> None:
             "test/accuracy/star": 3 / 4,
             "test/accuracy/moon": 1,
             "test/accuracy/house": 0,
-        }
+            # Numbers in [0, 1] count as probabilities: each answer is given with confidence 1, and 4 of 6 are right.
+            "test/ece": 1 - 4 / 6,
+        },
+        abs=1e-6,
     )
+
+
+def test_the_calibration_error_is_the_gap_of_confidence_and_accuracy_in_fifteen_bins() -> None:
+    generator = torch.Generator().manual_seed(0)
+    logits, labels = 2 * torch.randn(200, 3, generator=generator), torch.randint(3, (200,), generator=generator)
+    probability, answer = logits.double().softmax(1).max(1)
+    by_hand = 0.0
+    for number in range(15):
+        chosen = (probability > number / 15) & (probability <= (number + 1) / 15)
+        if chosen.any():
+            gap = probability[chosen].mean() - (answer == labels)[chosen].double().mean()
+            by_hand += float(chosen.double().mean() * gap.abs())
+    metrics = accuracy_metrics(CLASSES)
+    for part in range(0, 200, 64):
+        metrics.update(logits[part : part + 64], labels[part : part + 64])
+    assert by_hand > 0.1
+    assert float(metrics.compute()["ece"]) == pytest.approx(by_hand, abs=1e-6)
 
 
 def test_other_classes_start_the_count_anew() -> None:

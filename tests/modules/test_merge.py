@@ -7,18 +7,22 @@ import re
 import shutil
 from pathlib import Path
 
+import lightning as L
 import pytest
 import torch
 from peft import PeftModel
 from places import SHAPES_CLIP
 from safetensors.torch import load_file
+from torchmetrics.classification import MulticlassCalibrationError
 from transformers import CLIPModel, CLIPVisionModelWithProjection
 
-from sap_lightning.adapter import layer_shapes, read_adapter
+from sap_lightning.adapter import Adapter, layer_shapes, read_adapter, sha256_of
 from sap_lightning.base import linear_weight, load_base
+from sap_lightning.data import AnchorDataModule, DomainDataModule
 from sap_lightning.errors import InputError
 from sap_lightning.merging import TIES, Average, RegMean
 from sap_lightning.modules.merge import MergeModule
+from sap_lightning.poison import Poison, boosted
 
 DOMAINS = ["cartoon", "painting", "photo"]
 
@@ -276,3 +280,175 @@ def test_an_evaluation_agrees_with_the_federation_s_table(finished, run, uploads
         run("test", "--data.domain=sketch", *options)
         shown = re.search(r"macro_accuracy\W+([\d.]+)", capsys.readouterr().out)
         assert float(shown[1]) == pytest.approx(stored[row, "sketch"]["macro_accuracy"], abs=1e-6)
+
+
+# Measuring: predictions, the stem of the tower, outliers
+
+
+def quiet_trainer(*callbacks: L.Callback) -> L.Trainer:
+    return L.Trainer(
+        accelerator="cpu",
+        devices=1,
+        logger=False,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        callbacks=list(callbacks),
+    )
+
+
+@pytest.fixture
+def sketches(world) -> DomainDataModule:
+    return DomainDataModule(str(world / "domains"), "sketch", base=SHAPES_CLIP, batch_size=16, cache=False)
+
+
+@pytest.fixture
+def anchors(world) -> AnchorDataModule:
+    return AnchorDataModule(str(world / "anchors"), num_pairs=8, base=SHAPES_CLIP, cache=False)
+
+
+def outcome_of(module: MergeModule, data: DomainDataModule) -> dict[str, torch.Tensor]:
+    """What a test leaves behind, and its metrics."""
+    (metrics,) = quiet_trainer().test(module, datamodule=data, verbose=False)
+    left = {**module.predictions._asdict(), "features": module.tested_features}
+    return left | {name: torch.tensor(value) for name, value in metrics.items()}
+
+
+def only_last(adapter: Adapter) -> Adapter:
+    """An adapter whose first layer is one of the last encoder layer."""
+    layers = {name: layer for name, layer in adapter.layers.items() if ".layers.3." in name}
+    return Adapter(adapter.name, layers, sha256_of(layers))
+
+
+def test_a_test_leaves_what_was_said_of_every_image_in_the_order_of_the_domain(uploads, sketches):
+    module = MergeModule(SHAPES_CLIP, method=Average())
+    module.adapters = module.read_uploads(uploads)
+    module.merge()
+    left = outcome_of(module, sketches)
+    sketches.batch_size = len(left["labels"])
+    (batch,) = sketches.test_dataloader()
+    assert left["images"].tolist() == batch.indices.tolist() and left["labels"].tolist() == batch.labels.tolist()
+    with torch.no_grad():
+        expected = module(sketches.on_after_batch_transfer(batch, 0).images).softmax(1)
+    torch.testing.assert_close(left["probabilities"], expected, atol=1e-5, rtol=0)
+    torch.testing.assert_close(left["features"].norm(dim=1), torch.ones(len(batch.labels)))
+    assert module.predictions.correct.float().mean() == pytest.approx(float(left["accuracy"]))
+    error = MulticlassCalibrationError(left["probabilities"].shape[1])(left["probabilities"], left["labels"])
+    assert float(left["ece"]) == pytest.approx(float(error), abs=1e-6)
+
+
+def test_a_remembered_stem_changes_no_bit_whatever_the_update(uploads, sketches):
+    module = MergeModule(SHAPES_CLIP, method=Average())
+    module.adapters = [only_last(adapter) for adapter in module.read_uploads(uploads)]
+    updates = [{}, module.adapters[0].layers, Average().merge(module.adapters)]
+    plain = []
+    for update in updates:
+        module.set_update(update)
+        plain.append(outcome_of(module, sketches))
+    assert not torch.equal(plain[0]["probabilities"], plain[2]["probabilities"])
+    calls: list[int] = []
+    module.tower.vision_model.encoder.layers[0].register_forward_hook(lambda *_: calls.append(1))
+    module.remember_stem(module.adapters)
+    for update, expected in zip(updates, plain, strict=True):
+        module.set_update(update)
+        found = outcome_of(module, sketches)
+        assert all(torch.equal(found[name], expected[name]) for name in expected)
+    batches = -(-len(plain[0]["labels"]) // 16)
+    assert len(calls) == batches, "the stem is gone through once for all three"
+
+
+def test_a_stem_is_passed_over_where_an_update_changes_an_earlier_layer(uploads, sketches):
+    module = MergeModule(SHAPES_CLIP, method=Average())
+    whole = module.read_uploads(uploads)
+    module.set_update(whole[0].layers)
+    expected = outcome_of(module, sketches)
+    module.set_update({})
+    module.remember_stem([only_last(adapter) for adapter in whole])
+    outcome_of(module, sketches)
+    module.set_update(whole[0].layers)
+    assert torch.equal(outcome_of(module, sketches)["probabilities"], expected["probabilities"])
+
+
+def test_another_domain_s_batches_are_remembered_anew(uploads, sketches):
+    module = MergeModule(SHAPES_CLIP, method=Average())
+    last = [only_last(adapter) for adapter in module.read_uploads(uploads)]
+    photos = sketches.for_domain("photo")
+    module.remember_stem(())
+    expected = outcome_of(module, photos)
+    module.remember_stem(last)
+    outcome_of(module, sketches)
+    module.remember_stem(last)
+    assert torch.equal(outcome_of(module, photos)["probabilities"], expected["probabilities"])
+
+
+def boosted_painting(module: MergeModule, uploads: list[str]) -> list[Adapter]:
+    """Three clients, one of which sends ten times its update."""
+    adapters = module.read_uploads(uploads)
+    layers = {name: boosted(layer) for name, layer in next(a for a in adapters if a.name == "painting").layers.items()}
+    harmful = Adapter("painting", layers, sha256_of(layers))
+    return [harmful if adapter.name == "painting" else adapter for adapter in adapters]
+
+
+def test_an_outlier_is_rejected_and_the_merge_is_that_of_the_others(uploads, anchors, caplog):
+    caplog.set_level("WARNING", logger="sap_lightning")
+    module = MergeModule(SHAPES_CLIP, method=Average(), reject_outliers=True)
+    module.adapters = boosted_painting(module, uploads)
+    quiet_trainer().validate(module, anchors, verbose=False)
+    assert module.rejected == ["painting"]
+    assert [record.getMessage().split(":")[0] for record in caplog.records] == ["painting left out"]
+    others = MergeModule(SHAPES_CLIP, method=Average())
+    others.adapters = [a for a in others.read_uploads(uploads) if a.name != "painting"]
+    others.merge()
+    assert sorted(adapter.name for adapter in module.adapters) == ["cartoon", "photo"]
+    assert module.client_weights() == [0.5, 0.5]
+    for name, weight in module.tower.state_dict().items():
+        assert torch.equal(weight, others.tower.state_dict()[name]), name
+
+
+def test_without_rejection_or_an_outlier_nobody_is_left_out(uploads, anchors):
+    module = MergeModule(SHAPES_CLIP, method=Average())
+    module.adapters = boosted_painting(module, uploads)
+    quiet_trainer().validate(module, anchors, verbose=False)
+    assert module.rejected == [] and len(module.adapters) == 3
+    module.reject_outliers, module.adapters = True, module.read_uploads(uploads)
+    quiet_trainer().validate(module, anchors, verbose=False)
+    assert module.rejected == [] and len(module.adapters) == 3
+    module.adapters = [adapter for adapter in boosted_painting(module, uploads) if adapter.name != "photo"]
+    quiet_trainer().validate(module, anchors, verbose=False)
+    assert module.rejected == [], "of two none is the odd one"
+
+
+def test_the_losses_alone_are_those_of_each_adapter_s_own_merge(uploads, anchors):
+    module = MergeModule(SHAPES_CLIP, method=Average())
+    trainer = quiet_trainer()
+    alone = []
+    for adapter in module.read_uploads(uploads):
+        module.adapters = [adapter]
+        trainer.validate(module, anchors, verbose=False)
+        alone.append(float(trainer.callback_metrics["anchor_loss"]))
+    module.adapters = module.read_uploads(uploads)
+    probe = module.probe()
+    assert module.losses_alone(probe) == pytest.approx(alone, abs=1e-6)
+    module.adapters.reverse()
+    probe.wear = None  # they are known, and nothing is worn for them again
+    assert module.losses_alone(probe) == pytest.approx(alone[::-1], abs=1e-6)
+
+
+def test_rejection_without_anchors_is_refused(uploads):
+    module = MergeModule(SHAPES_CLIP, method=Average(), reject_outliers=True)
+    module.adapters = module.read_uploads(uploads)
+    with pytest.raises(InputError, match=r"anchors"):
+        module.merge()
+
+
+def test_the_command_merge_rejects_too_and_says_whom(run, uploads, tmp_path, caplog):
+    caplog.set_level("WARNING", logger="sap_lightning")
+    harmful = Poison("painting", "scale").rewrite(Path(uploads[1]), tmp_path / "painting")
+    others = [uploads[0], uploads[2]]
+    rejecting = ["--merge.method=average", "--merge.reject_outliers=true", f"--federation.run_dir={tmp_path / 'run'}"]
+    run("merge", *rejecting, f"--merge.output={tmp_path / 'out'}", "--uploads", str(harmful), *others)
+    run("merge", "--merge.method=average", f"--merge.output={tmp_path / 'two'}", "--uploads", *others)
+    assert any(record.getMessage().startswith("painting left out") for record in caplog.records)
+    one, two = (load_file(tmp_path / folder / "adapter_model.safetensors") for folder in ("out", "two"))
+    assert all(torch.equal(one[name], two[name]) for name in two)
+    sources = json.loads((tmp_path / "out" / "merge.json").read_text())["sources"]
+    assert sorted(source["name"] for source in sources) == ["cartoon", "photo"]
