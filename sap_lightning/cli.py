@@ -21,7 +21,7 @@ from sap_lightning.data.domains import DomainDataModule
 from sap_lightning.data.folder import ImageFolderDataModule
 from sap_lightning.errors import InputError
 from sap_lightning.federation import UNTRAINED, OneShotFederation, server_logger, train_client
-from sap_lightning.files import refuse_existing, write_csv, write_text
+from sap_lightning.files import held, refuse_existing, write_csv, write_text
 from sap_lightning.layer_report import report_table
 from sap_lightning.merging import METHODS, Average
 from sap_lightning.modules.clip_lora import CLIPLoRAModule
@@ -134,28 +134,33 @@ def _class_path(name: str, has_settings: bool) -> str:
 
 def fit(args: Sequence[str]) -> None:
     """Train a client on each domain, merge for every unseen domain, and evaluate. Continues an interrupted run."""
-    SapCLI(fit, args).federation().run()
+    cli = SapCLI(fit, args)
+    with held(cli.config_init.federation.run_dir):
+        cli.federation().run()
 
 
 def sweep(args: Sequence[str]) -> None:
     """Measure merge methods over sparsities, seeds, unseen domains and settings. Continues an interrupted sweep."""
     whole = SapCLI(sweep, args)
     plan, run_dir = whole.config_init.sweep, Path(whole.config_init.federation.run_dir)
-    results = Results(run_dir)
-    run_dir.mkdir(parents=True, exist_ok=True)
-    write_text(run_dir / "sweep.yaml", yaml.safe_dump(whole.settings(), sort_keys=False, allow_unicode=True))
-    first: OneShotFederation | None = None
-    cells: list[Cell] = []
-    for seed, variant in plan.variants():
-        one = SapCLI(sweep, [*args, *options_of(seed, variant)])
-        unseen = {} if plan.unseen == "all" else {"unseen": plan.unseen}
-        federation = one.federation(run_dir=str(folder_of(run_dir, seed, variant)), **unseen)
-        measure(federation, plan, variant, results)
-        first = first or federation
-        cells += federation.cells()
-    assert first is not None
-    first.results = results.only(cells)
-    first.show()
+    if whole.config_init.merge.method is not None:
+        raise InputError("merge.method is for fit and merge; name methods in sweep.methods")
+    for seed, variant in plan.variants():  # a fault in the last one is found before the first is trained
+        SapCLI(sweep, [*args, *options_of(seed, variant)])
+    with held(run_dir):
+        results = Results(run_dir)
+        write_text(run_dir / "sweep.yaml", yaml.safe_dump(whole.settings(), sort_keys=False, allow_unicode=True))
+        first: OneShotFederation | None = None
+        cells: list[Cell] = []
+        for seed, variant in plan.variants():
+            one = SapCLI(sweep, [*args, *options_of(seed, variant)])
+            unseen = {} if plan.unseen == "all" else {"unseen": plan.unseen}
+            federation = one.federation(run_dir=str(folder_of(run_dir, seed, variant)), **unseen)
+            measure(federation, plan, variant, results)
+            first = first or federation
+            cells += federation.cells()
+        assert first is not None
+        first.show(results.only(cells))
 
 
 def client(args: Sequence[str]) -> None:

@@ -12,7 +12,7 @@ from torch import Tensor
 from sap_lightning.adapter import Adapter
 from sap_lightning.functional.agreement import principal_components
 from sap_lightning.functional.outliers import robust_z_scores
-from sap_lightning.functional.traffic import sparse_upload
+from sap_lightning.functional.traffic import sparse_upload, triplets_upload
 from sap_lightning.merging import SAP
 from sap_lightning.report import Client, Evidence, Projection, evidence_of_masks, gallery
 from sap_lightning.results import ZERO_SHOT, Predictions, Result
@@ -109,7 +109,11 @@ class Inspection:
     def traffic(self, adapter: Adapter) -> tuple[int, int]:
         """Bytes of an upload, and of one that its client pruned first."""
         folder = self.federation.folder_of(adapter)
-        return size_of(folder), sparse_upload(self.sap.kept(adapter, self.sparsity))
+        kept = self.sap.kept(adapter, self.sparsity)
+        if self.sap.space == "singular":
+            shapes = {name: layer.shape for name, layer in adapter.layers.items()}
+            return size_of(folder), triplets_upload(kept, shapes)
+        return size_of(folder), sparse_upload(kept)
 
     def poison(self, adapter: Adapter) -> str:
         """What was done to an adapter; empty for an honest one."""

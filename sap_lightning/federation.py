@@ -205,6 +205,7 @@ class OneShotFederation:
         self.sent = self.with_poison(self.adapters)
         for unseen in self.unseen:
             self.evaluate(unseen)
+        self.results.write()
 
     def cells(self) -> list[Cell]:
         """Where in the table the points are that this federation measures."""
@@ -213,11 +214,15 @@ class OneShotFederation:
     def check(self) -> None:
         """Finds a faulty base, faulty anchors or too few clients for a method before clients train for hours."""
         clients = min(len(set(self.clients) - {unseen}) for unseen in self.unseen)
+        left = "an unseen domain leaves"
+        if self.merge.reject_outliers and clients > 2:
+            clients -= (clients - 1) // 2  # fewer than half can stand out
+            left = "an unseen domain and the rejection of outliers can leave"
         for name, method in self.methods.items():
             if clients < max(method.least_clients, 1):
                 raise InputError(
-                    f"merge.method {name} needs at least {method.least_clients} clients at these settings, an unseen"
-                    f" domain leaves {clients}; change its settings or the method"
+                    f"merge.method {name} needs at least {method.least_clients} clients at these settings, {left}"
+                    f" {clients}; change its settings or the method"
                 )
         self.merge.configure_model()
         self.merge.encode_captions(self.anchors.captions)
@@ -258,11 +263,12 @@ class OneShotFederation:
         """Measures zero-shot, each client alone and each merge of the clients on a domain none of them has seen."""
         data = self.data.for_domain(unseen)
         self.merge.remember_stem([*self.adapters, *self.sent])
-        todo = [point for point in self.points(unseen) if not self.results.has(point.result)]
+        todo = [point for point in self.points(unseen) if self.lacks(point) or not self.results.has(point.result)]
         for point in track(todo, f"evaluating on {unseen}"):
-            known = self.results.measured(point.result.measurement)
-            result = known or self.test(point, data)
-            self.results.add(replace(point.result, metrics=result.metrics, rejected=result.rejected))
+            known = None if self.lacks(point) else self.results.measured(point.result.measurement)
+            of = known or self.test(point, data)
+            result = replace(point.result, metrics=of.metrics, rejected=of.rejected, provenance=of.provenance)
+            self.results.add(result)
 
     def test(self, point: Point, data: DomainDataModule) -> Result:
         """Measures a model, and keeps what it said of each image and, of a merge, the model."""
@@ -270,8 +276,8 @@ class OneShotFederation:
         (metrics,) = self.evaluator.test(self.merge, datamodule=data, verbose=False)
         log.info("%s on unseen %s: accuracy %.3f", point.result.label, point.result.unseen, metrics["accuracy"])
         self.results.keep_predictions(point.result.measurement, self.merge.predictions)
-        if point.method is not None and self.keeps_models and set(point.result.sources) <= self.honest:
-            self.keep(point.result.unseen, metrics)
+        if folder := self.model_folder(point):
+            self.keep(folder, {f"accuracy on {point.result.unseen}": metrics["accuracy"]})
         rejected = self.merge.rejected if point.method is not None else []
         return replace(point.result, metrics=dict(metrics), rejected=rejected)
 
@@ -283,21 +289,22 @@ class OneShotFederation:
             yield self.point(f"{CLIENT}{adapter.name}", unseen, [adapter])
         poisoned = [adapter for adapter in sent if adapter.sha256 not in self.honest]
         for adapter in poisoned:
-            yield self.point(f"{CLIENT}{adapter.name}, {self.poison.kind}", unseen, [adapter])
-        rejecting = ", rejecting outliers" if self.merge.reject_outliers else ""
+            yield self.point(f"poisoned {CLIENT}{self.poison.label}", unseen, [adapter])
         for name, method in self.methods.items():
-            yield from self.swept(f"{name}{rejecting}", unseen, honest, method)
+            yield from self.swept(name, unseen, honest, method)
             if poisoned:
-                yield from self.swept(f"{name}{rejecting}, {self.poison.label}", unseen, sent, method)
+                yield from self.swept(name, unseen, sent, method, self.poison.label)
 
-    def swept(self, model: str, unseen: str, adapters: Sequence[Adapter], method: MergeMethod) -> Iterator[Point]:
+    def swept(
+        self, model: str, unseen: str, adapters: Sequence[Adapter], method: MergeMethod, poison: str = ""
+    ) -> Iterator[Point]:
         """A merge at each sparsity, or at the method's own."""
-        if method.sparsity is None or not self.sparsities:
-            yield self.point(model, unseen, adapters, method, method.sparsity)
-            return
-        for sparsity in self.sparsities:
+        swept = method.sparsity is not None and len(self.sparsities) > 0
+        rejecting = "rejecting outliers" if self.merge.reject_outliers else ""
+        condition = ", ".join(filter(None, [poison, rejecting]))
+        for sparsity in self.sparsities if swept else [method.sparsity]:
             point = self.point(model, unseen, adapters, method, sparsity)
-            yield point._replace(result=replace(point.result, swept=True))
+            yield point._replace(result=replace(point.result, swept=swept, condition=condition))
 
     def point(
         self,
@@ -310,9 +317,9 @@ class OneShotFederation:
         """A point, and all that its metrics depend on."""
         settings = self.settings_of(method, sparsity) if method else {}
         sources = [adapter.sha256 for adapter in adapters]
-        data = self.data
-        tested = [self.merge.base_fingerprint, list(self.merge.templates), data.root, data.class_names, unseen]
-        measurement = digest(tested, self.evaluator.precision, sources, settings)
+        images = [self.data.class_names, unseen, self.data_fingerprints[unseen]]
+        base = [self.merge.base, self.merge.base_fingerprint, list(self.merge.templates), self.evaluator.precision]
+        measurement = digest(images, base, sources, settings)
         result = Result(
             model=model,
             unseen=unseen,
@@ -326,6 +333,11 @@ class OneShotFederation:
         )
         return Point(result, adapters, method)
 
+    @cached_property
+    def data_fingerprints(self) -> dict[str, str]:
+        """For each unseen domain what changes whenever one of its images does."""
+        return {unseen: self.data.fingerprint(unseen) for unseen in self.unseen}
+
     def settings_of(self, method: MergeMethod, sparsity: float | None) -> dict[str, Any]:
         """What decides the outcome of a merge beside the adapters, as JSON knows it."""
         settings = {"method": method.name, **method.settings, "weights": self.merge.weights}
@@ -333,6 +345,7 @@ class OneShotFederation:
             settings["sparsity"] = sparsity
         if method.needs_anchors or self.merge.reject_outliers:
             settings["anchors"] = {name: getattr(self.anchors, name) for name in ("root", "num_pairs", "noise")}
+            settings["anchors"]["content"] = self.anchors.fingerprint
         if self.merge.reject_outliers:
             settings["reject_outliers"] = True
         return dict(as_json(settings))
@@ -361,27 +374,44 @@ class OneShotFederation:
         folder = self.folder if adapter.sha256 in self.honest else self.folder.poisoned(self.poison.name)
         return folder.upload(adapter.name)
 
-    def show(self) -> None:
-        """Prints the results table, writes the report, and puts both into TensorBoard."""
+    def show(self, results: Results | None = None) -> None:
+        """Prints the results table, writes the report, and puts both into TensorBoard.
+
+        Args:
+            results: what to show; all that is known in the run folder, if not given.
+        """
+        results = results or self.results
+        self.server.strategy.barrier()
         evidence = collect_evidence(self)
         if not self.server.is_global_zero:
             return
-        folder, rows = self.results.folder, tabulate(self.results, self.unseen)
+        folder, rows = results.folder, tabulate(results, self.unseen)
         write_csv(folder / "clients.csv", [Client._fields, *evidence.clients])
         boards = tensorboards(self.server)
-        report = write_report(folder, folder.name, self.results, self.unseen, evidence, self.config or {}, boards)
+        report = write_report(folder, folder.name, results, self.unseen, evidence, self.config or {}, boards)
         for board in boards:
             board.add_text("results", markdown_table(rows, self.unseen))
             board.flush()
         console = Console()
         console.print(rich_table(rows, self.unseen))
-        console.print(f"Report: {report}\nTable: {self.results.csv}", highlight=False)
+        console.print(f"Report: {report}\nTable: {results.csv}", highlight=False)
         console.print(f"Figures: tensorboard --logdir {folder}", highlight=False)
 
-    def keep(self, unseen: str, metrics: Mapping[str, float]) -> None:
+    def model_folder(self, point: Point) -> Path | None:
+        """Where the merged model of a point is kept; nowhere that of other points."""
+        if point.method is None or not self.keeps_models or not set(point.result.sources) <= self.honest:
+            return None
+        rejecting = "-rejecting" if self.merge.reject_outliers else ""
+        return self.folder.merged(point.result.unseen, f"{point.method.name}{rejecting}")
+
+    def lacks(self, point: Point) -> bool:
+        """Whether a merged model that is kept is not there."""
+        folder = self.model_folder(point)
+        return folder is not None and not folder.is_dir()
+
+    def keep(self, folder: Path, metrics: Mapping[str, float]) -> None:
         """Writes the merged model to the run folder, in place of one that was merged otherwise."""
-        merged = self.merge.merged(metrics={f"accuracy on {unseen}": metrics["accuracy"]})
-        folder = self.folder.merged(unseen, merged.method.name)
+        merged = self.merge.merged(metrics)
         if self.server.is_global_zero and not merged.stands_in(folder):
             shutil.rmtree(folder, ignore_errors=True)
             merged.save(folder, self.merge.format, self.merge.rank)

@@ -96,7 +96,7 @@ def anchor_loss_figure(losses: Mapping[str, float], z_scores: Mapping[str, float
     """A bar for each client's anchor loss with its robust z-score; outliers are hatched and say so."""
     figure = Figure(figsize=(5.0, 0.9 + 0.34 * len(losses)), layout="constrained")
     axes = _plain_axes(figure)
-    far = {name: abs(z_scores[name]) > OUTLIER for name in losses}
+    far = {name: z_scores[name] > OUTLIER for name in losses}
     colours = [OKABE_ITO[1] if far[name] else OKABE_ITO[5] for name in losses]
     bars = axes.barh(range(len(losses)), list(losses.values()), color=colours, edgecolor="black", linewidth=0.6)
     texts = []

@@ -8,9 +8,12 @@ import json
 import os
 import tempfile
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
+
+from filelock import FileLock, Timeout
+from lightning.fabric.utilities.rank_zero import rank_zero_only
 
 from sap_lightning.errors import InputError
 
@@ -19,6 +22,22 @@ def refuse_existing(folder: str | Path) -> None:
     """Raises InputError when something of that name already stands."""
     if os.path.lexists(folder):
         raise InputError(f"{folder}: already exists and is not overwritten; name another folder or remove it")
+
+
+@contextmanager
+def held(folder: str | Path) -> Iterator[None]:
+    """Keeps other commands from writing to a folder; of several processes of one command the first one holds it.
+
+    Raises:
+        InputError: when another command has it.
+    """
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    try:
+        with FileLock(folder / ".lock", timeout=0) if getattr(rank_zero_only, "rank", 0) == 0 else nullcontext():
+            yield
+    except Timeout as error:
+        raise InputError(f"{folder}: another command is writing there; wait for it, or use another folder") from error
 
 
 @contextmanager

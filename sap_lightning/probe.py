@@ -41,6 +41,7 @@ class AnchorProbe:
         logit_scale: the base's inverse temperature.
         sum_over_processes: adds up a tensor over all processes that look together.
         chosen: numbers of the pairs to look at; all if not given.
+        images: tells these images from others with the same captions.
     """
 
     def __init__(
@@ -53,6 +54,7 @@ class AnchorProbe:
         logit_scale: float,
         sum_over_processes: Callable[[Tensor], Tensor] = lambda tensor: tensor,
         chosen: Sequence[int] | None = None,
+        images: str = "",
     ) -> None:
         self.tower = tower
         self.wear = wear
@@ -62,6 +64,7 @@ class AnchorProbe:
         self.logit_scale = logit_scale
         self.sum_over_processes = sum_over_processes
         self.chosen = range(len(captions)) if chosen is None else chosen
+        self.images = images
 
     @property
     def device(self) -> torch.device:
@@ -72,12 +75,13 @@ class AnchorProbe:
     def fingerprint(self) -> str:
         """Tells one set of anchors from another."""
         features = self.captions.detach().float().cpu().numpy().tobytes()
-        return hashlib.sha256(features + str(list(self.chosen)).encode()).hexdigest()
+        return hashlib.sha256(features + f"{list(self.chosen)} {self.images}".encode()).hexdigest()
 
     def halves(self) -> tuple[AnchorProbe, AnchorProbe]:
         """Two probes that share the tower and look at every other pair each."""
         parts = self.tower, self.wear, self.image_features, self.batches, self.captions, self.logit_scale
-        one, other = (AnchorProbe(*parts, self.sum_over_processes, self.chosen[start::2]) for start in (0, 1))
+        chosen = self.chosen[::2], self.chosen[1::2]
+        one, other = (AnchorProbe(*parts, self.sum_over_processes, half, self.images) for half in chosen)
         return one, other
 
     def weight(self, layer: str) -> Tensor:

@@ -500,7 +500,7 @@ def anchor_sentences(clients: Sequence[Client]) -> list[str]:
     """Which clients the anchors single out, and whether those are the poisoned ones."""
     if len(clients) < 3:
         return ["Of fewer than three clients none can be called the odd one."]
-    flagged = {client.name for client in clients if abs(client.z_score) > OUTLIER}
+    flagged = {client.name for client in clients if client.z_score > OUTLIER}
     poisoned = {client.name for client in clients if client.poison}
     said = [f"The anchors single out {_listed(flagged)}." if flagged else "The anchors single out no client."]
     if poisoned:

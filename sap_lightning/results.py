@@ -46,6 +46,7 @@ class Result:
         sparsity: ρ; None where nothing is pruned.
         swept: whether the merge was measured at several sparsities, each a row of its own.
         seed: of the clients' training.
+        condition: that the merge was done under, such as a poisoned client.
         variant: the settings that a sweep changed for this point, by name.
         metrics: accuracy, macro_accuracy, ece and accuracy/<class>, as shares of 1.
         settings: those of the merge.
@@ -60,6 +61,7 @@ class Result:
     sparsity: float | None = None
     swept: bool = False
     seed: int = 0
+    condition: str = ""
     variant: dict[str, Any] = field(default_factory=dict)
     metrics: dict[str, float] = field(default_factory=dict)
     settings: dict[str, Any] = field(default_factory=dict)
@@ -76,7 +78,8 @@ class Result:
     def label(self) -> str:
         """The row of the table that it belongs to."""
         sparsity = f" ρ={self.sparsity:g}" if self.swept else ""
-        return f"{self.model}{sparsity}{self.variant_label}"
+        condition = f", {self.condition}" if self.condition else ""
+        return f"{self.model}{sparsity}{condition}{self.variant_label}"
 
     @property
     def variant_label(self) -> str:
@@ -146,7 +149,18 @@ class Results:
     def write(self) -> None:
         """Writes results.json and results.csv, each in one step."""
         write_json(self.json, as_json([asdict(row) for row in self.rows]))
-        head = ["model", "sparsity", "unseen", "seed", "variant", *CSV_METRICS, "rejected", "settings", "sources"]
+        head = [
+            "model",
+            "sparsity",
+            "unseen",
+            "seed",
+            "condition",
+            "variant",
+            *CSV_METRICS,
+            "rejected",
+            "settings",
+            "sources",
+        ]
         write_csv(self.csv, [[*head, "measurement", "config", "commit", "versions"], *map(_csv_row, self.rows)])
 
     @property
@@ -157,9 +171,9 @@ class Results:
     @property
     def labels(self) -> list[str]:
         """The table's rows: zero-shot, clients, then merges in the order of measurement."""
-        clients = sorted(row.label for row in self.rows if row.model.startswith(CLIENT))
-        zero_shot = [row.label for row in self.rows if row.model == ZERO_SHOT]
-        return list(dict.fromkeys([*zero_shot, *clients, *(row.label for row in self.rows)]))
+        clients = sorted((row for row in self.rows if row.model.startswith(CLIENT)), key=lambda row: row.model)
+        first = [row for row in self.rows if row.model == ZERO_SHOT] + clients
+        return list(dict.fromkeys(row.label for row in [*first, *self.rows]))
 
     def of(self, label: str) -> list[Result]:
         """The results of a row of the table."""
@@ -248,7 +262,7 @@ def _table_row(results: Results, row: list[Result], every: Sequence[Result], uns
         [_spread([r.metrics["accuracy"] for r in row if r.unseen == domain]) for domain in unseen],
         Spread(*mean_and_std([sum(values) / len(values) for values in by_seed.values()]), len(by_seed)),
         sum(result.metrics["ece"] for result in row) / len(row),
-        difference(results, row, [r for r in every if r.model == AVERAGE]),
+        difference(results, row, [r for r in every if r.model == AVERAGE and r.condition == row[0].condition]),
         difference(results, row, [r for r in every if r.model == ZERO_SHOT]),
     )
 
@@ -330,9 +344,15 @@ def _replaces(new: Result, old: Result) -> bool:
 
 def _csv_row(row: Result) -> list[object]:
     metrics = [f"{row.metrics[name]:.6f}" for name in CSV_METRICS]
-    point = [row.model, "" if row.sparsity is None else row.sparsity, row.unseen, row.seed, _json(row.variant)]
+    point = [row.model, "" if row.sparsity is None else row.sparsity, row.unseen, row.seed, row.condition]
     made = [";".join(row.rejected), _json(row.settings), ";".join(row.sources), row.measurement]
-    return [*point, *metrics, *made, *(row.provenance.get(name, "") for name in ("config", "commit", "versions"))]
+    return [
+        *point,
+        _json(row.variant),
+        *metrics,
+        *made,
+        *(row.provenance.get(name, "") for name in ("config", "commit", "versions")),
+    ]
 
 
 def _json(values: Mapping[str, Any]) -> str:

@@ -23,6 +23,7 @@ FREE_SETTINGS = (
     "merge.reject_outliers",
     "merge.report",
     "merge.push_to_hub",
+    "sweep",
 )
 """Settings, and groups of them, that may change from one start to the next: what is in the folder does not depend on
 them, or says itself what it was made with."""

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from itertools import product
 from pathlib import Path
@@ -24,7 +25,9 @@ OWN_SETTINGS = {
     SEED: "sweep.seeds",
     "merge.method": "sweep.methods",
     "federation.unseen": "sweep.unseen",
-    "federation.run_dir": "--federation.run_dir",
+    "federation.poison.domain": "a sweep of its own",
+    "sweep": "the group sweep itself",
+    "federation.run_dir": "the option itself",
 }
 """Settings that a sweep cannot vary as it does others, and what does."""
 
@@ -64,6 +67,8 @@ class Sweep:
         for name in self.methods:
             if isinstance(name, str) and name not in METHODS:
                 raise InputError(f"sweep.methods: no method {name!r}; there are {', '.join(METHODS)}")
+        if self.sparsities and "prune.sparsity" in self.over:
+            raise InputError("sweep.over.prune.sparsity: sweep.sparsities sets it already; name one of them")
         for name, values in self.over.items():
             _check_variants(name, values)
 
@@ -84,7 +89,8 @@ class Sweep:
         methods: dict[str, MergeMethod] = {}
         for given in self.methods:
             if isinstance(given, MergeMethod):
-                method, label = given, label_of(given)
+                # What it learned of one variant's clients is not kept for another's.
+                method, label = copy.deepcopy(given), label_of(given)
             else:
                 method, label = sap if given == SAP.name else METHODS[given](), given
             if label in methods:
@@ -100,7 +106,7 @@ def measure(federation: OneShotFederation, sweep: Sweep, variant: Mapping[str, A
     federation.variant = dict(variant)
     federation.results = results
     federation.keeps_models = False
-    federation.free_settings = (*SERVER_SETTINGS, "sweep")
+    federation.free_settings = SERVER_SETTINGS
     federation.measure()
 
 

@@ -48,11 +48,16 @@ def lines_of(folder: Path) -> list[dict[str, str]]:
         return list(csv.DictReader(lines))
 
 
+def model_of(row: dict[str, str]) -> str:
+    """What a row of the results is of, and under which condition."""
+    return ", ".join(filter(None, [row["model"], row["condition"]]))
+
+
 def table(folder: Path) -> dict[str, dict[str, float]]:
     """Accuracy by model and unseen domain."""
     rows: dict[str, dict[str, float]] = {}
     for line in lines_of(folder):
-        rows.setdefault(line["model"], {})[line["unseen"]] = float(line["accuracy"])
+        rows.setdefault(model_of(line), {})[line["unseen"]] = float(line["accuracy"])
     return rows
 
 
@@ -69,8 +74,8 @@ def test_a_line_of_results_csv_is_one_point_with_what_it_was_made_with(finished)
     lines = lines_of(finished)
     assert len(lines) == 4 * (1 + 3 + 2)
     assert list(lines[0]) == [
-        "model", "sparsity", "unseen", "seed", "variant", "accuracy", "macro_accuracy", "ece", "rejected", "settings",
-        "sources", "measurement", "config", "commit", "versions",
+        "model", "sparsity", "unseen", "seed", "condition", "variant", "accuracy", "macro_accuracy", "ece", "rejected",
+        "settings", "sources", "measurement", "config", "commit", "versions",
     ]  # fmt: skip
     for line in lines:
         assert line["seed"] == "0" and line["variant"] == line["rejected"] == ""
@@ -186,11 +191,13 @@ def test_running_another_merge_method_again_changes_nothing(copy, run):
     assert contents(copy) == before
 
 
-def test_a_merged_model_that_is_gone_from_disk_is_not_missed_by_the_table(copy, run):
-    before = outcome(copy)
+def test_a_merged_model_that_is_gone_from_disk_is_merged_again(copy, run):
+    before, rows = outcome(copy), table(copy)
     shutil.rmtree(copy / "merged" / "photo" / "sap")
     run("fit", f"--federation.run_dir={copy}")
-    assert {name: content for name, content in before.items() if "photo/sap" not in name} == outcome(copy)
+    merged = {name: content for name, content in outcome(copy).items() if name.startswith("merged/")}
+    assert merged == {name: content for name, content in before.items() if name.startswith("merged/")}
+    assert table(copy) == rows
 
 
 def test_other_settings_are_refused_with_what_differs(finished, run):
@@ -284,7 +291,7 @@ SCALED = ["--federation.poison.domain=photo", "--federation.poison.kind=scale"]
 
 def stored(folder: Path, model: str, unseen: str) -> dict[str, object]:
     (row,) = [
-        r for r in json.loads((folder / "results.json").read_text()) if (r["model"], r["unseen"]) == (model, unseen)
+        r for r in json.loads((folder / "results.json").read_text()) if (model_of(r), r["unseen"]) == (model, unseen)
     ]
     return row
 
@@ -296,7 +303,7 @@ def only(folder: Path, part: str) -> dict[str, bytes]:
 def test_a_scaled_client_gets_rows_of_its_own_beside_the_honest_ones(copy, finished, run):
     run("fit", *SCALED, "--federation.unseen=sketch", f"--federation.run_dir={copy}")
     rows, before = table(copy), table(finished)
-    assert rows.keys() - before.keys() == {"client photo, scale", "average, photo scale", "sap, photo scale"}
+    assert rows.keys() - before.keys() == {"poisoned client photo scale", "average, photo scale", "sap, photo scale"}
     assert {model: rows[model] for model in before} == before
     for part in ("clients", "uploads", "merged"):
         assert only(copy, part) == only(finished, part), "what is honest stays as it is"
@@ -306,7 +313,7 @@ def test_a_scaled_client_gets_rows_of_its_own_beside_the_honest_ones(copy, finis
         torch.testing.assert_close(harmful.layers[name].delta(), 10 * layer.delta(), atol=1e-6, rtol=1e-5)
     with_harm, without = (set(stored(copy, model, "sketch")["sources"]) for model in ("sap, photo scale", "sap"))
     assert (with_harm - without, without - with_harm) == ({harmful.sha256}, {honest.sha256})
-    assert stored(copy, "client photo, scale", "sketch")["sources"] == [harmful.sha256]
+    assert stored(copy, "poisoned client photo scale", "sketch")["sources"] == [harmful.sha256]
 
 
 def test_a_poisoned_run_again_changes_nothing(copy, run):
@@ -326,12 +333,12 @@ def test_a_rejected_client_has_no_part_in_the_merge(copy, run):
     ]
     run("fit", *rejecting, f"--federation.run_dir={copy}")
     rejected = {
-        model: stored(copy, f"{model}, rejecting outliers, painting scale", "sketch") for model in ("average", "sap")
+        model: stored(copy, f"{model}, painting scale, rejecting outliers", "sketch") for model in ("average", "sap")
     }
     assert [row["rejected"] for row in rejected.values()] == [["painting"], ["painting"]]
-    assert [line["rejected"] for line in lines_of(copy) if line["model"].endswith("outliers, painting scale")] == [
-        "painting"
-    ] * 2
+    assert [
+        line["rejected"] for line in lines_of(copy) if line["condition"] == "painting scale, rejecting outliers"
+    ] == ["painting"] * 2
     honest = stored(copy, "sap, rejecting outliers", "sketch")["rejected"]
     assert honest == [], "it is the scaled update that stands out"
     run("fit", "--federation.clients=[cartoon,photo]", "--federation.unseen=sketch", f"--federation.run_dir={copy}")
@@ -350,7 +357,7 @@ def test_wrong_labels_are_trained_on_beside_the_honest_client(copy, finished, ru
     harmful = copy / "poisoned" / "photo-label_flip-0.5"
     assert (harmful / "clients" / "photo" / "last.ckpt").is_file()
     assert read_adapter(harmful / "uploads" / "photo").sha256 != read_adapter(copy / "uploads" / "photo").sha256
-    assert {"client photo, label_flip", "sap, photo label_flip 0.5"} <= table(copy).keys()
+    assert {"poisoned client photo label_flip 0.5", "sap, photo label_flip 0.5"} <= table(copy).keys()
 
 
 def test_a_poisoned_domain_that_is_no_client_is_refused_before_training(run, tmp_path):

@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from sap_lightning.data.cache import load_pixels
-from sap_lightning.data.fingerprints import file_fingerprint
+from sap_lightning.data.fingerprints import digest, file_fingerprint
 from sap_lightning.data.images import SUFFIXES, Picture, file_picture
 from sap_lightning.data.loaders import eval_sampler, make_loader, process_of, share
 from sap_lightning.data.preprocess import Preprocess
@@ -117,6 +117,11 @@ class AnchorDataModule(LightningDataModule):
     def captions(self) -> list[str]:
         """One caption per pair, in order."""
         return self._pairs.captions
+
+    @property
+    def fingerprint(self) -> str:
+        """Changes whenever an image or a caption does."""
+        return digest(self._pairs.fingerprint, self.captions, self.noise)
 
     def images(self) -> Tensor:
         """All anchor images at once, normalised float (num_pairs, 3, H, W)."""

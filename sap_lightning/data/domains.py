@@ -104,6 +104,10 @@ class DomainDataModule(LightningDataModule):
         """Number of training images; known after `setup`."""
         return len(self._train)
 
+    def fingerprint(self, domain: str) -> str:
+        """Changes whenever an image of a domain does."""
+        return self._source.samples(domain).fingerprint
+
     def for_domain(self, name: str) -> DomainDataModule:
         """The same settings for another domain; its labels are its own, whatever `relabel` does here."""
         other = copy.copy(self)

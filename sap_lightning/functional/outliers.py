@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 OUTLIER = 3.5
-"""Modified z-scores beyond ± this are outliers (Iglewicz & Hoaglin 1993, How to Detect and Handle Outliers)."""
+"""Modified z-scores beyond this are outliers (Iglewicz & Hoaglin 1993, How to Detect and Handle Outliers)."""
 _LEAST_VALUES = 3
 _NORMAL_MAD = 0.6745
 _NORMAL_MEAN_DEVIATION = 1.253314
@@ -23,12 +23,17 @@ def robust_z_scores(values: Tensor) -> Tensor:
     to lie close together put the third far out.
 
     Args:
-        values: shape (n,), finite.
+        values: shape (n,).
 
     Returns:
-        float64 (n,); zeros for fewer than three values, of which none can be called the odd one, and for equal ones.
+        float64 (n,); zeros for fewer than three finite values, of which none can be called the odd one, and for equal
+        ones; inf for a value that is no finite number, which counts among no others.
     """
     values = values.double()
+    if not values.isfinite().all():
+        scores = torch.full_like(values, torch.inf)
+        scores[values.isfinite()] = robust_z_scores(values[values.isfinite()])
+        return scores
     if len(values) < _LEAST_VALUES:
         return torch.zeros_like(values)
     deviations = values - _median(values)

@@ -7,9 +7,10 @@ from collections.abc import Mapping, Sequence
 from torch import Tensor
 
 _INDEX_BYTES = 4
+_VALUE_BYTES = 4
 
 
-def sparse_bytes(kept: int, total: int, value_bytes: int = 4) -> int:
+def sparse_bytes(kept: int, total: int, value_bytes: int = _VALUE_BYTES) -> int:
     """Bytes of a tensor that is zero but for `kept` of its `total` elements, in the cheapest of three layouts.
 
     The values kept and a bitmap of where they belong (⌈total / 8⌉ bytes), or an index of 4 bytes for each of them, or
@@ -32,6 +33,16 @@ def sparse_upload(masks: Mapping[str, Sequence[Tensor]]) -> int:
         masks: for each layer the masks of its tensors, bool of any shape, True where an element is kept.
     """
     return sum(sparse_bytes(int(mask.sum()), mask.numel()) for layer in masks.values() for mask in layer)
+
+
+def triplets_upload(masks: Mapping[str, Sequence[Tensor]], shapes: Mapping[str, tuple[int, int]]) -> int:
+    """Bytes of an adapter pruned to some singular triplets: u and v of each that is kept, one of them times σ.
+
+    Args:
+        masks: for each layer the mask of its singular values, True where a triplet is kept.
+        shapes: (d_out, d_in) of each layer.
+    """
+    return sum(_VALUE_BYTES * int(masks[name][0].sum()) * sum(shapes[name]) for name in masks)
 
 
 def one_shot_bytes(upload_bytes: Sequence[int]) -> int:

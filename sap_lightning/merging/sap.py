@@ -144,6 +144,8 @@ class SAPAuto(MergeMethod):
         self.scales = list(scales)
         self.reduction = reduction
         self.tried: list[Trial] = []
+        # They keep what the anchors said of an adapter, which is merged for several unseen domains.
+        self._scored = {space: SAP(space=space, reduction=reduction) for space in (*self.spaces, SAP().space)}
 
     def prepare(
         self, adapters: Sequence[Adapter], weights: Sequence[float], anchors: AnchorProbe | None = None
@@ -156,7 +158,7 @@ class SAPAuto(MergeMethod):
             self._search(adapters, weights, anchors)
 
     def _take_defaults(self, adapters: Sequence[Adapter], weights: Sequence[float], anchors: AnchorProbe) -> None:
-        sap = SAP(reduction=self.reduction)
+        sap = self._scored[SAP().space]
         sap.prepare(adapters, weights, anchors)
         self._by_space = {sap.space: sap}
         self.tried = [Trial(sap.space, sap.sparsity, 1.0, anchors.loss(sap.apply()))]
@@ -167,7 +169,7 @@ class SAPAuto(MergeMethod):
         if len(anchors.chosen) < 2:
             raise InputError("merge.method sap_auto holds out half of the anchors; give it at least two")
         scoring, held_out = anchors.halves()
-        self._by_space = {space: SAP(space=space, reduction=self.reduction) for space in self.spaces}
+        self._by_space = {space: self._scored[space] for space in self.spaces}
         for method in self._by_space.values():
             method.prepare(adapters, weights, scoring)
         self.tried = [

@@ -247,6 +247,7 @@ class MergeModule(CLIPClassifier):
 
     def on_validation_start(self) -> None:
         self.encode_captions(data_of(self.trainer).captions)
+        self.anchor_images = data_of(self.trainer).fingerprint
         self.merge(self.probe())
 
     @torch.inference_mode(False)  # scoring backpropagates through them, also after a copy to the device
@@ -267,6 +268,7 @@ class MergeModule(CLIPClassifier):
             self.caption_features,
             self.logit_scale,
             self._sum_over_processes,
+            images=self.anchor_images,
         )
 
     def _features_in_trainer_precision(self, images: Tensor) -> Tensor:
@@ -284,7 +286,8 @@ class MergeModule(CLIPClassifier):
 
     def _sum_over_processes(self, tensor: Tensor) -> Tensor:
         # Processes on GPUs can only add up what lies there.
-        return self.trainer.strategy.reduce(tensor.to(self.trainer.strategy.root_device), reduce_op="sum")
+        summed = self.trainer.strategy.reduce(tensor.to(self.trainer.strategy.root_device), reduce_op="sum")
+        return summed.to(tensor.device)
 
     def validation_step(self, batch: AnchorBatch, batch_idx: int) -> None:
         losses = alignment_loss(self.image_features(batch.images).float(), self.caption_features[batch.indices])
@@ -292,7 +295,7 @@ class MergeModule(CLIPClassifier):
 
     def on_test_start(self) -> None:
         self._use_classes_of_the_data()
-        self._tested = [CatMetric().to(self.device) for _ in (*Predictions._fields, "features")]
+        self._tested = [CatMetric(nan_strategy="disable").to(self.device) for _ in (*Predictions._fields, "features")]
 
     def on_predict_start(self) -> None:
         self._use_classes_of_the_data()
@@ -308,9 +311,9 @@ class MergeModule(CLIPClassifier):
 
     def test_step(self, batch: Batch, batch_idx: int) -> None:
         features = self._test_features(batch, batch_idx)
-        logits = self.logits(features)
-        self.metrics.update(logits, batch.labels)
-        tested = (logits.softmax(-1), batch.labels, batch.indices, features.float())
+        probabilities = self.logits(features).softmax(-1)
+        self.metrics.update(probabilities, batch.labels)
+        tested = (probabilities, batch.labels, batch.indices, features.float())
         for metric, values in zip(self._tested, tested, strict=True):
             metric.update(values)
 

@@ -44,3 +44,9 @@ def test_few_or_equal_values_have_no_outlier(values: list[float]) -> None:
     scores = robust_z_scores(torch.tensor(values))
     assert scores.dtype == torch.float64
     assert scores.tolist() == [0.0] * len(values)
+
+
+def test_what_is_no_number_stands_out_most_and_does_not_hide_the_others() -> None:
+    scores = robust_z_scores(torch.tensor([0.30, 0.31, 0.32, 0.9, float("nan"), float("inf")]))
+    assert scores[4:].isinf().all()
+    assert scores[:4].equal(robust_z_scores(torch.tensor([0.30, 0.31, 0.32, 0.9])))

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from sap_lightning.functional.traffic import fedavg_bytes, one_shot_bytes, sparse_bytes, sparse_upload
+from sap_lightning.functional.traffic import fedavg_bytes, one_shot_bytes, sparse_bytes, sparse_upload, triplets_upload
 
 
 def layouts(tensor: np.ndarray) -> list[int]:
@@ -43,3 +43,8 @@ def test_an_upload_is_the_sum_of_its_tensors() -> None:
 def test_fedavg_moves_every_adapter_both_ways_in_every_round() -> None:
     assert one_shot_bytes([100, 150, 50]) == 300
     assert fedavg_bytes([100, 150, 50], rounds=10) == 10 * (300 + 300)
+
+
+def test_triplets_are_sent_as_their_two_vectors() -> None:
+    masks = {"q": (torch.tensor([True, False, True]),), "fc1": (torch.tensor([False, False]),)}
+    assert triplets_upload(masks, {"q": (24, 24), "fc1": (32, 24)}) == 2 * (24 + 24) * 4
