@@ -38,6 +38,8 @@ from sap_lightning.run_folder import FREE_SETTINGS, RunFolder, hold_to
 from sap_lightning.terminal import on_terminal, track
 
 log = logging.getLogger(__name__)
+LOG_WIDTH = 160
+"""Columns of the table where no terminal sets them."""
 TrainerFactory = Callable[..., L.Trainer]
 UNTRAINED: dict[str, Any] = {"enable_checkpointing": False, "enable_progress_bar": False, "limit_val_batches": 1.0}
 """Trainer arguments where nothing is trained; a merge needs its validation on the anchors, all of them."""
@@ -392,7 +394,7 @@ class OneShotFederation:
         for board in boards:
             board.add_text("results", markdown_table(rows, self.unseen))
             board.flush()
-        console = Console()
+        console = Console(width=None if on_terminal() else LOG_WIDTH)
         console.print(rich_table(rows, self.unseen))
         console.print(f"Report: {report}\nTable: {results.csv}", highlight=False)
         console.print(f"Figures: tensorboard --logdir {folder}", highlight=False)

@@ -289,7 +289,8 @@ def rich_table(rows: Sequence[TableRow], unseen: Sequence[str]) -> Table:
     best = best_cells(rows)
     for row in rows:
         cells = zip([*row.cells, row.mean], best, strict=True)
-        table.add_row(row.label, *(_marked(cell, top, "[bold]{}[/bold]") for cell, top in cells))
+        marked = (_marked(cell, top, "[bold]{}[/bold]").replace(" ± 0.", "±.") for cell, top in cells)
+        table.add_row(row.label, *marked)
     return table
 
 

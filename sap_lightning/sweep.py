@@ -90,7 +90,7 @@ class Sweep:
         for given in self.methods:
             if isinstance(given, MergeMethod):
                 # What it learned of one variant's clients is not kept for another's.
-                method, label = copy.deepcopy(given), label_of(given)
+                method, label = copy.deepcopy(given), label_of(given, with_sparsity=not self.sparsities)
             else:
                 method, label = sap if given == SAP.name else METHODS[given](), given
             if label in methods:
@@ -122,14 +122,14 @@ def _check_variants(name: str, values: object) -> None:
         raise InputError(f"sweep.over.{name}: two values are {alike[0]} in the table; leave one out or rename it")
 
 
-def label_of(method: MergeMethod) -> str:
-    """A method's name and the settings but ρ that are not its defaults, such as ``sap (space factor)``."""
+def label_of(method: MergeMethod, with_sparsity: bool = False) -> str:
+    """A method's name and the settings that are not its defaults, such as ``sap (space factor)``; ρ where asked for."""
     try:
         defaults = type(method)().settings
     except TypeError:  # a method of one's own may have settings without defaults
         defaults = {}
     changed = [f"{name} {value}" for name, value in method.settings.items() if (name, value) not in defaults.items()]
-    changed = [setting for setting in changed if not setting.startswith("sparsity ")]
+    changed = [setting for setting in changed if with_sparsity or not setting.startswith("sparsity ")]
     return f"{method.name} ({', '.join(changed)})" if changed else method.name
 
 

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from sap_lightning.errors import InputError
-from sap_lightning.files import new_folder, refuse_existing, write_json, write_text
+from sap_lightning.files import held, new_folder, refuse_existing, write_json, write_text
 
 
 def test_a_new_folder_appears_with_all_that_was_put_into_it(tmp_path: Path) -> None:
@@ -88,3 +88,11 @@ def test_json_that_cannot_be_written_leaves_the_old_file(tmp_path: Path) -> None
     with pytest.raises(TypeError):
         write_json(tmp_path / "file", {"folder": tmp_path})
     assert (tmp_path / "file").read_text() == "1\n"
+
+
+def test_a_folder_that_is_held_is_refused_to_another_command_until_it_is_free(tmp_path):
+    refused = pytest.raises(InputError, match=r"run: another command is writing there")
+    with held(tmp_path / "run"), refused, held(tmp_path / "run"):
+        pass
+    with held(tmp_path / "run"):
+        assert (tmp_path / "run").is_dir()

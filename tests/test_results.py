@@ -184,6 +184,7 @@ def test_the_csv_has_a_line_for_each_point_with_all_that_it_was_made_with(tmp_pa
         "sparsity": "0.5",
         "unseen": "photo",
         "seed": "3",
+        "condition": "",
         "variant": '{"anchors.num_pairs": 4, "model.rank": 2}',
         "accuracy": "0.500000",
         "macro_accuracy": "0.250000",

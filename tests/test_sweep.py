@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 import yaml
 from places import REPOSITORY
 
@@ -137,6 +138,11 @@ class Needy(Average):
 )
 def test_a_label_names_the_settings_but_sparsity_that_are_not_defaults(method: MergeMethod, label: str) -> None:
     assert label_of(method) == label
+
+
+def test_a_label_names_sparsity_where_it_is_not_swept() -> None:
+    assert label_of(SAP(0.9), with_sparsity=True) == "sap (sparsity 0.9)"
+    assert label_of(SAP(), with_sparsity=True) == "sap"
 
 
 @pytest.mark.parametrize(
@@ -339,3 +345,35 @@ def test_other_settings_of_training_are_refused_in_a_folder_of_clients(copy, run
 def test_values_that_the_table_would_show_alike_are_refused() -> None:
     with pytest.raises(InputError, match=r"^sweep\.over\.anchors\.root: two values are root=coco in the table"):
         Sweep(over={"anchors.root": ["/a/coco", "/b/coco"]})
+
+
+def test_fit_after_a_sweep_in_its_folder_leaves_the_merged_models_too(tmp_path, run) -> None:
+    folder = f"--federation.run_dir={tmp_path / 'run'}"
+    run("fit", "--federation.unseen=sketch", folder)
+    shutil.rmtree(tmp_path / "run" / "merged")
+    run("sweep", "--sweep.unseen=[sketch]", "--sweep.methods=[average,krum]", folder)
+    assert not (tmp_path / "run" / "merged").exists()
+    run("fit", "--federation.unseen=sketch", folder)
+    assert {path.name for path in (tmp_path / "run" / "merged" / "sketch").iterdir()} == {"average", "sap"}
+
+
+def test_noise_for_anchors_is_scored_anew_by_a_method_with_settings(tmp_path, run) -> None:
+    method = json.dumps([{"class_path": "sap_lightning.merging.SAP", "init_args": {"scope": "layer"}}])
+    for name, noise in (("both", [False, True]), ("alone", [True])):
+        over = json.dumps({"anchors.noise": noise})
+        (tmp_path / name).mkdir()
+        if name == "alone":
+            (tmp_path / name / "seed_0").symlink_to(tmp_path / "both" / "seed_0")
+        options = [f"--sweep.methods={method}", f"--sweep.over={over}", "--sweep.unseen=[sketch]"]
+        run("sweep", *options, f"--federation.run_dir={tmp_path / name}")
+    label = "sap (scope layer), noise=True"
+    both, alone = (Results(tmp_path / name) for name in ("both", "alone"))
+    (together,), (apart,) = both.of(label), alone.of(label)
+    assert torch.equal(both.predictions(together).probabilities, alone.predictions(apart).probabilities)
+
+
+def test_a_faulty_value_is_refused_before_anything_is_trained(tmp_path, run_in_shell) -> None:
+    over = json.dumps({"prune.space": ["delta", "foo"]})
+    done = run_in_shell("sweep", f"--sweep.over={over}", f"--federation.run_dir={tmp_path / 'run'}")
+    assert done.returncode != 0 and "foo" in done.stderr and "Traceback" not in done.stderr
+    assert not (tmp_path / "run").exists()
