@@ -16,7 +16,14 @@ from sap_lightning import cli
 from sap_lightning.merging import Average
 
 README = (REPOSITORY / "README.md").read_text(encoding="utf-8")
-COMMANDS = {"fit": cli.fit, "client": cli.client, "merge": cli.merge, "test": cli.test, "predict": cli.predict}
+COMMANDS = {
+    "fit": cli.fit,
+    "sweep": cli.sweep,
+    "client": cli.client,
+    "merge": cli.merge,
+    "test": cli.test,
+    "predict": cli.predict,
+}
 LINES = [" ".join(line.split()) for line in re.findall(r"python -m sap_lightning ([^`]+?)(?=\n[^-\s]|\n\n|`)", README)]
 BLOCKS = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
 
