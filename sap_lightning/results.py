@@ -150,6 +150,7 @@ class Results:
         """Writes results.json and results.csv, each in one step."""
         write_json(self.json, as_json([asdict(row) for row in self.rows]))
         head = [
+            "row",
             "model",
             "sparsity",
             "unseen",
@@ -345,7 +346,7 @@ def _replaces(new: Result, old: Result) -> bool:
 
 def _csv_row(row: Result) -> list[object]:
     metrics = [f"{row.metrics[name]:.6f}" for name in CSV_METRICS]
-    point = [row.model, "" if row.sparsity is None else row.sparsity, row.unseen, row.seed, row.condition]
+    point = [row.label, row.model, "" if row.sparsity is None else row.sparsity, row.unseen, row.seed, row.condition]
     made = [";".join(row.rejected), _json(row.settings), ";".join(row.sources), row.measurement]
     return [
         *point,

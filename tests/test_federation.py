@@ -74,7 +74,8 @@ def test_a_line_of_results_csv_is_one_point_with_what_it_was_made_with(finished)
     lines = lines_of(finished)
     assert len(lines) == 4 * (1 + 3 + 2)
     assert list(lines[0]) == [
-        "model", "sparsity", "unseen", "seed", "condition", "variant", "accuracy", "macro_accuracy", "ece", "rejected",
+        "row", "model", "sparsity", "unseen", "seed", "condition", "variant", "accuracy", "macro_accuracy", "ece",
+        "rejected",
         "settings", "sources", "measurement", "config", "commit", "versions",
     ]  # fmt: skip
     for line in lines:

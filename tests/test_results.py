@@ -180,6 +180,7 @@ def test_the_csv_has_a_line_for_each_point_with_all_that_it_was_made_with(tmp_pa
     with results.csv.open() as lines:
         zero_shot, sap = csv.DictReader(lines)
     assert sap == {
+        "row": results.rows[1].label,
         "model": "sap",
         "sparsity": "0.5",
         "unseen": "photo",
