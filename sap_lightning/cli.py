@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, cast
 
@@ -27,9 +27,9 @@ from sap_lightning.merging import METHODS, Average
 from sap_lightning.modules.clip_lora import CLIPLoRAModule
 from sap_lightning.modules.merge import MergeModule
 from sap_lightning.output import push_to_hub
-from sap_lightning.results import Cell, Results
+from sap_lightning.results import Results
 from sap_lightning.run_folder import RunFolder, hold_to
-from sap_lightning.sweep import Sweep, folder_of, measure, options_of
+from sap_lightning.sweep import Sweep, assign, check, folder_of, measure, options_of
 
 METHOD_OPTION = "--merge.method"
 MODEL_CONFIG_FILE = "config.json"
@@ -145,22 +145,16 @@ def sweep(args: Sequence[str]) -> None:
     plan, run_dir = whole.config_init.sweep, Path(whole.config_init.federation.run_dir)
     if whole.config_init.merge.method is not None:
         raise InputError("merge.method is for fit and merge; name methods in sweep.methods")
-    for seed, variant in plan.variants():  # a fault in the last one is found before the first is trained
-        SapCLI(sweep, [*args, *options_of(seed, variant)])
+
+    def federation_of(seed: int, variant: Mapping[str, Any]) -> OneShotFederation:
+        one = SapCLI(sweep, [*args, *options_of(seed, variant)])
+        unseen = {} if plan.unseen == "all" else {"unseen": plan.unseen}
+        return assign(one.federation(run_dir=str(folder_of(run_dir, seed, variant)), **unseen), plan, variant)
+
+    check(plan, federation_of)
     with held(run_dir):
-        results = Results(run_dir)
         write_text(run_dir / "sweep.yaml", yaml.safe_dump(whole.settings(), sort_keys=False, allow_unicode=True))
-        first: OneShotFederation | None = None
-        cells: list[Cell] = []
-        for seed, variant in plan.variants():
-            one = SapCLI(sweep, [*args, *options_of(seed, variant)])
-            unseen = {} if plan.unseen == "all" else {"unseen": plan.unseen}
-            federation = one.federation(run_dir=str(folder_of(run_dir, seed, variant)), **unseen)
-            measure(federation, plan, variant, results)
-            first = first or federation
-            cells += federation.cells()
-        assert first is not None
-        first.show(results.only(cells))
+        measure(plan, federation_of, Results(run_dir))
 
 
 def client(args: Sequence[str]) -> None:

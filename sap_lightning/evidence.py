@@ -2,23 +2,30 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import logging
+import math
+from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from torch import Tensor
 
 from sap_lightning.adapter import Adapter
+from sap_lightning.errors import InputError
 from sap_lightning.functional.agreement import principal_components
 from sap_lightning.functional.outliers import robust_z_scores
 from sap_lightning.functional.traffic import sparse_upload, triplets_upload
-from sap_lightning.merging import SAP
-from sap_lightning.report import Client, Evidence, Projection, evidence_of_masks, gallery
+from sap_lightning.merging import SAP, Average, SAPAuto
+from sap_lightning.merging.method import PruningMethod
+from sap_lightning.probe import AnchorProbe
+from sap_lightning.report import NO_MASKS, Client, Evidence, Projection, evidence_of_masks, gallery
 from sap_lightning.results import ZERO_SHOT, Predictions, Result
 
 if TYPE_CHECKING:
     from sap_lightning.federation import OneShotFederation, Point
+
+log = logging.getLogger(__name__)
 
 PROJECTED_IMAGES = 105
 """Images of each domain in the projection: enough to see clusters, few enough to compute in seconds."""
@@ -31,6 +38,21 @@ def collect_evidence(federation: OneShotFederation) -> Evidence:
     return Inspection(federation).evidence()
 
 
+class Pruning(NamedTuple):
+    """Adapters that a method is prepared for, and the sparsity it prunes them to."""
+
+    method: PruningMethod
+    adapters: Sequence[Adapter]
+    sparsity: float
+
+    def upload_bytes(self, adapter: Adapter) -> int:
+        """What an upload would take had its client pruned it."""
+        kept = self.method.kept(adapter, self.sparsity)
+        if self.method.space == "singular":
+            return triplets_upload(kept, {name: layer.shape for name, layer in adapter.layers.items()})
+        return sparse_upload(kept)
+
+
 class Inspection:
     """One merge of a finished federation, looked at from all sides."""
 
@@ -38,11 +60,10 @@ class Inspection:
         self.federation = federation
         self.merge = federation.merge
         methods = list(federation.methods.values())
-        saps = [method for method in methods if isinstance(method, SAP)]
-        self.sap = saps[0] if saps else federation.prune.method_for(federation.merge)
-        self.method = saps[0] if saps else methods[-1]
-        own = self.sap.sparsity if self.method.sparsity is None else self.method.sparsity
-        self.sparsity = min(federation.sparsities or [own], key=lambda rho: abs(rho - own))
+        self.method = next((method for method in methods if isinstance(method, SAP)), methods[-1])
+        own = self.method.sparsity
+        self.sparsity = own if own is None else min(federation.sparsities or [own], key=lambda rho: abs(rho - own))
+        self.sent = sorted(federation.sent, key=lambda adapter: adapter.name)
 
     def evidence(self) -> Evidence:
         """All of it."""
@@ -56,12 +77,14 @@ class Inspection:
             fixed += pictures[0]
             broken += pictures[1]
         shown = max(pairs, key=lambda unseen: gain(*pairs[unseen]))
-        clients = self.clients()
-        sent = sorted(self.federation.sent, key=lambda adapter: adapter.name)
-        share_kept, overlap, conflict = evidence_of_masks(self.sap, sent, self.sparsity)
+        anchors = self.anchors()
+        losses = self.merge.losses_alone(anchors)
+        sound = [adapter for adapter, loss in zip(self.sent, losses, strict=True) if math.isfinite(loss)]
+        pruning = self.pruning(sound, anchors)
+        share_kept, overlap, conflict = evidence_of_masks(*pruning) if pruning else NO_MASKS
         return Evidence(
             merged=self.point(shown).result.label,
-            clients=clients,
+            clients=self.clients(losses, pruning),
             share_kept=share_kept,
             overlap=overlap,
             conflict=conflict,
@@ -92,28 +115,44 @@ class Inspection:
     def predictions(self, result: Result) -> Predictions:
         return self.federation.results.predictions(result)
 
-    def clients(self) -> list[Client]:
-        """What each client sent, and how it stands out on the anchors."""
-        federation = self.federation
+    def anchors(self) -> AnchorProbe:
+        """The anchors, to be looked at through the base with what every client sent."""
         self.merge.set_update({})
-        self.merge.adapters, self.merge.method = list(federation.sent), self.sap
+        self.merge.adapters, self.merge.method = self.sent, Average()
         rejects, self.merge.reject_outliers = self.merge.reject_outliers, False
-        federation.server.validate(self.merge, datamodule=federation.anchors, verbose=False)
+        self.federation.server.validate(self.merge, datamodule=self.federation.anchors, verbose=False)
         self.merge.reject_outliers = rejects
-        federation._prepared = None  # the module has merged something else since
-        losses = self.merge.losses_alone(self.merge.probe())
-        scores = robust_z_scores(torch.tensor(losses)).tolist()
-        rows = zip(federation.sent, losses, scores, strict=True)
-        return sorted(Client(a.name, *self.traffic(a), loss, z, self.poison(a)) for a, loss, z in rows)
+        self.federation._prepared = None  # the module has merged something else since
+        return self.merge.probe()
 
-    def traffic(self, adapter: Adapter) -> tuple[int, int]:
-        """Bytes of an upload, and of one that its client pruned first."""
-        folder = self.federation.folder_of(adapter)
-        kept = self.sap.kept(adapter, self.sparsity)
-        if self.sap.space == "singular":
-            shapes = {name: layer.shape for name, layer in adapter.layers.items()}
-            return size_of(folder), triplets_upload(kept, shapes)
-        return size_of(folder), sparse_upload(kept)
+    def pruning(self, adapters: Sequence[Adapter], anchors: AnchorProbe) -> Pruning | None:
+        """How the method prunes these clients; None where it prunes nothing, or cannot score them."""
+        if not isinstance(self.method, PruningMethod | SAPAuto) or not adapters:
+            return None
+        try:
+            self.method.prepare(adapters, [1 / len(adapters)] * len(adapters), anchors)
+        except InputError as error:
+            log.warning("the report has no masks: %s", error)
+            return None
+        if isinstance(self.method, SAPAuto):
+            return Pruning(self.method.sap, adapters, self.method.chosen.sparsity)
+        assert self.sparsity is not None
+        return Pruning(self.method, adapters, self.sparsity)
+
+    def clients(self, losses: Sequence[float], pruning: Pruning | None) -> list[Client]:
+        """What each client sent, and how it stands out on the anchors."""
+        scores = robust_z_scores(torch.tensor(losses)).tolist()
+        return [
+            Client(
+                adapter.name,
+                size_of(self.federation.folder_of(adapter)),
+                pruning.upload_bytes(adapter) if pruning and adapter in pruning.adapters else None,
+                loss,
+                z_score,
+                self.poison(adapter),
+            )
+            for adapter, loss, z_score in zip(self.sent, losses, scores, strict=True)
+        ]
 
     def poison(self, adapter: Adapter) -> str:
         """What was done to an adapter; empty for an honest one."""

@@ -12,8 +12,10 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import lightning as L
+import yaml
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.loggers import TensorBoardLogger
+from lightning.pytorch.utilities import rank_zero_only
 from rich.console import Console
 
 from sap_lightning.adapter import Adapter
@@ -25,15 +27,16 @@ from sap_lightning.data.domains import DomainDataModule
 from sap_lightning.data.fingerprints import digest
 from sap_lightning.errors import InputError
 from sap_lightning.evidence import collect_evidence
-from sap_lightning.files import as_json, write_csv
+from sap_lightning.files import as_json, write_csv, write_text
 from sap_lightning.merging.average import Average
 from sap_lightning.merging.method import MergeMethod
 from sap_lightning.modules.clip_lora import CLIPLoRAModule
 from sap_lightning.modules.merge import MergeModule
+from sap_lightning.output import holds
 from sap_lightning.poison import HONEST, Poison
 from sap_lightning.provenance import provenance
 from sap_lightning.report import Client, write_report
-from sap_lightning.results import CLIENT, ZERO_SHOT, Cell, Result, Results, markdown_table, rich_table, tabulate
+from sap_lightning.results import CLIENT, ZERO_SHOT, Result, Results, left_out, markdown_table, rich_table, tabulate
 from sap_lightning.run_folder import FREE_SETTINGS, RunFolder, hold_to
 from sap_lightning.terminal import on_terminal, track
 
@@ -178,9 +181,14 @@ class OneShotFederation:
     @cached_property
     def provenance(self) -> dict[str, str]:
         """What each row of the results was made with, wherever the run folder lies."""
+        return provenance(self.settings)
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """All that was configured but the run folder."""
         config = dict(self.config or {})
         config["federation"] = {k: v for k, v in config.get("federation", {}).items() if k != "run_dir"}
-        return provenance(config)
+        return config
 
     @property
     def domains(self) -> list[str]:
@@ -194,7 +202,7 @@ class OneShotFederation:
             InputError: when the settings differ from the run folder's, or an upload is faulty.
         """
         self.measure()
-        self.show()
+        self.show(self.comparable())
         return self.results
 
     def measure(self) -> None:
@@ -202,6 +210,7 @@ class OneShotFederation:
         self.check()
         if self.config is not None:
             hold_to(self.folder.path, self.config, self.free_settings)
+        self.keep_settings()
         self.adapters = self.collect(self.train())
         self.honest = {adapter.sha256 for adapter in self.adapters}
         self.sent = self.with_poison(self.adapters)
@@ -209,15 +218,39 @@ class OneShotFederation:
             self.evaluate(unseen)
         self.results.write()
 
-    def cells(self) -> list[Cell]:
-        """Where in the table the points are that this federation measures."""
-        return [point.result.cell for unseen in self.unseen for point in self.points(unseen)]
+    @rank_zero_only
+    def keep_settings(self) -> None:
+        """Writes the settings that the rows of the results name by their hash."""
+        folder = self.results.folder / "configs"
+        folder.mkdir(parents=True, exist_ok=True)
+        text = yaml.safe_dump(as_json(self.settings), sort_keys=False, allow_unicode=True)
+        write_text(folder / f"{self.provenance['config']}.yaml", text)
+
+    def wanted(self) -> list[Result]:
+        """The points that this federation measures, without their metrics."""
+        return [point.result for unseen in self.unseen for point in self.points(unseen)]
+
+    def comparable(self) -> Results:
+        """The points of this run and, to stand beside them, earlier merges of the same clients for the same domains."""
+        wanted = self.wanted()
+        cells = {point.cell for point in wanted}
+        clients = {(point.unseen, *point.sources) for point in wanted}
+        earlier = [
+            row
+            for row in self.results.rows
+            if (row.seed, row.variant) == (self.data.seed, self.variant)
+            and row.cell not in cells
+            and (row.unseen, *row.sources) in clients
+        ]
+        latest = {row.label: row.settings for row in earlier}
+        return self.results.only([*wanted, *(row for row in earlier if row.settings == latest[row.label])])
 
     def check(self) -> None:
         """Finds a faulty base, faulty anchors or too few clients for a method before clients train for hours."""
         clients = min(len(set(self.clients) - {unseen}) for unseen in self.unseen)
+        self.merge.check_rejection(clients)
         left = "an unseen domain leaves"
-        if self.merge.reject_outliers and clients > 2:
+        if self.merge.reject_outliers:
             clients -= (clients - 1) // 2  # fewer than half can stand out
             left = "an unseen domain and the rejection of outliers can leave"
         for name, method in self.methods.items():
@@ -226,8 +259,18 @@ class OneShotFederation:
                     f"merge.method {name} needs at least {method.least_clients} clients at these settings, {left}"
                     f" {clients}; change its settings or the method"
                 )
+        for unseen in self.unseen:
+            self._keep_from_anchors(unseen)
         self.merge.configure_model()
         self.merge.encode_captions(self.anchors.captions)
+
+    def _keep_from_anchors(self, unseen: str) -> None:
+        anchors, images = Path(self.anchors.root).resolve(), Path(self.data.root, unseen).resolve()
+        if images.is_dir() and (anchors.is_relative_to(images) or images.is_relative_to(anchors)):
+            raise InputError(
+                f"anchors.root {self.anchors.root} holds images of {unseen}, which is to be unseen; take anchors from"
+                " elsewhere, or name other domains in federation.unseen (sweep.unseen in a sweep)"
+            )
 
     def train(self) -> list[Path]:
         """Trains every client that has not uploaded yet, and returns all uploads."""
@@ -255,7 +298,7 @@ class OneShotFederation:
         if self.poison.poisons_labels:
             data = self.poison.relabelled(self.data.for_domain(domain))
             train_client(copy.deepcopy(self.client), data, folder, self.make_trainer, f"poisoned client {domain}")
-        elif not folder.upload(domain).exists():
+        elif self.server.is_global_zero and not folder.upload(domain).exists():
             self.poison.rewrite(self.folder.upload(domain), folder.upload(domain))
         self.server.strategy.barrier()
         others = [adapter for adapter in honest if adapter.name != domain]
@@ -291,7 +334,8 @@ class OneShotFederation:
             yield self.point(f"{CLIENT}{adapter.name}", unseen, [adapter])
         poisoned = [adapter for adapter in sent if adapter.sha256 not in self.honest]
         for adapter in poisoned:
-            yield self.point(f"poisoned {CLIENT}{self.poison.label}", unseen, [adapter])
+            point = self.point(f"{CLIENT}{adapter.name}", unseen, [adapter])
+            yield point._replace(result=replace(point.result, condition=self.poison.label))
         for name, method in self.methods.items():
             yield from self.swept(name, unseen, honest, method)
             if poisoned:
@@ -376,13 +420,8 @@ class OneShotFederation:
         folder = self.folder if adapter.sha256 in self.honest else self.folder.poisoned(self.poison.name)
         return folder.upload(adapter.name)
 
-    def show(self, results: Results | None = None) -> None:
-        """Prints the results table, writes the report, and puts both into TensorBoard.
-
-        Args:
-            results: what to show; all that is known in the run folder, if not given.
-        """
-        results = results or self.results
+    def show(self, results: Results) -> None:
+        """Prints these results as a table, writes the report, and puts both into TensorBoard."""
         self.server.strategy.barrier()
         evidence = collect_evidence(self)
         if not self.server.is_global_zero:
@@ -390,12 +429,14 @@ class OneShotFederation:
         folder, rows = results.folder, tabulate(results, self.unseen)
         write_csv(folder / "clients.csv", [Client._fields, *evidence.clients])
         boards = tensorboards(self.server)
-        report = write_report(folder, folder.name, results, self.unseen, evidence, self.config or {}, boards)
+        report = write_report(folder, results, rows, self.unseen, evidence, self.config or {}, boards)
         for board in boards:
             board.add_text("results", markdown_table(rows, self.unseen))
             board.flush()
         console = Console(width=None if on_terminal() else LOG_WIDTH)
         console.print(rich_table(rows, self.unseen))
+        for sentence in left_out(results):
+            console.print(sentence, highlight=False)
         console.print(f"Report: {report}\nTable: {results.csv}", highlight=False)
         console.print(f"Figures: tensorboard --logdir {folder}", highlight=False)
 
@@ -407,9 +448,9 @@ class OneShotFederation:
         return self.folder.merged(point.result.unseen, f"{point.method.name}{rejecting}")
 
     def lacks(self, point: Point) -> bool:
-        """Whether a merged model that is kept is not there."""
+        """Whether a merged model that is to be kept is not there, or another in its place."""
         folder = self.model_folder(point)
-        return folder is not None and not folder.is_dir()
+        return folder is not None and point.method is not None and not holds(folder, point.method, point.result.sources)
 
     def keep(self, folder: Path, metrics: Mapping[str, float]) -> None:
         """Writes the merged model to the run folder, in place of one that was merged otherwise."""

@@ -93,12 +93,17 @@ def _apart(sparsities: Sequence[float], places: Mapping[float, float]) -> tuple[
 
 
 def anchor_loss_figure(losses: Mapping[str, float], z_scores: Mapping[str, float]) -> Figure:
-    """A bar for each client's anchor loss with its robust z-score; outliers are hatched and say so."""
+    """A bar for each client's anchor loss with its robust z-score; outliers are hatched and say so.
+
+    A loss that is no finite number has a bar as long as the longest of the others.
+    """
     figure = Figure(figsize=(5.0, 0.9 + 0.34 * len(losses)), layout="constrained")
     axes = _plain_axes(figure)
     far = {name: z_scores[name] > OUTLIER for name in losses}
     colours = [OKABE_ITO[1] if far[name] else OKABE_ITO[5] for name in losses]
-    bars = axes.barh(range(len(losses)), list(losses.values()), color=colours, edgecolor="black", linewidth=0.6)
+    longest = max((loss for loss in losses.values() if math.isfinite(loss)), default=1.0)
+    lengths = [loss if math.isfinite(loss) else longest for loss in losses.values()]
+    bars = axes.barh(range(len(losses)), lengths, color=colours, edgecolor="black", linewidth=0.6)
     texts = []
     for name, bar in zip(losses, bars, strict=True):
         bar.set_hatch("///" if far[name] else "")

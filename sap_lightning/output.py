@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -169,6 +169,25 @@ class Merged:
         AutoTokenizer.from_pretrained(self.base).save_pretrained(folder)
         AutoImageProcessor.from_pretrained(self.base).save_pretrained(folder)
         return 0.0
+
+
+def holds(folder: Path, method: MergeMethod, sources: Collection[str]) -> bool:
+    """Whether a folder holds what ``save`` wrote of a merge by this method, at its settings, of these adapters.
+
+    Args:
+        folder: may be missing.
+        method: the method.
+        sources: sha256 of the adapters, from which a merge may have left out outliers.
+    """
+    file = folder / RECORD_FILE
+    if not file.is_file():
+        return False
+    written = json.loads(file.read_text(encoding="utf-8"))
+    merged = {source["sha256"] for source in written["sources"]}
+    settings = {"method": method.name, "settings": as_json(method.settings)}
+    return settings.items() <= written.items() and (
+        merged == set(sources) or (bool(written["rejected"]) and merged < set(sources))
+    )
 
 
 def push_to_hub(folder: str | Path, repository: str) -> str:

@@ -51,8 +51,8 @@ from sap_lightning.results import (
     TableRow,
     best_cells,
     interval_text,
+    left_out,
     markdown_table,
-    tabulate,
 )
 
 REPORT_FILE = "report.html"
@@ -88,15 +88,15 @@ class Client(NamedTuple):
     Attributes:
         name: its domain.
         upload_bytes: of the adapter that it sent.
-        sparse_bytes: of the adapter had the client pruned it.
-        anchor_loss: mean loss of the base with this adapter on the anchors; NaN if not measured.
+        sparse_bytes: of the adapter had the client pruned it; None where the merge prunes nothing of it.
+        anchor_loss: mean loss of the base with this adapter on the anchors; not finite if the adapter breaks the base.
         z_score: robust z-score of the anchor loss among the clients.
         poison: what was done to it on purpose; empty if it is honest.
     """
 
     name: str
     upload_bytes: int
-    sparse_bytes: int
+    sparse_bytes: int | None
     anchor_loss: float
     z_score: float
     poison: str
@@ -127,7 +127,7 @@ class Evidence:
     Attributes:
         merged: the label of the merge that it is about, such as "sap ρ=0.8".
         clients: in the order of the table.
-        share_kept: client → layer → share of the parameters that pruning kept.
+        share_kept: client → layer → share of the parameters that pruning kept; empty where nothing is pruned.
         overlap: Jaccard index of two clients' masks, shape (K, K), in the order of share_kept.
         conflict: layer → sign conflict of the clients' updates before and after pruning.
         projection: image features of the base and of the merge, if there are any.
@@ -151,9 +151,11 @@ class Evidence:
     broken: list[Picture]
 
 
-def evidence_of_masks(
-    method: PruningMethod, adapters: Sequence[Adapter], sparsity: float
-) -> tuple[dict[str, dict[str, float]], Tensor, dict[str, tuple[float, float]]]:
+MaskEvidence = tuple[dict[str, dict[str, float]], Tensor, dict[str, tuple[float, float]]]
+NO_MASKS: MaskEvidence = {}, torch.empty(0, 0), {}
+
+
+def evidence_of_masks(method: PruningMethod, adapters: Sequence[Adapter], sparsity: float) -> MaskEvidence:
     """Share kept, mask overlap and sign conflict as Evidence has them, of a method that is prepared.
 
     The masks of all clients are in memory together, a byte for each parameter; their updates one layer at a time.
@@ -225,7 +227,7 @@ def draw(results: Results, rows: Sequence[TableRow], evidence: Evidence | None) 
 
 def _draw_evidence(evidence: Evidence) -> dict[str, Figure]:
     figures: dict[str, Figure] = {}
-    if _anchors_measured(evidence.clients):
+    if evidence.clients:
         losses = {client.name: client.anchor_loss for client in evidence.clients}
         figures["anchor_loss"] = anchor_loss_figure(losses, {c.name: c.z_score for c in evidence.clients})
     for client, figure in shares_figures(evidence.share_kept).items():
@@ -279,8 +281,8 @@ def log_figures(boards: Iterable[Any], figures: Mapping[str, Figure]) -> None:
 
 def write_report(
     folder: Path,
-    title: str,
     results: Results,
+    rows: Sequence[TableRow],
     unseen: Sequence[str],
     evidence: Evidence | None,
     settings: Mapping[str, Any],
@@ -291,10 +293,10 @@ def write_report(
     Holds no time of day: the same run gives the same bytes.
 
     Args:
-        folder: of the run.
-        title: what the run is called.
-        results: all that was measured.
-        unseen: the table's columns.
+        folder: of the run, which gives the report its title.
+        results: what the table is made of.
+        rows: the table.
+        unseen: its columns.
         evidence: what is shown beside the table; without it the report is the table and accuracy against sparsity.
         settings: the run's.
         boards: TensorBoard writers that get the figures too.
@@ -302,7 +304,6 @@ def write_report(
     Returns:
         The report's path.
     """
-    rows = tabulate(results, unseen)
     figures = draw(results, rows, evidence)
     log_figures(boards, figures)
     embedded = _write_figures(folder / FIGURES_FOLDER, figures)
@@ -317,16 +318,18 @@ def write_report(
     environment.filters["picture"] = _thumbnail
     environment.filters["bytes"] = bytes_text
     page = environment.get_template("report.html.j2").render(
-        title=title,
+        title=folder.name,
         summary=summary(results, rows),
         unseen=list(unseen),
         table=_html_rows(rows),
         clients=any(row.label.startswith(CLIENT) for row in rows),
+        left_out=left_out(results),
         seeds=sorted({row.seed for row in results.rows}),
         figures=embedded,
         evidence=evidence,
+        pruned=any(client.sparse_bytes is not None for client in evidence.clients) if evidence else False,
         traffic=_traffic(evidence.clients) if evidence else [],
-        anchors=anchor_sentences(evidence.clients) if evidence and _anchors_measured(evidence.clients) else [],
+        anchors=anchor_sentences(evidence.clients) if evidence and evidence.clients else [],
         chance=_chance(results, evidence),
         outlier=OUTLIER,
         provenance=_provenance(results),
@@ -439,12 +442,14 @@ def summary(results: Results, rows: Sequence[TableRow]) -> list[str]:
 
 def _lead(interval: Interval, reference: str) -> str:
     points, low, high = (100 * value for value in interval)
-    where = f"(95 % interval {low:+.1f} to {high:+.1f})".replace("-", "−")
+    signed, where = (
+        text.replace("-", "−") for text in (f"{points:+.1f}", f"(95 % interval {low:+.1f} to {high:+.1f})")
+    )
     if low > 0:
         return f"{points:.1f} points ahead of {reference} {where}"
     if high < 0:
         return f"{-points:.1f} points behind {reference} {where}"
-    return f"level with {reference} as far as these images can tell, {points:+.1f} points {where}".replace("-", "−")
+    return f"level with {reference} as far as these images can tell, {signed} points {where}"
 
 
 class _Row(NamedTuple):
@@ -478,8 +483,11 @@ def _parts(cell: Spread | None, best: float) -> tuple[str, str, bool]:
 def _traffic(clients: Sequence[Client]) -> list[tuple[str, int, float]]:
     """Ways to federate, what each sends and that as a multiple of one shot."""
     uploads = [client.upload_bytes for client in clients]
+    pruned = [client.sparse_bytes for client in clients if client.sparse_bytes is not None]
     once = one_shot_bytes(uploads)
-    ways = {"one shot": once, "one shot, pruned by the clients": one_shot_bytes([c.sparse_bytes for c in clients])}
+    ways = {"one shot": once}
+    if len(pruned) == len(uploads):
+        ways["one shot, pruned by the clients"] = one_shot_bytes(pruned)
     ways |= {f"FedAvg, {rounds} rounds": fedavg_bytes(uploads, rounds) for rounds in FEDAVG_ROUNDS}
     return [(way, sent, sent / once) for way, sent in ways.items() if once]
 
@@ -490,10 +498,6 @@ def bytes_text(count: int) -> str:
         return f"{count} B"
     power = min(int(math.log10(count)) // 3, 4)
     return f"{count / 1000**power:.3g} {' kMGT'[power]}B"
-
-
-def _anchors_measured(clients: Sequence[Client]) -> bool:
-    return bool(clients) and all(math.isfinite(client.anchor_loss) for client in clients)
 
 
 def anchor_sentences(clients: Sequence[Client]) -> list[str]:

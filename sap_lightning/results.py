@@ -75,6 +75,11 @@ class Result:
         return Cell(self.label, self.unseen, self.seed)
 
     @property
+    def key(self) -> tuple[Cell, str]:
+        """What no two results share: one cell can have been measured with several settings."""
+        return self.cell, self.measurement
+
+    @property
     def label(self) -> str:
         """The row of the table that it belongs to."""
         sparsity = f" ρ={self.sparsity:g}" if self.swept else ""
@@ -122,7 +127,7 @@ class Results:
 
     def has(self, point: Result) -> bool:
         """Whether this very point is known."""
-        return any(row.cell == point.cell for row in self._of_measurement(point.measurement))
+        return any(row.key == point.key for row in self._of_measurement(point.measurement))
 
     def measured(self, measurement: str) -> Result | None:
         """A result of the same model on the same images, whatever it was called there."""
@@ -133,16 +138,16 @@ class Results:
             return []
         return [row for row in self.rows if row.measurement == measurement]
 
-    def only(self, cells: Iterable[Cell]) -> Results:
-        """These results alone, in this order, to be tabulated; what is on disk stays as it is."""
-        by_cell = {row.cell: row for row in self.rows}
+    def only(self, points: Iterable[Result]) -> Results:
+        """What is known of these points alone, in this order, to be tabulated; what is on disk stays as it is."""
+        known = {row.key: row for row in self.rows}
         part = copy.copy(self)
-        part.rows = [by_cell[cell] for cell in cells]
+        part.rows = [known[point.key] for point in points]
         return part
 
     def add(self, result: Result) -> None:
-        """Takes the place of an earlier result in the same cell, and of other settings' in the same row; writes."""
-        self.rows = [row for row in self.rows if not _replaces(result, row)] + [result]
+        """Takes the place of an earlier result of the very point, and writes."""
+        self.rows = [row for row in self.rows if row.key != result.key] + [result]
         self.write()
 
     @rank_zero_only
@@ -163,11 +168,6 @@ class Results:
             "sources",
         ]
         write_csv(self.csv, [[*head, "measurement", "config", "commit", "versions"], *map(_csv_row, self.rows)])
-
-    @property
-    def unseen(self) -> list[str]:
-        """The unseen domains, sorted."""
-        return sorted({row.unseen for row in self.rows})
 
     @property
     def labels(self) -> list[str]:
@@ -228,15 +228,14 @@ class TableRow(NamedTuple):
     over_zero_shot: Interval | None
 
 
-def tabulate(results: Results, unseen: Sequence[str], labels: Sequence[str] | None = None) -> list[TableRow]:
-    """The table's rows in the order of the labels (all, if not given), best client after the clients.
+def tabulate(results: Results, unseen: Sequence[str]) -> list[TableRow]:
+    """The table's rows in the order of the labels, best client after the clients.
 
     The best client is for each unseen domain the client that does best there: an upper bound on choosing one, since
     the choice takes labels of the unseen domain.
     """
-    rows = [results.of(label) for label in (results.labels if labels is None else labels)]
-    rows = [[row for row in of if row.unseen in unseen] for of in rows]
-    clients = [row for of in rows for row in of if row.model.startswith(CLIENT)]
+    rows = [[row for row in results.of(label) if row.unseen in unseen] for label in results.labels]
+    clients = [row for of in rows for row in of if row.model.startswith(CLIENT) and not row.condition]
     if clients:
         last = max(index for index, of in enumerate(rows) if of and of[0].model.startswith(CLIENT))
         rows[last + 1 : last + 1] = _best_clients(clients)
@@ -280,6 +279,19 @@ def difference(results: Results, row: Sequence[Result], reference: Sequence[Resu
         return None
     stacked = [tuple(map(torch.stack, zip(*by_domain[name], strict=True))) for name in sorted(by_domain)]
     return bootstrap_difference([own for own, _ in stacked], [other for _, other in stacked])
+
+
+def left_out(results: Results) -> list[str]:
+    """Which clients the server left out of which merges, in sentences; none where none stood out."""
+    cases = {
+        (row.unseen, row.seed, f"{row.condition}{row.variant_label}", ", ".join(row.rejected))
+        for row in results.rows
+        if row.rejected
+    }
+    return [
+        f"Left out of the merges for unseen {unseen}, seed {seed} ({condition}): {rejected}."
+        for unseen, seed, condition, rejected in sorted(cases)
+    ]
 
 
 def rich_table(rows: Sequence[TableRow], unseen: Sequence[str]) -> Table:
@@ -336,12 +348,6 @@ def _read(file: Path) -> list[Result]:
         return [Result(**row) for row in json.loads(file.read_text(encoding="utf-8"))]
     except (ValueError, TypeError) as error:
         raise InputError(f"{file}: not results of this version ({error}); use another --federation.run_dir") from error
-
-
-def _replaces(new: Result, old: Result) -> bool:
-    if new.label != old.label:
-        return False
-    return new.cell == old.cell or new.settings != old.settings
 
 
 def _csv_row(row: Result) -> list[object]:

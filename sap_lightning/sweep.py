@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import json
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from itertools import product
 from pathlib import Path
@@ -13,6 +13,7 @@ from typing import Any
 
 import yaml
 
+from sap_lightning.data.fingerprints import digest
 from sap_lightning.errors import InputError
 from sap_lightning.federation import OneShotFederation
 from sap_lightning.merging import METHODS, SAP, MergeMethod
@@ -21,6 +22,9 @@ from sap_lightning.results import Result, Results
 from sap_lightning.run_folder import SERVER_SETTINGS
 
 SEED = "seed_everything"
+SEEDS = 2**32
+LONGEST_NAME = 150
+"""Characters of a folder's name; file systems take 255 bytes."""
 OWN_SETTINGS = {
     SEED: "sweep.seeds",
     "merge.method": "sweep.methods",
@@ -64,6 +68,9 @@ class Sweep:
                 raise InputError(f"sweep.{setting} names {twice[0]} twice")
         for sparsity in self.sparsities:
             check_share("sweep.sparsities", sparsity)
+        for seed in self.seeds:
+            if not 0 <= seed < SEEDS:
+                raise InputError(f"sweep.seeds: {seed} lies outside [0, {SEEDS})")
         for name in self.methods:
             if isinstance(name, str) and name not in METHODS:
                 raise InputError(f"sweep.methods: no method {name!r}; there are {', '.join(METHODS)}")
@@ -99,15 +106,39 @@ class Sweep:
         return methods
 
 
-def measure(federation: OneShotFederation, sweep: Sweep, variant: Mapping[str, Any], results: Results) -> None:
-    """Measures what is missing of one seed and variant, and adds it to the results of the whole sweep."""
+FederationFactory = Callable[[int, Mapping[str, Any]], OneShotFederation]
+"""Gives the federation of a seed and variant."""
+
+
+def check(sweep: Sweep, federation_of: FederationFactory) -> None:
+    """Finds a fault in any variant before the first client is trained."""
+    for seed, variant in sweep.variants():
+        if seed == sweep.seeds[0]:
+            federation_of(seed, variant).check()
+
+
+def measure(sweep: Sweep, federation_of: FederationFactory, results: Results) -> None:
+    """Measures what is missing of every seed and variant, prints the table and writes the report."""
+    first: OneShotFederation | None = None
+    wanted: list[Result] = []
+    for seed, variant in sweep.variants():
+        federation = federation_of(seed, variant)
+        federation.results = results
+        federation.measure()
+        first = first or federation
+        wanted += federation.wanted()
+    assert first is not None
+    first.show(results.only(wanted))
+
+
+def assign(federation: OneShotFederation, sweep: Sweep, variant: Mapping[str, Any]) -> OneShotFederation:
+    """The federation, which from now on measures what the sweep asks of one variant."""
     federation.methods = sweep.labelled(federation.prune.method_for(federation.merge))
     federation.sparsities = sweep.sparsities
     federation.variant = dict(variant)
-    federation.results = results
     federation.keeps_models = False
     federation.free_settings = SERVER_SETTINGS
-    federation.measure()
+    return federation
 
 
 def _check_variants(name: str, values: object) -> None:
@@ -149,7 +180,10 @@ def folder_of(run_dir: str | Path, seed: int, variant: Mapping[str, Any]) -> Pat
     if not training and _seed_of(Path(run_dir)) == seed:
         return Path(run_dir)
     name = ",".join([f"seed_{seed}", *(f"{name}={value}" for name, value in training.items())])
-    return Path(run_dir) / re.sub(r"[^\w.,=+-]+", "_", name)
+    plain = re.sub(r"[^\w.,=+-]+", "_", name)
+    if len(plain) > LONGEST_NAME:
+        plain = f"{plain[:LONGEST_NAME]}_{digest(name)[:12]}"
+    return Path(run_dir) / plain
 
 
 def _is_servers(name: str) -> bool:

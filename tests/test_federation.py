@@ -10,6 +10,7 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -19,8 +20,10 @@ from places import REPOSITORY
 from safetensors.torch import load_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from sap_lightning.adapter import read_adapter
+from sap_lightning.adapter import read_adapter, sha256_of, write_adapter
 from sap_lightning.errors import InputError
+from sap_lightning.functional.traffic import sparse_upload
+from sap_lightning.merging import TIES
 from sap_lightning.results import Results
 
 DOMAINS = ["cartoon", "painting", "photo", "sketch"]
@@ -171,17 +174,72 @@ def test_another_merge_method_in_a_finished_run_adds_a_row_and_leaves_the_others
 
 
 def test_a_merge_method_with_other_settings_takes_the_place_of_its_row_and_of_its_models(copy, run):
-    measured = []
-    for sparsity in (0.5, 1):
+    shown = []
+    for sparsity in (0.5, 1, 0.5):
         run("fit", "--merge.method=ties", f"--merge.method.sparsity={sparsity}", "--federation.unseen=photo",
             f"--federation.run_dir={copy}")  # fmt: skip
         record = json.loads((copy / "merged" / "photo" / "ties" / "merge.json").read_text())
-        rows = json.loads((copy / "results.json").read_text())
-        (of_ties,) = [row for row in rows if row["model"] == "ties"]
-        assert record["settings"]["sparsity"] == of_ties["settings"]["sparsity"] == sparsity
-        measured.append(of_ties["metrics"])
-    (zero_shot,) = [row["metrics"] for row in rows if (row["model"], row["unseen"]) == ("zero-shot", "photo")]
-    assert measured[1] == zero_shot, "nothing of the adapters is left at sparsity 1"
+        assert record["settings"]["sparsity"] == sparsity
+        shown.append(shown_rows(copy))
+    assert shown[0]["ties"] == shown[2]["ties"]
+    assert shown[1]["ties"] == shown[1]["zero-shot"], "nothing of the adapters is left at sparsity 1"
+    of_ties = [row for row in json.loads((copy / "results.json").read_text()) if row["model"] == "ties"]
+    assert sorted(row["settings"]["sparsity"] for row in of_ties) == [0.5, 1], "what was measured is kept"
+
+
+def shown_rows(folder: Path) -> dict[str, list[str]]:
+    """Cells of the table of the last command, without the differences."""
+    lines = [line.strip("| \n").split(" | ") for line in (folder / "table.md").read_text().splitlines()[2:]]
+    return {label: [cell.strip("*") for cell in cells[:-3]] for label, *cells in lines}
+
+
+def test_the_table_is_of_the_clients_that_take_part(copy, run):
+    run("fit", "--merge.method=ties", f"--federation.run_dir={copy}")
+    before = shown_rows(copy)
+    two = ["--federation.clients=[cartoon,photo]", "--federation.unseen=sketch", f"--federation.run_dir={copy}"]
+    run("fit", *two)
+    after = shown_rows(copy)
+    assert list(after) == ["zero-shot", "client cartoon", "client photo", "best client", "average", "sap"]
+    assert len(before) == 9 and len(lines_of(copy)) == 4 * 7 + 2, "what was measured of all clients is kept"
+    record = json.loads((copy / "merged" / "sketch" / "sap" / "merge.json").read_text())
+    assert [source["name"] for source in record["sources"]] == ["cartoon", "photo"]
+    run("fit", f"--federation.run_dir={copy}")
+    assert {**shown_rows(copy), "ties": before["ties"]} == before, "earlier merges of the same clients stand beside"
+    record = json.loads((copy / "merged" / "sketch" / "sap" / "merge.json").read_text())
+    assert len(record["sources"]) == 3
+
+
+def test_the_settings_that_a_row_names_by_their_hash_are_kept(copy):
+    for line in lines_of(copy):
+        settings = yaml.safe_load((copy / "configs" / f"{line['config']}.yaml").read_text())
+        assert settings["prune"]["sparsity"] == 0.95 and "run_dir" not in settings["federation"]
+
+
+def test_the_report_s_masks_are_those_of_the_method_it_is_about(copy, run):
+    run("fit", "--merge.method=ties", "--federation.unseen=sketch", f"--federation.run_dir={copy}")
+    adapter = read_adapter(copy / "uploads" / "photo")
+    ties = TIES()
+    ties.prepare([adapter], [1.0])
+    assert bytes_of_pruned(copy)["photo"] == str(sparse_upload(ties.kept(adapter, ties.sparsity)))
+    assert (copy / "figures" / "share_kept_photo.svg").is_file()
+
+
+def test_the_report_of_a_method_that_prunes_nothing_has_no_masks(copy, run):
+    run("fit", "--merge.method=median", "--federation.unseen=sketch", f"--federation.run_dir={copy}")
+    assert set(bytes_of_pruned(copy).values()) == {""}
+    assert not list((copy / "figures").glob("share_kept*")) and (copy / "figures" / "anchor_loss.svg").is_file()
+
+
+def bytes_of_pruned(folder: Path) -> dict[str, str]:
+    with (folder / "clients.csv").open() as lines:
+        return {row["name"]: row["sparse_bytes"] for row in csv.DictReader(lines)}
+
+
+def test_anchors_from_the_unseen_domain_are_refused(run, world, tmp_path):
+    leak = [f"--anchors.root={world / 'domains' / 'photo'}", f"--federation.run_dir={tmp_path}"]
+    with pytest.raises(InputError, match=r"anchors\.root .*photo holds images of photo, which is to be unseen"):
+        run("fit", *leak)
+    assert not (tmp_path / "uploads").exists()
 
 
 def test_running_another_merge_method_again_changes_nothing(copy, run):
@@ -244,14 +302,16 @@ def test_killed_during_the_second_client_it_continues_to_the_same_bits(options, 
 
 def test_two_processes_train_score_and_evaluate_as_one_does(finished, run_in_shell, tmp_path):
     two = ["--trainer.devices=2", "--trainer.strategy=ddp", "--federation.unseen=sketch"]
-    done = run_in_shell("fit", *two, f"--federation.run_dir={tmp_path}", timeout=300)
+    done = run_in_shell("fit", *two, *SCALED, f"--federation.run_dir={tmp_path}", timeout=300)
     assert done.returncode == 0, done.stderr
     for domain in ("cartoon", "painting", "photo"):
         one_process = load_file(finished / "uploads" / domain / "adapter_model.safetensors")
         for key, tensor in load_file(tmp_path / "uploads" / domain / "adapter_model.safetensors").items():
             assert (tensor - one_process[key]).abs().max() < 1e-4, key
-    for model, row in table(tmp_path).items():
-        assert row["sketch"] == pytest.approx(table(finished)[model]["sketch"], abs=0.045)
+    assert {"client photo, photo scale", "average, photo scale", "sap, photo scale"} <= table(tmp_path).keys()
+    for model, row in table(finished).items():
+        if "sketch" in row:
+            assert row["sketch"] == pytest.approx(table(tmp_path)[model]["sketch"], abs=0.045)
     both, one = Results(tmp_path), Results(finished)
     every = one.predictions(next(row for row in one.rows if row.unseen == "sketch"))
     for row in both.rows:
@@ -291,10 +351,9 @@ SCALED = ["--federation.poison.domain=photo", "--federation.poison.kind=scale"]
 
 
 def stored(folder: Path, model: str, unseen: str) -> dict[str, object]:
-    (row,) = [
-        r for r in json.loads((folder / "results.json").read_text()) if (model_of(r), r["unseen"]) == (model, unseen)
-    ]
-    return row
+    """The latest result of a model on an unseen domain."""
+    rows = json.loads((folder / "results.json").read_text())
+    return [row for row in rows if (model_of(row), row["unseen"]) == (model, unseen)][-1]
 
 
 def only(folder: Path, part: str) -> dict[str, bytes]:
@@ -304,7 +363,7 @@ def only(folder: Path, part: str) -> dict[str, bytes]:
 def test_a_scaled_client_gets_rows_of_its_own_beside_the_honest_ones(copy, finished, run):
     run("fit", *SCALED, "--federation.unseen=sketch", f"--federation.run_dir={copy}")
     rows, before = table(copy), table(finished)
-    assert rows.keys() - before.keys() == {"poisoned client photo scale", "average, photo scale", "sap, photo scale"}
+    assert rows.keys() - before.keys() == {"client photo, photo scale", "average, photo scale", "sap, photo scale"}
     assert {model: rows[model] for model in before} == before
     for part in ("clients", "uploads", "merged"):
         assert only(copy, part) == only(finished, part), "what is honest stays as it is"
@@ -314,7 +373,7 @@ def test_a_scaled_client_gets_rows_of_its_own_beside_the_honest_ones(copy, finis
         torch.testing.assert_close(harmful.layers[name].delta(), 10 * layer.delta(), atol=1e-6, rtol=1e-5)
     with_harm, without = (set(stored(copy, model, "sketch")["sources"]) for model in ("sap, photo scale", "sap"))
     assert (with_harm - without, without - with_harm) == ({harmful.sha256}, {honest.sha256})
-    assert stored(copy, "poisoned client photo scale", "sketch")["sources"] == [harmful.sha256]
+    assert stored(copy, "client photo, photo scale", "sketch")["sources"] == [harmful.sha256]
 
 
 def test_a_poisoned_run_again_changes_nothing(copy, run):
@@ -350,6 +409,29 @@ def test_a_rejected_client_has_no_part_in_the_merge(copy, run):
         assert all(torch.equal(together[name], apart[name]) for name in apart), model
 
 
+def test_too_few_clients_to_reject_one_are_refused_before_any_is_trained(run, tmp_path):
+    two = ["--federation.clients=[cartoon,photo]", "--federation.unseen=sketch", "--merge.reject_outliers=true"]
+    with pytest.raises(InputError, match=r"merge\.reject_outliers needs at least 3 clients in a merge, here are 2"):
+        run("fit", *two, f"--federation.run_dir={tmp_path}")
+    assert not (tmp_path / "uploads").exists()
+
+
+def test_a_client_that_breaks_the_base_is_rejected_and_the_run_ends_with_its_report(copy, run, capsys):
+    upload = copy / "uploads" / "photo"
+    honest = read_adapter(upload)
+    layers = {name: layer._replace(B=1e22 * layer.B) for name, layer in honest.layers.items()}
+    assert honest.manifest is not None
+    shutil.rmtree(upload)
+    manifest = replace(honest.manifest, tensors_sha256=sha256_of(layers))
+    write_adapter(upload, layers, manifest.base, manifest, honest.peft)
+    run("fit", "--merge.reject_outliers=true", "--federation.unseen=sketch", f"--federation.run_dir={copy}")
+    assert "(rejecting outliers): photo." in capsys.readouterr().out
+    page = (copy / "report.html").read_text(encoding="utf-8")
+    assert "The anchors single out photo." in page and "(rejecting outliers): photo." in page
+    pruned = bytes_of_pruned(copy)
+    assert pruned.pop("photo") == "" and all(pruned.values())
+
+
 def test_wrong_labels_are_trained_on_beside_the_honest_client(copy, finished, run):
     flipped = ["--federation.poison.domain=photo", "--federation.poison.fraction=0.5", "--federation.unseen=sketch"]
     run("fit", *flipped, f"--federation.run_dir={copy}")
@@ -358,7 +440,7 @@ def test_wrong_labels_are_trained_on_beside_the_honest_client(copy, finished, ru
     harmful = copy / "poisoned" / "photo-label_flip-0.5"
     assert (harmful / "clients" / "photo" / "last.ckpt").is_file()
     assert read_adapter(harmful / "uploads" / "photo").sha256 != read_adapter(copy / "uploads" / "photo").sha256
-    assert {"poisoned client photo label_flip 0.5", "sap, photo label_flip 0.5"} <= table(copy).keys()
+    assert {"client photo, photo label_flip 0.5", "sap, photo label_flip 0.5"} <= table(copy).keys()
 
 
 def test_a_poisoned_domain_that_is_no_client_is_refused_before_training(run, tmp_path):

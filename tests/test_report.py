@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import base64
+import math
 import os
 import re
 import shutil
 import subprocess
 import sys
+from dataclasses import replace
 from html.parser import HTMLParser
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -23,6 +26,7 @@ from sap_lightning.adapter import Adapter, sha256_of
 from sap_lightning.functional.lora import LoRALayer
 from sap_lightning.merging.magnitude import Magnitude
 from sap_lightning.report import (
+    NO_MASKS,
     Client,
     Evidence,
     Picture,
@@ -74,6 +78,10 @@ def measured(folder: Path, seeds: int = 1) -> Results:
     return results
 
 
+def write(folder: Path, results: Results, unseen: list[str], *rest: Any) -> Path:
+    return write_report(folder, results, tabulate(results, unseen), unseen, *rest)
+
+
 def evidence(client: str = "sketch") -> Evidence:
     layers = {f"vision_model.encoder.layers.{i}.self_attn.{m}": 0.1 * i for i in range(3) for m in ("q", "v")}
     pixels = torch.full((3, 8, 8), 200, dtype=torch.uint8)
@@ -121,7 +129,7 @@ class Page(HTMLParser):
 @pytest.fixture(scope="module")
 def written(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("run")
-    return write_report(folder, "a run", measured(folder, seeds=2), UNSEEN, evidence(HOSTILE), SETTINGS)
+    return write(folder, measured(folder, seeds=2), UNSEEN, evidence(HOSTILE), SETTINGS)
 
 
 def test_the_page_needs_nothing_but_itself(written: Path) -> None:
@@ -188,12 +196,12 @@ def test_the_table_is_there_with_spread_and_the_best_in_bold(written: Path) -> N
 
 
 def test_one_seed_has_no_spread(tmp_path: Path) -> None:
-    path = write_report(tmp_path, "a run", measured(tmp_path), UNSEEN, None, {})
+    path = write(tmp_path, measured(tmp_path), UNSEEN, None, {})
     assert "±" not in path.read_text(encoding="utf-8")
 
 
 def test_without_evidence_there_are_the_tables_and_the_sparsities(tmp_path: Path) -> None:
-    page = Page(write_report(tmp_path, "a run", measured(tmp_path), UNSEEN, None, SETTINGS))
+    page = Page(write(tmp_path, measured(tmp_path), UNSEEN, None, SETTINGS))
     assert [section["id"] for section in page.all("section")] == ["results", "sparsity", "settings"]
     assert {file.name for file in (tmp_path / "figures").iterdir()} == {
         "accuracy_by_sparsity.png",
@@ -205,26 +213,55 @@ def test_without_evidence_there_are_the_tables_and_the_sparsities(tmp_path: Path
 def test_the_command_that_repeats_a_run_is_there_with_its_settings(tmp_path: Path) -> None:
     folder = tmp_path / "my run"
     folder.mkdir()
-    assert "--federation.run_dir" not in Page(write_report(folder, "a run", measured(folder), UNSEEN, None, {})).text
+    assert "--federation.run_dir" not in Page(write(folder, measured(folder), UNSEEN, None, {})).text
     (folder / "config.yaml").write_text("{}")
-    text = Page(write_report(folder, "a run", Results(folder), UNSEEN, None, {})).text
+    text = Page(write(folder, Results(folder), UNSEEN, None, {})).text
     assert f"fit --config '{folder}/config.yaml' --federation.run_dir '{folder}_again'" in text
 
 
 def test_sections_without_data_are_left_out(tmp_path: Path) -> None:
     results = Results(tmp_path)
     add(results, "zero-shot", {"photo": 10})
-    client = Client("photo", 1000, 400, float("nan"), 0.0, "")
-    bare = Evidence("sap", [client], {}, torch.zeros(0, 0), {}, None, "", {}, [], [], [])
-    page = Page(write_report(tmp_path, "a run", results, ["photo"], bare, {}))
-    assert [section["id"] for section in page.all("section")] == ["results", "clients", "settings"]
+    bare = Evidence("sap", [], *NO_MASKS, None, "", {}, [], [], [])
+    page = Page(write(tmp_path, results, ["photo"], bare, {}))
+    assert [section["id"] for section in page.all("section")] == ["results", "settings"]
     assert page.all("img") == []
-    assert not re.search(r"\bnan\b", page.text)
+
+
+def test_a_merge_that_prunes_nothing_has_no_masks_and_no_pruned_bytes(tmp_path: Path) -> None:
+    clients = [Client(name, 1000, None, 0.5, 0.0, "") for name in ("photo", "sketch", "cartoon")]
+    bare = Evidence("krum", clients, *NO_MASKS, None, "", {}, [], [], [])
+    page = Page(write(tmp_path, measured(tmp_path), UNSEEN, bare, {}))
+    assert [section["id"] for section in page.all("section")] == [
+        "results",
+        "sparsity",
+        "clients",
+        "poison",
+        "settings",
+    ]
+    assert "pruned by the client" not in page.text and "could prune" not in page.text
+
+
+def test_a_client_that_breaks_the_base_stands_out_in_the_report(tmp_path: Path) -> None:
+    honest = [Client(name, 1000, 400, 0.5, 0.0, "") for name in ("photo", "sketch")]
+    broken = Client("cartoon", 1000, None, math.nan, math.inf, "")
+    page = Page(write(tmp_path, measured(tmp_path), UNSEEN, replace(evidence(), clients=[*honest, broken]), {}))
+    assert "The anchors single out cartoon." in page.text
+    (bars,) = [image["alt"] for image in page.all("img") if str(image["alt"]).startswith("Bar chart of anchor")]
+    assert "cartoon nan (z = +inf, outlier)" in str(bars)
+
+
+def test_clients_that_were_left_out_are_named(tmp_path: Path) -> None:
+    results = measured(tmp_path)
+    row = replace(results.rows[0], model="sap", condition="rejecting outliers", rejected=["cartoon"])
+    results.rows += [row, replace(row, model="average")]
+    page = Page(write(tmp_path, results, UNSEEN, None, {}))
+    assert page.text.count("Left out of the merges for unseen photo, seed 0 (rejecting outliers): cartoon.") == 1
 
 
 def write_seeded(folder: Path) -> Path:
     torch.manual_seed(0)
-    return write_report(folder, "a run", measured(folder), UNSEEN, evidence(), SETTINGS)
+    return write(folder, measured(folder), UNSEEN, evidence(), SETTINGS)
 
 
 def contents(folder: Path) -> dict[Path, bytes]:
@@ -347,7 +384,7 @@ def test_evidence_of_masks_is_that_of_the_dense_updates(scope, space) -> None:
 
 def test_tensorboard_has_the_same_figures(tmp_path: Path) -> None:
     board = SummaryWriter(str(tmp_path / "board"))
-    write_report(tmp_path, "run", measured(tmp_path), UNSEEN, evidence(), {}, [board])
+    write(tmp_path, measured(tmp_path), UNSEEN, evidence(), {}, [board])
     board.close()
     tags = EventAccumulator(str(tmp_path / "board")).Reload().Tags()["images"]
     assert len(tags) == len(list((tmp_path / "figures").glob("*.png"))) == 12

@@ -3,6 +3,7 @@ from __future__ import annotations
 import csv
 import json
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,7 @@ from sap_lightning.results import (
     TableRow,
     difference,
     interval_text,
+    left_out,
     markdown_table,
     rich_table,
     tabulate,
@@ -116,18 +118,34 @@ def test_a_result_whose_predictions_are_gone_is_not_known(results: Results, tmp_
     assert results.measured(measured.measurement) is None
 
 
-def test_a_new_result_takes_the_place_of_the_old_one_in_its_cell(results: Results) -> None:
-    measure(results, result("sap", "photo", 7))
+def test_a_new_result_takes_the_place_of_the_old_one_of_the_same_point(results: Results) -> None:
+    point = result("sap", "photo", 4)
+    measure(results, replace(point, metrics={**point.metrics, "accuracy": 0.875}))
     assert len(results.rows) == 6
-    assert not results.has(result("sap", "photo", 4))
-    assert cells(tabulate(results, UNSEEN))["sap"] == ["0.875", "0.750", "0.812"]
+    assert [row.metrics["accuracy"] for row in results.of("sap") if row.unseen == "photo"] == [0.875]
 
 
-def test_a_row_is_never_of_two_settings(results: Results) -> None:
-    for seed in (0, 1):
-        measure(results, *(result("ties", unseen, 3, seed=seed, settings={"scale": 1.0}) for unseen in UNSEEN))
-    measure(results, result("ties", "photo", 4, settings={"scale": 2.0}))
-    assert [(row.unseen, row.seed, row.settings) for row in results.of("ties")] == [("photo", 0, {"scale": 2.0})]
+def test_points_of_other_settings_are_kept_and_a_table_is_of_those_asked_for(results: Results) -> None:
+    points = {
+        scale: [result("ties", unseen, right, settings={"scale": scale}) for unseen in UNSEEN]
+        for scale, right in ((1.0, 3), (2.0, 4))
+    }
+    for measured in points.values():
+        measure(results, *measured)
+    assert len(results.of("ties")) == 4
+    for scale, right in ((1.0, "0.375"), (2.0, "0.500")):
+        part = results.only(points[scale])
+        assert part.rows == points[scale]
+        assert cells(tabulate(part, UNSEEN)) == {"ties": [right] * 3}
+
+
+def test_the_clients_left_out_are_told_once_for_all_merges_of_a_condition(results: Results) -> None:
+    assert left_out(results) == []
+    for model in ("average", "sap"):
+        measure(results, result(model, "photo", 3, condition="rejecting outliers", rejected=["sketch", "cartoon"]))
+    assert left_out(results) == [
+        "Left out of the merges for unseen photo, seed 0 (rejecting outliers): sketch, cartoon."
+    ]
 
 
 def test_seeds_variants_and_sparsities_stand_beside_each_other(results: Results) -> None:
@@ -144,7 +162,6 @@ def test_seeds_variants_and_sparsities_stand_beside_each_other(results: Results)
 def test_the_order_of_rows_is_zero_shot_clients_and_merges_as_measured(results: Results) -> None:
     measure(results, result("average", "photo", 4))
     assert results.labels == ["zero-shot", "client photo", "client sketch", "sap", "average"]
-    assert results.unseen == UNSEEN
 
 
 def test_every_result_is_on_disk_as_soon_as_it_is_added(results: Results, tmp_path: Path) -> None:
@@ -239,9 +256,15 @@ def test_the_table_has_the_best_client_of_each_domain_after_the_clients(results:
     assert table["client photo"] == ["None", "0.375", "0.375"]
 
 
-def test_the_table_can_be_of_some_labels_and_domains(results: Results) -> None:
-    rows = tabulate(results, ["sketch"], ["sap", "zero-shot"])
-    assert cells(rows) == {"sap": ["0.750", "0.750"], "zero-shot": ["0.500", "0.500"]}
+def test_the_table_can_be_of_some_domains(results: Results) -> None:
+    assert cells(tabulate(results, ["sketch"]))["sap"] == ["0.750", "0.750"]
+
+
+def test_a_poisoned_client_is_never_the_best_one(results: Results) -> None:
+    measure(results, *(result("client photo", unseen, 8, condition="photo noise") for unseen in UNSEEN))
+    table = cells(tabulate(results, UNSEEN))
+    assert table["client photo, photo noise"] == ["1.000"] * 3
+    assert table["best client"] == ["0.625", "0.375", "0.500"]
 
 
 def test_a_best_client_is_of_its_own_seed_and_variant(tmp_path: Path) -> None:

@@ -73,6 +73,7 @@ def copy(finished, tmp_path) -> Path:
     [
         ({"methods": []}, r"^sweep\.methods is empty$"),
         ({"seeds": []}, r"^sweep\.seeds is empty$"),
+        ({"seeds": [-1]}, r"^sweep\.seeds: -1 lies outside \[0, 4294967296\)$"),
         ({"seeds": [0, 1, 0]}, r"^sweep\.seeds names 0 twice$"),
         ({"sparsities": [0.5, 0.5]}, r"^sweep\.sparsities names 0\.5 twice$"),
         ({"over": {"seed_everything": [0, 1]}}, r"^sweep\.over\.seed_everything: that is what sweep\.seeds is for$"),
@@ -180,6 +181,12 @@ def test_a_seed_and_settings_of_training_have_a_folder_of_their_own(tmp_path: Pa
     assert targets[0] != targets[1]
     assert all(folder.parent == tmp_path for folder in targets), "a value is no path"
     assert folder_of(tmp_path, 0, {"data.root": "/data/../x"}).parent == tmp_path
+
+
+def test_a_folder_s_name_fits_a_file_system_and_tells_long_values_apart() -> None:
+    templates = [["a photo of a {}."] * 12 + [last] for last in ("a sketch of a {}.", "a drawing of a {}.")]
+    names = {folder_of("run", 0, {"model.templates": given}).name for given in templates}
+    assert len(names) == 2 and all(len(name.encode()) < 255 for name in names)
 
 
 def test_clients_that_fit_has_trained_are_used_where_they_are(tmp_path: Path) -> None:
@@ -379,3 +386,26 @@ def test_a_faulty_value_is_refused_before_anything_is_trained(tmp_path, run_in_s
     done = run_in_shell("sweep", f"--sweep.over={over}", f"--federation.run_dir={tmp_path / 'run'}")
     assert done.returncode != 0 and "foo" in done.stderr and "Traceback" not in done.stderr
     assert not (tmp_path / "run").exists()
+
+
+def test_a_fault_in_the_last_variant_is_found_before_the_first_is_measured(copy, run) -> None:
+    run("sweep", *ONE_SEED, f"--federation.run_dir={copy}")
+    before = files(copy)
+    over = json.dumps({"anchors.num_pairs": [4, 100_000]})
+    with pytest.raises(InputError, match="num_pairs is 100000"):
+        run("sweep", *ONE_SEED, f"--sweep.over={over}", f"--federation.run_dir={copy}")
+    assert files(copy) == before
+
+
+def test_points_of_other_settings_stay_known(copy, run) -> None:
+    def measured() -> int:
+        return len([row for row in Results(copy).rows if row.model == "sap" and row.unseen == "sketch"])
+
+    own = ["--sweep.unseen=[sketch]", "--sweep.methods=[average,sap]", f"--federation.run_dir={copy}"]
+    run("sweep", *own)
+    known = measured()
+    run("sweep", *own, "--anchors.num_pairs=4")
+    assert measured() == known + 1
+    before = times(copy, "predictions/*")
+    run("sweep", *own)
+    assert times(copy, "predictions/*") == before and measured() == known + 1

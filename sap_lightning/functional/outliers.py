@@ -7,7 +7,8 @@ from torch import Tensor
 
 OUTLIER = 3.5
 """Modified z-scores beyond this are outliers (Iglewicz & Hoaglin 1993, How to Detect and Handle Outliers)."""
-_LEAST_VALUES = 3
+LEAST_VALUES = 3
+"""Of fewer none can be called the odd one."""
 _NORMAL_MAD = 0.6745
 _NORMAL_MEAN_DEVIATION = 1.253314
 
@@ -34,7 +35,7 @@ def robust_z_scores(values: Tensor) -> Tensor:
         scores = torch.full_like(values, torch.inf)
         scores[values.isfinite()] = robust_z_scores(values[values.isfinite()])
         return scores
-    if len(values) < _LEAST_VALUES:
+    if len(values) < LEAST_VALUES:
         return torch.zeros_like(values)
     deviations = values - _median(values)
     if mad := float(_median(deviations.abs())):

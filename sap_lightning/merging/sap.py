@@ -193,10 +193,14 @@ class SAPAuto(MergeMethod):
         """The trial with the lowest loss."""
         return min(self.tried, key=lambda trial: trial.loss)
 
+    @property
+    def sap(self) -> SAP:
+        """SAP in the space that was chosen, prepared."""
+        return self._by_space[self.chosen.space]
+
     def apply(self, sparsity: float | None = None) -> dict[str, Update]:
-        chosen = self.chosen
-        sparsity = chosen.sparsity if sparsity is None else sparsity
-        return _times(self._by_space[chosen.space].apply(sparsity), chosen.scale)
+        sparsity = self.chosen.sparsity if sparsity is None else sparsity
+        return _times(self.sap.apply(sparsity), self.chosen.scale)
 
     @property
     def findings(self) -> dict[str, Any]:

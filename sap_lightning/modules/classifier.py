@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import lightning as L
+import torch
 from torch import Tensor, nn
 from torch.nn.functional import normalize
 from torchmetrics import MetricCollection
@@ -62,8 +63,10 @@ class CLIPClassifier(L.LightningModule):
         return self.logits(self.image_features(images))
 
     def logits(self, features: Tensor) -> Tensor:
-        """Logits, shape (n, classes), of normalised image features (n, d)."""
-        return self.logit_scale * features.float() @ self.class_features.T
+        """Logits, shape (n, classes), float32, of normalised image features (n, d)."""
+        # Mixed precision would round them to so few digits that classes tie.
+        with torch.autocast(features.device.type, enabled=False):
+            return self.logit_scale * features.float() @ self.class_features.T
 
     def log_accuracy(self, prefix: str = "") -> None:
         """Logs what the metrics have gathered since the last call."""

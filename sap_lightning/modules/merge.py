@@ -27,7 +27,7 @@ from sap_lightning.data.domains import Batch
 from sap_lightning.errors import InputError
 from sap_lightning.functional.lora import Update, dense
 from sap_lightning.functional.masking import Scope
-from sap_lightning.functional.outliers import OUTLIER, robust_z_scores
+from sap_lightning.functional.outliers import LEAST_VALUES, OUTLIER, robust_z_scores
 from sap_lightning.functional.rescaling import Rescale
 from sap_lightning.functional.saliency import alignment_loss
 from sap_lightning.merging import MergeMethod, named
@@ -168,6 +168,7 @@ class MergeModule(CLIPClassifier):
         if not self.adapters:
             raise InputError("nothing to merge: give at least one upload")
         if self.reject_outliers:
+            self.check_rejection(len(self.adapters))
             self._reject_outliers(required(anchors, self.merge_method))
         self.merge_method.prepare(self.adapters, self.client_weights(), anchors)
         self.apply_method()
@@ -184,8 +185,18 @@ class MergeModule(CLIPClassifier):
                 self._losses_alone[anchors.fingerprint, adapter.sha256] = loss
         return [self._losses_alone[anchors.fingerprint, adapter.sha256] for adapter in self.adapters]
 
+    def check_rejection(self, clients: int) -> None:
+        """Raises InputError when outliers are to be left out of so few clients that none can be called one."""
+        if self.reject_outliers and clients < LEAST_VALUES:
+            raise InputError(
+                f"merge.reject_outliers needs at least {LEAST_VALUES} clients in a merge, here are {clients}; add"
+                " clients or leave it out"
+            )
+
     def _reject_outliers(self, anchors: AnchorProbe) -> None:
         losses = self.losses_alone(anchors)
+        if not torch.tensor(losses).isfinite().any():
+            raise InputError("no upload has a finite anchor loss; all of them are broken, or training diverged")
         self.rejected = []
         for adapter, loss, z in zip(list(self.adapters), losses, robust_z_scores(torch.tensor(losses)), strict=True):
             if z > OUTLIER:

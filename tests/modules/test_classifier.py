@@ -96,3 +96,13 @@ def test_other_classes_start_the_count_anew() -> None:
     assert classifier.metrics.compute()["accuracy"] == 0.5
     assert classifier.class_names == ["cat", "dog"]
     assert "class_features" not in classifier.state_dict(), "what the base gives is not saved again"
+
+
+def test_logits_are_of_full_precision_also_where_features_are_not() -> None:
+    classifier = CLIPClassifier()
+    classifier.use_classes(CLASSES, torch.eye(3))
+    classifier.logit_scale = 100.0
+    features = torch.tensor([[0.5, 0.501, 0.0]])
+    with torch.autocast("cpu", torch.bfloat16):
+        probabilities = classifier.logits(features).softmax(-1)
+    torch.testing.assert_close(probabilities, torch.tensor([[50.0, 50.1, 0.0]]).softmax(-1))
