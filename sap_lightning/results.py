@@ -245,11 +245,12 @@ def tabulate(results: Results, unseen: Sequence[str]) -> list[TableRow]:
 
 def _best_clients(clients: Iterable[Result]) -> list[list[Result]]:
     best: dict[tuple[str, int, str], Result] = {}
-    for row in sorted(clients, key=lambda row: -row.metrics["accuracy"]):
-        best.setdefault((row.variant_label, row.seed, row.unseen), replace(row, model=BEST_CLIENT))
+    for row in clients:
+        place = row.variant_label, row.seed, row.unseen
+        best[place] = max(best.get(place, row), row, key=lambda one: one.metrics["accuracy"])
     by_label: dict[str, list[Result]] = defaultdict(list)
     for row in best.values():
-        by_label[row.label].append(row)
+        by_label[f"{BEST_CLIENT}{row.variant_label}"].append(replace(row, model=BEST_CLIENT))
     return list(by_label.values())
 
 
