@@ -180,6 +180,7 @@ def merge(args: Sequence[str]) -> None:
     if module.method is None:
         module.offered_method = prune.method_for(module)
     module.require_towers()
+    module.check_rejection(len(module.adapters))
     metrics = {}
     if module.looks_at_anchors:
         metrics = _merge_on_anchors(cli)

@@ -409,11 +409,15 @@ def test_a_rejected_client_has_no_part_in_the_merge(copy, run):
         assert all(torch.equal(together[name], apart[name]) for name in apart), model
 
 
-def test_too_few_clients_to_reject_one_are_refused_before_any_is_trained(run, tmp_path):
+def test_too_few_clients_to_reject_one_are_refused_before_any_is_trained(finished, run, tmp_path):
     two = ["--federation.clients=[cartoon,photo]", "--federation.unseen=sketch", "--merge.reject_outliers=true"]
     with pytest.raises(InputError, match=r"merge\.reject_outliers needs at least 3 clients in a merge, here are 2"):
         run("fit", *two, f"--federation.run_dir={tmp_path}")
     assert not (tmp_path / "uploads").exists()
+    uploads = [str(finished / "uploads" / name) for name in ("cartoon", "photo")]
+    with pytest.raises(InputError, match=r"merge\.reject_outliers needs at least 3 clients in a merge, here are 2"):
+        run("merge", "--merge.reject_outliers=true", f"--merge.output={tmp_path / 'merged'}", "--uploads", *uploads)
+    assert not (tmp_path / "merged").exists()
 
 
 def test_a_client_that_breaks_the_base_is_rejected_and_the_run_ends_with_its_report(copy, run, capsys):

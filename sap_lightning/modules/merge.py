@@ -58,7 +58,7 @@ class MergeModule(CLIPClassifier):
         rescale_scope: for sap: whether l1 and l2 restore the norm of each layer or of the whole adapter.
         weights: clients count alike, or by their number of training images.
         reject_outliers: leave out clients whose adapter, alone, has an anchor loss that stands out from the others'
-            (robust z-score above 3.5), and say so; needs at least three clients.
+            (robust z-score above 3.5), and say so; of fewer than three clients none stands out.
         output: folder for the merged model; must not exist.
         format: write a PEFT adapter, a full CLIPModel, or (``auto``) an adapter whenever that is exact or a rank is
             given.
@@ -168,7 +168,6 @@ class MergeModule(CLIPClassifier):
         if not self.adapters:
             raise InputError("nothing to merge: give at least one upload")
         if self.reject_outliers:
-            self.check_rejection(len(self.adapters))
             self._reject_outliers(required(anchors, self.merge_method))
         self.merge_method.prepare(self.adapters, self.client_weights(), anchors)
         self.apply_method()

@@ -417,6 +417,15 @@ def test_without_rejection_or_an_outlier_nobody_is_left_out(uploads, anchors):
     assert module.rejected == [], "of two none is the odd one"
 
 
+def test_adapters_that_all_break_the_base_are_refused(uploads, anchors):
+    module = MergeModule(SHAPES_CLIP, method=Average(), reject_outliers=True)
+    for number, adapter in enumerate(module.read_uploads(uploads)):
+        layers = {name: layer._replace(B=1e22 * layer.B) for name, layer in adapter.layers.items()}
+        module.adapters.append(Adapter(str(number), layers, sha256_of(layers)))
+    with pytest.raises(InputError, match="no upload has a finite anchor loss"):
+        quiet_trainer().validate(module, anchors, verbose=False)
+
+
 def test_the_losses_alone_are_those_of_each_adapter_s_own_merge(uploads, anchors):
     module = MergeModule(SHAPES_CLIP, method=Average())
     trainer = quiet_trainer()
