@@ -254,6 +254,12 @@ def sha256_of(layers: Mapping[str, LoRALayer]) -> str:
     return digest.hexdigest()
 
 
+def check_domain(name: str) -> None:
+    """Raises InputError when an upload cannot name its domain so."""
+    if not _NAME.holds(name):
+        raise InputError(f"domain {name!r}: its name must be {_NAME.words}; rename the folder, or the dataset's value")
+
+
 def read_adapter(
     folder: str | os.PathLike[str],
     shapes: Mapping[str, torch.Size] | None = None,

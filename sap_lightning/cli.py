@@ -145,11 +145,13 @@ def sweep(args: Sequence[str]) -> None:
     plan, run_dir = whole.config_init.sweep, Path(whole.config_init.federation.run_dir)
     if whole.config_init.merge.method is not None:
         raise InputError("merge.method is for fit and merge; name methods in sweep.methods")
+    if whole.config_init.federation.unseen is not None:
+        raise InputError("federation.unseen is for fit; name domains in sweep.unseen")
 
     def federation_of(seed: int, variant: Mapping[str, Any]) -> OneShotFederation:
         one = SapCLI(sweep, [*args, *options_of(seed, variant)])
-        unseen = {} if plan.unseen == "all" else {"unseen": plan.unseen}
-        return assign(one.federation(run_dir=str(folder_of(run_dir, seed, variant)), **unseen), plan, variant)
+        unseen = None if plan.unseen == "all" else plan.unseen
+        return assign(one.federation(run_dir=str(folder_of(run_dir, seed, variant)), unseen=unseen), plan, variant)
 
     check(plan, federation_of)
     with held(run_dir):

@@ -17,8 +17,9 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.utilities import rank_zero_only
 from rich.console import Console
+from torch import nn
 
-from sap_lightning.adapter import Adapter
+from sap_lightning.adapter import Adapter, check_domain, fingerprint
 from sap_lightning.callbacks.figures import tensorboards
 from sap_lightning.callbacks.progress import training_progress
 from sap_lightning.callbacks.prune import SaliencyPruneCallback
@@ -36,16 +37,32 @@ from sap_lightning.output import holds
 from sap_lightning.poison import HONEST, Poison
 from sap_lightning.provenance import provenance
 from sap_lightning.report import Client, write_report
-from sap_lightning.results import CLIENT, ZERO_SHOT, Result, Results, left_out, markdown_table, rich_table, tabulate
-from sap_lightning.run_folder import FREE_SETTINGS, RunFolder, hold_to
+from sap_lightning.results import (
+    CLIENT,
+    ZERO_SHOT,
+    Result,
+    Results,
+    TableRow,
+    left_out,
+    markdown_table,
+    rich_table,
+    tabulate,
+)
+from sap_lightning.run_folder import FREE_SETTINGS, RunFolder, config_file, hold_to
 from sap_lightning.terminal import on_terminal, track
 
 log = logging.getLogger(__name__)
 LOG_WIDTH = 160
 """Columns of the table where no terminal sets them."""
 TrainerFactory = Callable[..., L.Trainer]
-UNTRAINED: dict[str, Any] = {"enable_checkpointing": False, "enable_progress_bar": False, "limit_val_batches": 1.0}
-"""Trainer arguments where nothing is trained; a merge needs its validation on the anchors, all of them."""
+UNTRAINED: dict[str, Any] = {
+    "enable_checkpointing": False,
+    "enable_progress_bar": False,
+    "limit_val_batches": 1.0,
+    "limit_test_batches": 1.0,
+    "fast_dev_run": False,
+}
+"""Trainer arguments where nothing is trained: a merge looks at all anchors, and a result is of all images."""
 
 
 def server_logger(run_dir: str) -> TensorBoardLogger:
@@ -61,10 +78,11 @@ def train_client(
     A client whose upload stands is done and is not trained again.
 
     Raises:
-        InputError: when the data names no domain.
+        InputError: when the data names no domain, or one that an upload cannot name.
     """
     if data.domain is None:
         raise InputError(f"data.domain is not set; choose one of {', '.join(data.domains)}")
+    check_domain(data.domain)
     upload = folder.upload(data.domain)
     if upload.exists():
         log.info("%s: upload stands in %s, not trained again", title, upload)
@@ -151,6 +169,10 @@ class OneShotFederation:
         self.variant: dict[str, Any] = {}
         self.make_trainer = make_trainer
         self.folder = RunFolder(run_dir)
+        if len(data.domains) < 2:
+            raise InputError(
+                f"data.root holds the one domain {', '.join(data.domains)}; a federation needs at least two"
+            )
         self.clients = chosen_domains("federation.clients", clients, data.domains)
         self.poison = poison
         self.unseen = self._unseen(unseen)
@@ -221,10 +243,9 @@ class OneShotFederation:
     @rank_zero_only
     def keep_settings(self) -> None:
         """Writes the settings that the rows of the results name by their hash."""
-        folder = self.results.folder / "configs"
-        folder.mkdir(parents=True, exist_ok=True)
-        text = yaml.safe_dump(as_json(self.settings), sort_keys=False, allow_unicode=True)
-        write_text(folder / f"{self.provenance['config']}.yaml", text)
+        file = self.results.folder / config_file(self.settings)
+        file.parent.mkdir(parents=True, exist_ok=True)
+        write_text(file, yaml.safe_dump(as_json(self.settings), sort_keys=False, allow_unicode=True))
 
     def wanted(self) -> list[Result]:
         """The points that this federation measures, without their metrics."""
@@ -246,7 +267,7 @@ class OneShotFederation:
         return self.results.only([*wanted, *(row for row in earlier if row.settings == latest[row.label])])
 
     def check(self) -> None:
-        """Finds a faulty base, faulty anchors or too few clients for a method before clients train for hours."""
+        """Finds a faulty base, faulty anchors, a domain's name or too few clients before clients train for hours."""
         clients = min(len(set(self.clients) - {unseen}) for unseen in self.unseen)
         self.merge.check_rejection(clients)
         left = "an unseen domain leaves"
@@ -261,11 +282,14 @@ class OneShotFederation:
                 )
         for unseen in self.unseen:
             self._keep_from_anchors(unseen)
+        for domain in self.domains:
+            check_domain(domain)
         self.merge.configure_model()
         self.merge.encode_captions(self.anchors.captions)
 
     def _keep_from_anchors(self, unseen: str) -> None:
-        anchors, images = Path(self.anchors.root).resolve(), Path(self.data.root, unseen).resolve()
+        anchors = Path(self.anchors.root).expanduser().resolve()
+        images = (Path(self.data.root).expanduser() / unseen).resolve()
         if images.is_dir() and (anchors.is_relative_to(images) or images.is_relative_to(anchors)):
             raise InputError(
                 f"anchors.root {self.anchors.root} holds images of {unseen}, which is to be unseen; take anchors from"
@@ -364,8 +388,9 @@ class OneShotFederation:
         settings = self.settings_of(method, sparsity) if method else {}
         sources = [adapter.sha256 for adapter in adapters]
         images = [self.data.class_names, unseen, self.data_fingerprints[unseen]]
-        base = [self.merge.base, self.merge.base_fingerprint, list(self.merge.templates), self.evaluator.precision]
-        measurement = digest(images, base, sources, settings)
+        prompts = [list(self.merge.templates), self.text_fingerprint, self.merge.logit_scale]
+        base = [self.merge.base, self.merge.base_fingerprint, self.evaluator.precision]
+        measurement = digest(images, base, prompts, sources, settings)
         result = Result(
             model=model,
             unseen=unseen,
@@ -384,9 +409,17 @@ class OneShotFederation:
         """For each unseen domain what changes whenever one of its images does."""
         return {unseen: self.data.fingerprint(unseen) for unseen in self.unseen}
 
+    @cached_property
+    def text_fingerprint(self) -> str:
+        """Tells the base's text tower from others."""
+        texts = self.merge.texts
+        return fingerprint(nn.ModuleList([texts.model, texts.projection]))
+
     def settings_of(self, method: MergeMethod, sparsity: float | None) -> dict[str, Any]:
         """What decides the outcome of a merge beside the adapters, as JSON knows it."""
         settings = {"method": method.name, **method.settings, "weights": self.merge.weights}
+        if method.code:
+            settings["code"] = method.code
         if sparsity is not None:
             settings["sparsity"] = sparsity
         if method.needs_anchors or self.merge.reject_outliers:
@@ -423,22 +456,26 @@ class OneShotFederation:
     def show(self, results: Results) -> None:
         """Prints these results as a table, writes the report, and puts both into TensorBoard."""
         self.server.strategy.barrier()
+        folder, rows = results.folder, tabulate(results, self.unseen)
+        if self.server.is_global_zero:
+            self.print_table(results, rows)
         evidence = collect_evidence(self)
         if not self.server.is_global_zero:
             return
-        folder, rows = results.folder, tabulate(results, self.unseen)
         write_csv(folder / "clients.csv", [Client._fields, *evidence.clients])
         boards = tensorboards(self.server)
-        report = write_report(folder, results, rows, self.unseen, evidence, self.config or {}, boards)
+        report = write_report(folder, results, rows, self.unseen, evidence, self.settings, boards)
         for board in boards:
             board.add_text("results", markdown_table(rows, self.unseen))
             board.flush()
+        print(f"Report: {report}\nTable: {results.csv}\nFigures: tensorboard --logdir {folder}")
+
+    def print_table(self, results: Results, rows: Sequence[TableRow]) -> None:
+        """Prints the table, and which clients were left out of which merges."""
         console = Console(width=None if on_terminal() else LOG_WIDTH)
         console.print(rich_table(rows, self.unseen))
         for sentence in left_out(results):
             console.print(sentence, highlight=False)
-        console.print(f"Report: {report}\nTable: {results.csv}", highlight=False)
-        console.print(f"Figures: tensorboard --logdir {folder}", highlight=False)
 
     def model_folder(self, point: Point) -> Path | None:
         """Where the merged model of a point is kept; nowhere that of other points."""
@@ -472,13 +509,13 @@ def chosen_domains(setting: str, chosen: Sequence[str] | str | None, domains: Se
     """The domains that a setting names, all where it names none.
 
     Raises:
-        InputError: naming the setting, when it is empty or names others, or when there are not two domains.
+        InputError: naming the setting, when it is empty, names others or one twice.
     """
-    if len(domains) < 2:
-        raise InputError(f"data.root holds the one domain {', '.join(domains)}; a federation needs at least two")
     names = list(domains) if chosen is None else [chosen] if isinstance(chosen, str) else list(chosen)
     if unknown := sorted(set(names) - set(domains)):
         raise InputError(f"{setting} {', '.join(unknown)}: no such domain; there are {', '.join(domains)}")
     if not names:
         raise InputError(f"{setting} is empty; choose from {', '.join(domains)}, or null for all")
+    if twice := [name for name in names if names.count(name) > 1]:
+        raise InputError(f"{setting} names {twice[0]} twice")
     return names

@@ -29,10 +29,13 @@ def held(folder: str | Path) -> Iterator[None]:
     """Keeps other commands from writing to a folder; of several processes of one command the first one holds it.
 
     Raises:
-        InputError: when another command has it.
+        InputError: when another command has it, or it cannot be written.
     """
     folder = Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise _cannot_be_written(folder, error) from error
     try:
         with FileLock(folder / ".lock", timeout=0) if getattr(rank_zero_only, "rank", 0) == 0 else nullcontext():
             yield
@@ -57,14 +60,23 @@ def new_folder(folder: str | Path) -> Iterator[Path]:
             yield staging
             staging.rename(folder)
     except OSError as error:
-        raise InputError(f"{folder}: cannot be written ({error.strerror or error}); check path and disk") from error
+        raise _cannot_be_written(folder, error) from error
+
+
+def _cannot_be_written(folder: Path, error: OSError) -> InputError:
+    return InputError(f"{folder}: cannot be written ({error.strerror or error}); check path and disk")
+
+
+def write_bytes(path: Path, content: bytes) -> None:
+    """Replaces a file in one step."""
+    staging = path.with_name(f".{path.name}.{os.getpid()}")
+    staging.write_bytes(content)
+    os.replace(staging, path)
 
 
 def write_text(path: Path, text: str) -> None:
-    """Replaces a file in one step."""
-    staging = path.with_name(f".{path.name}.{os.getpid()}")
-    staging.write_text(text, encoding="utf-8")
-    os.replace(staging, path)
+    """Replaces a text file in one step."""
+    write_bytes(path, text.encode())
 
 
 def as_json(content: Any) -> Any:

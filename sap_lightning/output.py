@@ -95,9 +95,7 @@ class Merged:
             {"name": adapter.name, "sha256": adapter.sha256, "weight": weight}
             for adapter, weight in zip(self.adapters, self.weights, strict=True)
         ]
-        settings = self.method.settings
-        record = {"base": self.base, "method": self.method.name, "settings": settings, "sources": sources}
-        return as_json(record)
+        return as_json({"base": self.base, **of_method(self.method), "sources": sources})
 
     def _outcome(self, error: float) -> dict[str, Any]:
         return as_json(
@@ -171,6 +169,11 @@ class Merged:
         return 0.0
 
 
+def of_method(method: MergeMethod) -> dict[str, Any]:
+    """What of a method decides a merge."""
+    return {"method": method.name, "code": method.code, "settings": method.settings}
+
+
 def holds(folder: Path, method: MergeMethod, sources: Collection[str]) -> bool:
     """Whether a folder holds what ``save`` wrote of a merge by this method, at its settings, of these adapters.
 
@@ -184,8 +187,7 @@ def holds(folder: Path, method: MergeMethod, sources: Collection[str]) -> bool:
         return False
     written = json.loads(file.read_text(encoding="utf-8"))
     merged = {source["sha256"] for source in written["sources"]}
-    settings = {"method": method.name, "settings": as_json(method.settings)}
-    return settings.items() <= written.items() and (
+    return as_json(of_method(method)).items() <= written.items() and (
         merged == set(sources) or (bool(written["rejected"]) and merged < set(sources))
     )
 

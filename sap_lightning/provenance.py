@@ -24,20 +24,25 @@ def provenance(config: Mapping[str, Any]) -> dict[str, str]:
     """What a run's results were made with, for every row of a table.
 
     Args:
-        config: the run's settings; what JSON does not know counts as its text.
+        config: the run's settings.
 
     Returns:
-        ``config``: first 12 hex digits of the sha256 of the settings as sorted JSON.
+        ``config``: the settings' hash.
         ``commit``: git commit of the checkout that this package stands in, with ``-dirty`` when tracked files differ
         from it; empty when it stands in none, or git is missing or fails.
         ``versions``: Python and the packages that decide results, as ``lightning 2.6.6, peft 0.21.2, …``.
     """
-    settings = json.dumps(dict(config), sort_keys=True, default=str)
     return {
-        "config": hashlib.sha256(settings.encode()).hexdigest()[:12],
+        "config": config_hash(config),
         "commit": _commit(),
         "versions": ", ".join(f"{name} {number}" for name, number in sorted(_versions().items())),
     }
+
+
+def config_hash(config: Mapping[str, Any]) -> str:
+    """First 12 hex digits of the sha256 of settings as sorted JSON; what JSON does not know counts as its text."""
+    settings = json.dumps(dict(config), sort_keys=True, default=str)
+    return hashlib.sha256(settings.encode()).hexdigest()[:12]
 
 
 def _commit() -> str:

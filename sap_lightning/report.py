@@ -5,7 +5,6 @@ from __future__ import annotations
 import base64
 import io
 import math
-import os
 import re
 import shlex
 from collections.abc import Iterable, Mapping, Sequence
@@ -34,7 +33,7 @@ from sap_lightning.figures import (
     shares_figures,
     sparsity_figure,
 )
-from sap_lightning.files import as_json, write_text
+from sap_lightning.files import as_json, write_bytes, write_text
 from sap_lightning.functional.agreement import overlap, sign_conflict
 from sap_lightning.functional.lora import dense
 from sap_lightning.functional.outliers import OUTLIER
@@ -54,6 +53,7 @@ from sap_lightning.results import (
     left_out,
     markdown_table,
 )
+from sap_lightning.run_folder import config_file
 
 REPORT_FILE = "report.html"
 TABLE_FILE = "table.md"
@@ -351,15 +351,15 @@ class _Embedded(NamedTuple):
 
 def _write_figures(folder: Path, figures: Mapping[str, Figure]) -> list[_Embedded]:
     folder.mkdir(parents=True, exist_ok=True)
-    for old in folder.iterdir():
+    for old in [*folder.glob("*.png"), *folder.glob("*.svg")]:
         old.unlink()  # of a run that had other clients or domains
     embedded = []
     for (name, figure), file_name in zip(figures.items(), file_names(figures), strict=True):
         # The salt makes the ids of an SVG the same in every process.
         with matplotlib.rc_context({"svg.hashsalt": "sap_lightning"}):
             svg, png = _saved(figure, "svg", {"Date": None}), _saved(figure, "png", {"Software": None})
-        _write_bytes(folder / f"{file_name}.svg", svg)
-        _write_bytes(folder / f"{file_name}.png", png)
+        write_bytes(folder / f"{file_name}.svg", svg)
+        write_bytes(folder / f"{file_name}.png", png)
         kind = name.split("/")[0]
         src = data_uri("image/png", png) if kind in BITMAPS else data_uri("image/svg+xml", svg)
         embedded.append(_Embedded(kind, src, str(figure.get_label())))
@@ -370,12 +370,6 @@ def _saved(figure: Figure, form: str, metadata: dict[str, Any]) -> bytes:
     content = io.BytesIO()
     figure.savefig(content, format=form, dpi=_DPI, metadata=metadata)
     return content.getvalue()
-
-
-def _write_bytes(path: Path, content: bytes) -> None:
-    staging = path.with_name(f".{path.name}.{os.getpid()}")
-    staging.write_bytes(content)
-    os.replace(staging, path)
 
 
 def file_names(names: Iterable[str]) -> list[str]:
@@ -535,7 +529,7 @@ def _provenance(results: Results) -> dict[str, list[str]]:
 
 def _command(folder: Path, settings: Mapping[str, Any]) -> str:
     """What repeats the run; empty when the folder holds no settings, as one that Python code filled."""
-    command, file = ("sweep", "sweep.yaml") if "sweep" in settings else ("fit", "config.yaml")
+    command, file = ("sweep", "sweep.yaml") if "sweep" in settings else ("fit", config_file(settings))
     if not (folder / file).is_file():
         return ""
     config, again = shlex.quote(str(folder / file)), shlex.quote(f"{folder}_again")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +10,7 @@ import yaml
 
 from sap_lightning.errors import InputError
 from sap_lightning.files import write_text
+from sap_lightning.provenance import config_hash
 
 FREE_SETTINGS = (
     "federation.run_dir",
@@ -54,6 +55,11 @@ class RunFolder:
         return self.path / "merged" / unseen / method
 
 
+def config_file(settings: Mapping[str, Any]) -> str:
+    """Where in a run folder the settings of a command are kept, beside those of others."""
+    return f"configs/{config_hash(settings)}.yaml"
+
+
 def hold_to(folder: Path, config: Mapping[str, Any], free: Sequence[str] = FREE_SETTINGS) -> None:
     """Writes the folder's config.yaml, or compares with the one that stands once training has begun.
 
@@ -75,7 +81,7 @@ def hold_to(folder: Path, config: Mapping[str, Any], free: Sequence[str] = FREE_
     changed = [
         f"{key} was {before.get(key)!r}, is {now.get(key)!r}"
         for key in sorted(before.keys() | now.keys())
-        if before.get(key) != now.get(key) and not _is_free(key, free)
+        if before.get(key) != now.get(key) and not belongs_to(key, free)
     ]
     if changed:
         raise InputError(
@@ -84,8 +90,9 @@ def hold_to(folder: Path, config: Mapping[str, Any], free: Sequence[str] = FREE_
         )
 
 
-def _is_free(key: str, free: Sequence[str]) -> bool:
-    return any(key == name or key.startswith(f"{name}.") for name in free)
+def belongs_to(setting: str, groups: Iterable[str]) -> bool:
+    """Whether a setting is one of these, or in one of these groups."""
+    return any(setting == name or setting.startswith(f"{name}.") for name in groups)
 
 
 def _flat(config: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:

@@ -19,7 +19,7 @@ from sap_lightning.federation import OneShotFederation
 from sap_lightning.merging import METHODS, SAP, MergeMethod
 from sap_lightning.merging.method import check_share
 from sap_lightning.results import Result, Results
-from sap_lightning.run_folder import SERVER_SETTINGS
+from sap_lightning.run_folder import SERVER_SETTINGS, belongs_to
 
 SEED = "seed_everything"
 SEEDS = 2**32
@@ -82,7 +82,8 @@ class Sweep:
     def variants(self) -> Iterator[tuple[int, dict[str, Any]]]:
         """Every seed with every combination of the other settings."""
         for seed, *values in product(self.seeds, *self.over.values()):
-            yield seed, dict(zip(self.over, values, strict=True))
+            # In the order in which results.json gives them back.
+            yield seed, dict(sorted(zip(self.over, values, strict=True)))
 
     def labelled(self, sap: SAP) -> dict[str, MergeMethod]:
         """The methods by what the table calls them: their names, and settings where these are not the defaults.
@@ -144,7 +145,7 @@ def assign(federation: OneShotFederation, sweep: Sweep, variant: Mapping[str, An
 def _check_variants(name: str, values: object) -> None:
     """Refuses what a sweep has a setting of its own for, and values that the table could not tell apart."""
     for setting, own in OWN_SETTINGS.items():
-        if name == setting or name.startswith(f"{setting}."):
+        if belongs_to(name, [setting]):
             raise InputError(f"sweep.over.{name}: that is what {own} is for")
     if not isinstance(values, list) or not values:
         raise InputError(f"sweep.over.{name} must be a list of values, got {values!r}")
@@ -176,18 +177,14 @@ def folder_of(run_dir: str | Path, seed: int, variant: Mapping[str, Any]) -> Pat
 
     That is the run folder itself where ``fit`` has trained them there.
     """
-    training = {name: value for name, value in variant.items() if not _is_servers(name)}
+    training = {name: value for name, value in variant.items() if not belongs_to(name, SERVER_SETTINGS)}
     if not training and _seed_of(Path(run_dir)) == seed:
         return Path(run_dir)
     name = ",".join([f"seed_{seed}", *(f"{name}={value}" for name, value in training.items())])
     plain = re.sub(r"[^\w.,=+-]+", "_", name)
-    if len(plain) > LONGEST_NAME:
+    if plain != name or len(plain) > LONGEST_NAME:
         plain = f"{plain[:LONGEST_NAME]}_{digest(name)[:12]}"
     return Path(run_dir) / plain
-
-
-def _is_servers(name: str) -> bool:
-    return any(name == setting or name.startswith(f"{setting}.") for setting in SERVER_SETTINGS)
 
 
 def _seed_of(run_dir: Path) -> int | None:

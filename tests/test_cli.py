@@ -21,6 +21,7 @@ from places import REPOSITORY
 from sap_lightning import __main__, cli
 from sap_lightning.callbacks.progress import TitledProgressBar
 from sap_lightning.errors import InputError
+from sap_lightning.federation import UNTRAINED
 from sap_lightning.merging import METHODS, MergeMethod
 
 COMMANDS = {
@@ -257,6 +258,14 @@ def test_configured_callbacks_and_logger_stay_beside_the_command_s_own(parsed, t
         assert isinstance(trainer.logger, CSVLogger)
     timers = [callback for trainer in trainers for callback in trainer.callbacks if isinstance(callback, Timer)]
     assert timers[0] is not timers[1], "each training has callbacks of its own"
+
+
+def test_a_trial_with_few_batches_trains_on_few_and_measures_all(parsed):
+    few = ["--trainer.limit_train_batches=2", "--trainer.limit_test_batches=1", "--trainer.limit_val_batches=1"]
+    cli = parsed(*few)
+    assert cli.make_trainer().limit_train_batches == 2
+    trainer = cli.make_trainer(**UNTRAINED)
+    assert (trainer.limit_test_batches, trainer.limit_val_batches) == (1.0, 1.0)
 
 
 def test_a_progress_bar_that_is_turned_off_stays_off(parsed):

@@ -20,6 +20,7 @@ from places import REPOSITORY
 from safetensors.torch import load_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+from sap_lightning import federation
 from sap_lightning.adapter import read_adapter, sha256_of, write_adapter
 from sap_lightning.errors import InputError
 from sap_lightning.functional.traffic import sparse_upload
@@ -235,8 +236,10 @@ def bytes_of_pruned(folder: Path) -> dict[str, str]:
         return {row["name"]: row["sparse_bytes"] for row in csv.DictReader(lines)}
 
 
-def test_anchors_from_the_unseen_domain_are_refused(run, world, tmp_path):
-    leak = [f"--anchors.root={world / 'domains' / 'photo'}", f"--federation.run_dir={tmp_path}"]
+@pytest.mark.parametrize("written", ["{world}/domains", "~/domains"])
+def test_anchors_from_the_unseen_domain_are_refused(run, world, tmp_path, monkeypatch, written):
+    monkeypatch.setenv("HOME", str(world))
+    leak = [f"--anchors.root={written.format(world=world)}/photo", f"--federation.run_dir={tmp_path}"]
     with pytest.raises(InputError, match=r"anchors\.root .*photo holds images of photo, which is to be unseen"):
         run("fit", *leak)
     assert not (tmp_path / "uploads").exists()
@@ -248,6 +251,16 @@ def test_running_another_merge_method_again_changes_nothing(copy, run):
     before = contents(copy)
     run("fit", *again)
     assert contents(copy) == before
+
+
+def test_the_table_is_printed_before_the_report_is_made(copy, run, monkeypatch, capsys):
+    def fail(of: object) -> None:
+        raise InputError("the disk is full")
+
+    monkeypatch.setattr(federation, "collect_evidence", fail)
+    with pytest.raises(InputError, match="the disk is full"):
+        run("fit", f"--federation.run_dir={copy}")
+    assert "top-1 accuracy on unseen domains" in capsys.readouterr().out
 
 
 def test_a_merged_model_that_is_gone_from_disk_is_merged_again(copy, run):
@@ -470,7 +483,27 @@ def test_only_the_clients_that_take_part_train(finished, run, tmp_path):
     assert rows["average"]["photo"] == rows["client cartoon"]["photo"], "an average of one"
 
 
-@pytest.mark.parametrize("clients", ["[]", "[clipart]"])
+def test_a_poisoned_client_can_be_alone(finished, copy, run):
+    alone = ["--federation.clients=[photo]", "--federation.poison.domain=photo", "--federation.poison.kind=scale"]
+    run("fit", *alone, "--federation.unseen=[sketch]", f"--federation.run_dir={copy}")
+    assert stored(copy, "average, photo scale", "sketch")["metrics"]
+
+
+def test_a_domain_that_an_upload_cannot_name_is_refused_before_training(world, run, tmp_path):
+    shutil.copytree(world / "domains", tmp_path / "domains")
+    (tmp_path / "domains" / "sketch").rename(tmp_path / "domains" / "Gemälde")
+    for command in ("fit", "client"):
+        with pytest.raises(InputError, match="domain 'Gemälde': its name must be at most 64 letters"):
+            run(
+                command,
+                f"--data.root={tmp_path / 'domains'}",
+                "--data.domain=Gemälde",
+                f"--federation.run_dir={tmp_path / command}",
+            )
+        assert not list((tmp_path / command).rglob("*.ckpt"))
+
+
+@pytest.mark.parametrize("clients", ["[]", "[clipart]", "[photo,photo]"])
 def test_clients_that_are_none_or_unknown_are_refused(run, tmp_path, clients):
     with pytest.raises(InputError, match=r"federation\.clients"):
         run("fit", f"--federation.clients={clients}", f"--federation.run_dir={tmp_path}")

@@ -66,6 +66,12 @@ def test_a_folder_inside_a_file_cannot_be_written(tmp_path: Path) -> None:
         pytest.fail("there is nowhere to write")
 
 
+def test_a_run_folder_that_is_a_file_is_refused_in_one_line(tmp_path: Path) -> None:
+    make_file(tmp_path / "file")
+    with pytest.raises(InputError, match=r"file: cannot be written \("), held(tmp_path / "file"):
+        pytest.fail("there is nothing to hold")
+
+
 def test_text_replaces_a_file_in_one_step_and_leaves_no_other(tmp_path: Path) -> None:
     path = tmp_path / "file"
     write_text(path, "old")

@@ -41,6 +41,7 @@ from sap_lightning.report import (
     write_report,
 )
 from sap_lightning.results import Predictions, Result, Results, markdown_table, tabulate
+from sap_lightning.run_folder import config_file
 
 UNSEEN = ["photo", "sketch"]
 HOSTILE = "<script>alert(1)</script>\" onerror='x'&"
@@ -200,6 +201,17 @@ def test_one_seed_has_no_spread(tmp_path: Path) -> None:
     assert "±" not in path.read_text(encoding="utf-8")
 
 
+def test_figures_of_an_earlier_report_go_and_what_is_not_a_figure_stays(tmp_path: Path) -> None:
+    (tmp_path / "figures" / "mine").mkdir(parents=True)
+    (tmp_path / "figures" / "projection_before.png").write_bytes(b"old")
+    write(tmp_path, measured(tmp_path), UNSEEN, None, {})
+    assert {file.name for file in (tmp_path / "figures").iterdir()} == {
+        "accuracy_by_sparsity.png",
+        "accuracy_by_sparsity.svg",
+        "mine",
+    }
+
+
 def test_without_evidence_there_are_the_tables_and_the_sparsities(tmp_path: Path) -> None:
     page = Page(write(tmp_path, measured(tmp_path), UNSEEN, None, SETTINGS))
     assert [section["id"] for section in page.all("section")] == ["results", "sparsity", "settings"]
@@ -214,9 +226,11 @@ def test_the_command_that_repeats_a_run_is_there_with_its_settings(tmp_path: Pat
     folder = tmp_path / "my run"
     folder.mkdir()
     assert "--federation.run_dir" not in Page(write(folder, measured(folder), UNSEEN, None, {})).text
-    (folder / "config.yaml").write_text("{}")
+    settings = folder / config_file({})
+    settings.parent.mkdir()
+    settings.write_text("{}")
     text = Page(write(folder, Results(folder), UNSEEN, None, {})).text
-    assert f"fit --config '{folder}/config.yaml' --federation.run_dir '{folder}_again'" in text
+    assert f"fit --config '{settings}' --federation.run_dir '{folder}_again'" in text
 
 
 def test_sections_without_data_are_left_out(tmp_path: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import importlib
 import json
 import os
 import shutil
@@ -10,6 +11,7 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +23,7 @@ from places import REPOSITORY
 from sap_lightning import cli
 from sap_lightning.errors import InputError
 from sap_lightning.merging import SAP, TIES, Average, MergeMethod, SAPAuto
-from sap_lightning.results import Results
+from sap_lightning.results import Predictions, Result, Results
 from sap_lightning.sweep import Sweep, folder_of, label_of, options_of
 
 UNSEEN = ["photo", "sketch"]
@@ -189,6 +191,23 @@ def test_a_folder_s_name_fits_a_file_system_and_tells_long_values_apart() -> Non
     assert len(names) == 2 and all(len(name.encode()) < 255 for name in names)
 
 
+def test_values_that_differ_only_in_what_a_folder_s_name_cannot_hold_have_a_folder_each() -> None:
+    names = {folder_of("run", 0, {"model.templates": [given]}).name for given in ("a {}", "a {}?")}
+    assert len(names) == 2
+
+
+def test_a_point_is_known_again_when_it_is_read_back_whatever_the_order_of_the_settings(tmp_path: Path) -> None:
+    plan = Sweep(over={"prune.space": ["delta", "factor"], "prune.scope": ["layer"]})
+    results = Results(tmp_path)
+    points = [
+        Result("sap", "photo", f"{number}", variant=variant) for number, (_, variant) in enumerate(plan.variants())
+    ]
+    for point in points:
+        results.keep_predictions(point.measurement, Predictions(torch.ones(1, 1), torch.zeros(1), torch.zeros(1)))
+        results.add(replace(point, metrics={"accuracy": 1.0, "macro_accuracy": 1.0, "ece": 0.0}))
+    assert all(Results(tmp_path).has(point) for point in points)
+
+
 def test_clients_that_fit_has_trained_are_used_where_they_are(tmp_path: Path) -> None:
     (tmp_path / "config.yaml").write_text(yaml.safe_dump({"seed_everything": 3}))
     assert folder_of(tmp_path, 3, {"anchors.num_pairs": 4}) == tmp_path
@@ -203,6 +222,7 @@ def test_clients_that_fit_has_trained_are_used_where_they_are(tmp_path: Path) ->
         ("--sweep.seeds=[]", "error: sweep.seeds is empty"),
         ("--sweep.sparsities=[0.5,2]", "error: sweep.sparsities must lie in [0, 1], got 2.0"),
         ("--sweep.unseen=[clipart]", "error: federation.unseen clipart: no such domain"),
+        ("--federation.unseen=[photo]", "error: federation.unseen is for fit; name domains in sweep.unseen"),
     ],
 )
 def test_a_faulty_option_ends_in_one_line_and_exit_code_1(run_in_shell, tmp_path, option, refusal):
@@ -395,6 +415,29 @@ def test_a_fault_in_the_last_variant_is_found_before_the_first_is_measured(copy,
     with pytest.raises(InputError, match="num_pairs is 100000"):
         run("sweep", *ONE_SEED, f"--sweep.over={over}", f"--federation.run_dir={copy}")
     assert files(copy) == before
+
+
+def test_a_method_of_one_s_own_is_measured_again_when_its_code_has_changed(copy, run, tmp_path, monkeypatch) -> None:
+    monkeypatch.syspath_prepend(tmp_path)
+    module = tmp_path / "my_scaled_method.py"
+    text = (
+        "from sap_lightning.functional.consensus import weighted_sum\n"
+        "from sap_lightning.merging import LayerwiseMethod\n\n"
+        "class Scaled(LayerwiseMethod):\n"
+        "    def merge_layer(self, layers, weights):\n"
+        "        return weighted_sum(layers, [{scale} * w for w in weights])\n"
+    )
+    own = ["--sweep.methods=[{class_path: my_scaled_method.Scaled}]", "--sweep.unseen=[sketch]"]
+
+    def accuracy(scale: float) -> float:
+        module.write_text(text.format(scale=scale))
+        sys.modules.pop("my_scaled_method", None)
+        importlib.invalidate_caches()
+        run("sweep", *own, f"--federation.run_dir={copy}")
+        return [row for row in Results(copy).rows if row.model == "Scaled"][-1].metrics["accuracy"]
+
+    assert accuracy(0.0) != accuracy(-50.0)
+    sys.modules.pop("my_scaled_method", None)
 
 
 def test_points_of_other_settings_stay_known(copy, run) -> None:

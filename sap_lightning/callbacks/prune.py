@@ -64,7 +64,7 @@ class SaliencyPruneCallback(L.Callback):
         Raises:
             InputError: when that way of rescaling is not defined in this space.
         """
-        method = SAP(**self.settings, rescale=module.rescale, rescale_scope=module.rescale_scope)
+        method = SAP(**self.settings, rescale=module.rescale, rescale_scope=module.rescale_scope, scale=module.scale)
         method.share_answers(self._scored)
         return method
 

@@ -18,14 +18,17 @@ from sap_lightning.functional.rescaling import Rescale
 from sap_lightning.functional.saliency import AnchorLoss, Reduction, loss_reduction, saliency
 from sap_lightning.functional.spaces import Parameters, Space, SpaceName
 from sap_lightning.merging.distances import mean_cosine
-from sap_lightning.merging.method import MergeMethod, PruningMethod, check_share, required
+from sap_lightning.merging.method import MergeMethod, PruningMethod, check_positive, check_share, required
 from sap_lightning.probe import AnchorProbe
 
 log = logging.getLogger(__name__)
 
+SHARED_SPARSITY, SHARED_SCALE = 0.5, 1.4
+"""Of SAPAuto where clients agree: chosen in docs/results/ablations.md, on half of the images."""
+
 
 class SAP(PruningMethod):
-    """Weighted mean of the adapters, each without the share ρ of its parameters whose saliency is lowest, rescaled.
+    """λ times the weighted mean of the adapters, each without the share ρ of its least salient parameters, rescaled.
 
     Args:
         sparsity: ρ, the share of parameters set to zero.
@@ -37,6 +40,7 @@ class SAP(PruningMethod):
         rescale: how a pruned adapter is scaled up again: to its l1 or l2 norm before pruning, by 1 / (1 − ρ), or
             rank by rank as RobustMerge does (factor space only).
         rescale_scope: whether l1 and l2 restore the norm of each layer or of the whole adapter.
+        scale: λ, above 0. The mean of updates that are nearly at right angles is shorter than each of them.
         loss: the anchors' loss: 1 − cos of a pair (cosine), or InfoNCE from image to text (contrastive).
         sign_aware: keep the parameters that lower the loss most, −θ·mean g_i; needs reduction mean_then_abs.
 
@@ -55,15 +59,18 @@ class SAP(PruningMethod):
         reduction: Reduction = "abs_then_mean",
         rescale: Rescale = "l2",
         rescale_scope: Scope = "layer",
+        scale: float = 1.0,
         loss: AnchorLoss = "cosine",
         sign_aware: bool = False,
     ) -> None:
+        check_positive("merge.scale", scale)
         self.sparsity = check_share("prune.sparsity", sparsity)
         self.space = space
         self.scope = scope
         self.reduction = reduction
         self.rescale = rescale
         self.rescale_scope = rescale_scope
+        self.scale = scale
         self.loss = loss
         self.sign_aware = sign_aware
         if rescale == "robust" and space != "factor":
@@ -83,6 +90,9 @@ class SAP(PruningMethod):
             )
         self.losses[anchors.fingerprint, adapter.sha256] = gradients.loss
         return {name: tuple(tensor.cpu() for tensor in layer) for name, layer in scores.items()}
+
+    def apply(self, sparsity: float | None = None) -> dict[str, Update]:
+        return _times(super().apply(sparsity), self.scale)
 
     def share_answers(self, other: SAP) -> None:
         """Keeps what the anchors say in one place with another SAP of the same space, reduction and loss."""
@@ -113,10 +123,11 @@ class Trial(NamedTuple):
 class SAPAuto(MergeMethod):
     """SAP that chooses ρ, space and scale by itself, without labels or images of the unseen domain.
 
-    Where the clients' updates point the same way, their mean cosine above 0, what they learned is shared and SAP at its
-    defaults keeps it. Where they contradict each other, each has learned what holds at home only, and most must go:
-    half of the anchors then score, and the others measure the alignment loss of every space and sparsity, and of every
-    scale of the best of them. The lowest loss wins, ties go to what was tried first. ``tried`` holds all trials.
+    Where the clients' updates point the same way, their mean cosine above 0, what they learned is shared: half of it
+    stays, and the mean is made 1.4 times as long. Where they contradict each other, each has learned what holds at home
+    only, and most must go: half of the anchors then score, and the others measure the alignment loss of every space and
+    sparsity, and of every scale of the best of them. The lowest loss wins, ties go to what was tried first. ``tried``
+    holds all trials.
 
     Agreement between environments as a sign of what carries over: Parascandolo et al. 2021, arXiv:2009.00329.
 
@@ -153,17 +164,18 @@ class SAPAuto(MergeMethod):
         anchors = required(anchors, self)
         self.agreement = mean_cosine(adapters)
         if self.agreement > 0:
-            self._take_defaults(adapters, weights, anchors)
+            self._keep_what_is_shared(adapters, weights, anchors)
         else:
             self._search(adapters, weights, anchors)
 
-    def _take_defaults(self, adapters: Sequence[Adapter], weights: Sequence[float], anchors: AnchorProbe) -> None:
+    def _keep_what_is_shared(self, adapters: Sequence[Adapter], weights: Sequence[float], anchors: AnchorProbe) -> None:
         sap = self._scored[SAP().space]
         sap.prepare(adapters, weights, anchors)
         self._by_space = {sap.space: sap}
-        self.tried = [Trial(sap.space, sap.sparsity, 1.0, anchors.loss(sap.apply()))]
+        loss = anchors.loss(_times(sap.apply(SHARED_SPARSITY), SHARED_SCALE))
+        self.tried = [Trial(sap.space, SHARED_SPARSITY, SHARED_SCALE, loss)]
         self.base_loss = anchors.loss({})
-        log.info("sap_auto: clients agree (mean cosine %.3f), sap at its defaults", self.agreement)
+        log.info("sap_auto: clients agree (mean cosine %.3f), sparsity %g, scale %g", self.agreement, *self.chosen[1:3])
 
     def _search(self, adapters: Sequence[Adapter], weights: Sequence[float], anchors: AnchorProbe) -> None:
         if len(anchors.chosen) < 2:

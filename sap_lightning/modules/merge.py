@@ -56,6 +56,7 @@ class MergeModule(CLIPClassifier):
         rescale: for sap: how a pruned adapter is scaled up again: to its l1 or l2 norm before pruning, by 1 / (1 − ρ),
             or rank by rank as RobustMerge does (factor space only).
         rescale_scope: for sap: whether l1 and l2 restore the norm of each layer or of the whole adapter.
+        scale: for sap: λ, the factor on the mean of the clients.
         weights: clients count alike, or by their number of training images.
         reject_outliers: leave out clients whose adapter, alone, has an anchor loss that stands out from the others'
             (robust z-score above 3.5), and say so; of fewer than three clients none stands out.
@@ -81,6 +82,7 @@ class MergeModule(CLIPClassifier):
         method: MergeMethod | str | None = None,
         rescale: Rescale = "l2",
         rescale_scope: Scope = "layer",
+        scale: float = 1.0,
         weights: Literal["uniform", "samples"] = "uniform",
         reject_outliers: bool = False,
         output: str | None = None,
@@ -97,6 +99,7 @@ class MergeModule(CLIPClassifier):
         self.method = named(method) if isinstance(method, str) else method
         self.rescale = rescale
         self.rescale_scope = rescale_scope
+        self.scale = scale
         self.weights = weights
         self.reject_outliers = reject_outliers
         self.output = output

@@ -193,7 +193,7 @@ def test_the_settings_stand_in_the_merged_model_s_record(finished):
     for domain in ("photo", "sketch"):
         record = json.loads((finished / "merged" / domain / "sap" / "merge.json").read_text())
         assert record["method"] == "sap"
-        assert record["settings"] == configured | {"rescale": "l2", "rescale_scope": "layer"}
+        assert record["settings"] == configured | {"rescale": "l2", "rescale_scope": "layer", "scale": 1.0}
         average = json.loads((finished / "merged" / domain / "average" / "merge.json").read_text())
         assert (average["method"], average["settings"]) == ("average", {})
 
@@ -207,15 +207,15 @@ def test_masks_tell_what_is_kept(merged):
 
 
 def test_the_module_is_given_sap_as_callback_and_module_say(merged):
-    module, _ = merged(SaliencyPruneCallback(0.7, "factor", "layer", "square"), rescale="l1", rescale_scope="global")
+    way = {"rescale": "l1", "rescale_scope": "global", "scale": 1.5}
+    module, _ = merged(SaliencyPruneCallback(0.7, "factor", "layer", "square"), **way)
     assert isinstance(module.merge_method, SAP)
     assert module.merge_method.settings == {
         "sparsity": 0.7,
         "space": "factor",
         "scope": "layer",
         "reduction": "square",
-        "rescale": "l1",
-        "rescale_scope": "global",
+        **way,
         "loss": "cosine",
         "sign_aware": False,
     }

@@ -106,6 +106,15 @@ def rescaled(before: dict[str, Tensor], after: dict[str, Tensor], method: SAP) -
     return {name: factors[name] * delta for name, delta in after.items()}
 
 
+@pytest.mark.parametrize("space", ["factor", "delta"])
+def test_the_scale_is_a_factor_on_the_merged_update(space):
+    as_it_is = SAP(0.7, space).merge(clients(), WEIGHTS, probe())
+    longer = SAP(0.7, space, scale=1.4).merge(clients(), WEIGHTS, probe())
+    assert relative_gap(longer, {name: 1.4 * dense(update) for name, update in as_it_is.items()}) < 1e-6
+    with pytest.raises(InputError, match=r"merge\.scale must be above 0, got 0"):
+        SAP(scale=0)
+
+
 @pytest.mark.parametrize(("reduction", "space"), product(REDUCTIONS, ["factor", "delta", "singular"]))
 def test_sap_equals_its_formula_in_every_space_and_reduction(space, reduction):
     for scope in ("global", "layer"):
@@ -278,16 +287,15 @@ def test_the_halves_of_the_anchors_have_no_pair_in_common():
         assert sorted([*one.chosen, *other.chosen]) == list(range(anchors))
 
 
-def test_auto_takes_the_defaults_where_the_clients_agree():
+def test_auto_keeps_half_and_lengthens_the_mean_where_the_clients_agree():
     agreeing = clients()[:1]
     layers = {name: layer._replace(B=layer.B * 1.5) for name, layer in agreeing[0].layers.items()}
     agreeing.append(Adapter("more of it", layers, sha256_of(layers), None))
     method = auto()
     method.prepare(agreeing, WEIGHTS[:2], probe())
     assert method.findings["agreement"] == pytest.approx(1)
-    assert (
-        relative_gap(method.apply(), {n: dense(u) for n, u in SAP().merge(agreeing, WEIGHTS[:2], probe()).items()}) == 0
-    )
+    expected = SAP(sparsity=0.5, scale=1.4).merge(agreeing, WEIGHTS[:2], probe())
+    assert relative_gap(method.apply(), {name: dense(update) for name, update in expected.items()}) == 0
 
 
 def test_the_mean_cosine_is_that_of_the_dense_updates():
