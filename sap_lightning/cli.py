@@ -20,7 +20,7 @@ from sap_lightning.data.anchors import AnchorDataModule
 from sap_lightning.data.domains import DomainDataModule
 from sap_lightning.data.folder import ImageFolderDataModule
 from sap_lightning.errors import InputError
-from sap_lightning.federation import UNTRAINED, OneShotFederation, server_logger, train_client
+from sap_lightning.federation import UNTRAINED, OneShotFederation, chosen_domains, server_logger, train_client
 from sap_lightning.files import held, refuse_existing, write_csv, write_text
 from sap_lightning.layer_report import report_table
 from sap_lightning.merging import METHODS, Average
@@ -150,7 +150,8 @@ def sweep(args: Sequence[str]) -> None:
 
     def federation_of(seed: int, variant: Mapping[str, Any]) -> OneShotFederation:
         one = SapCLI(sweep, [*args, *options_of(seed, variant)])
-        unseen = None if plan.unseen == "all" else plan.unseen
+        domains = one.datamodule.domains
+        unseen = None if plan.unseen == "all" else chosen_domains("sweep.unseen", plan.unseen, domains)
         return assign(one.federation(run_dir=str(folder_of(run_dir, seed, variant)), unseen=unseen), plan, variant)
 
     check(plan, federation_of)

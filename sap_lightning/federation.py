@@ -343,7 +343,7 @@ class OneShotFederation:
         """Measures a model, and keeps what it said of each image and, of a merge, the model."""
         self.wear(point)
         (metrics,) = self.evaluator.test(self.merge, datamodule=data, verbose=False)
-        log.info("%s on unseen %s: accuracy %.3f", point.result.label, point.result.unseen, metrics["accuracy"])
+        log.info("%s on unseen %s, seed %d: accuracy %.3f", *point.result.cell, metrics["accuracy"])
         self.results.keep_predictions(point.result.measurement, self.merge.predictions)
         if folder := self.model_folder(point):
             self.keep(folder, {f"accuracy on {point.result.unseen}": metrics["accuracy"]})

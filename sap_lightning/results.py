@@ -297,7 +297,9 @@ def left_out(results: Results) -> list[str]:
 
 def rich_table(rows: Sequence[TableRow], unseen: Sequence[str]) -> Table:
     """The table for a terminal, the best of each column in bold; – where a client has seen the domain."""
-    table = Table("model", title="top-1 accuracy on unseen domains")
+    caption = "a client has no accuracy on its own domain, and its mean leaves it out"
+    partial = any(None in row.cells for row in rows)
+    table = Table("model", title="top-1 accuracy on unseen domains", caption=caption if partial else None)
     for domain in [*unseen, "mean"]:
         table.add_column(domain, justify="right")
     best = best_cells(rows)

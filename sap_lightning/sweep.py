@@ -98,7 +98,7 @@ class Sweep:
         for given in self.methods:
             if isinstance(given, MergeMethod):
                 # What it learned of one variant's clients is not kept for another's.
-                method, label = copy.deepcopy(given), label_of(given, with_sparsity=not self.sparsities)
+                method, label = copy.deepcopy(given), label_of(given, sap, with_sparsity=not self.sparsities)
             else:
                 method, label = sap if given == SAP.name else METHODS[given](), given
             if label in methods:
@@ -154,10 +154,16 @@ def _check_variants(name: str, values: object) -> None:
         raise InputError(f"sweep.over.{name}: two values are {alike[0]} in the table; leave one out or rename it")
 
 
-def label_of(method: MergeMethod, with_sparsity: bool = False) -> str:
-    """A method's name and the settings that are not its defaults, such as ``sap (space factor)``; ρ where asked for."""
+def label_of(method: MergeMethod, sap: SAP, with_sparsity: bool = False) -> str:
+    """A method's name and the settings that its name alone does not stand for, such as ``sap (space factor)``.
+
+    Args:
+        method: the method.
+        sap: what the name ``sap`` stands for; other names stand for their defaults.
+        with_sparsity: whether ρ counts.
+    """
     try:
-        defaults = type(method)().settings
+        defaults = sap.settings if type(method) is SAP else type(method)().settings
     except TypeError:  # a method of one's own may have settings without defaults
         defaults = {}
     changed = [f"{name} {value}" for name, value in method.settings.items() if (name, value) not in defaults.items()]

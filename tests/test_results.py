@@ -353,6 +353,7 @@ def test_the_terminal_s_table_fits_eighty_columns(results: Results) -> None:
         console.print(rich_table(tabulate(results, UNSEEN), UNSEEN))
     assert "top-1 accuracy on unseen domains" in shown.get()
     assert "client sketch │ 0.625 │      – │ 0.625" in shown.get()
+    assert "its mean leaves it out" in shown.get()
 
 
 def test_json_is_a_list_of_every_point(results: Results) -> None:

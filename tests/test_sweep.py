@@ -142,12 +142,18 @@ class Needy(Average):
     ids=lambda value: value if isinstance(value, str) else "",
 )
 def test_a_label_names_the_settings_but_sparsity_that_are_not_defaults(method: MergeMethod, label: str) -> None:
-    assert label_of(method) == label
+    assert label_of(method, SAP()) == label
 
 
 def test_a_label_names_sparsity_where_it_is_not_swept() -> None:
-    assert label_of(SAP(0.9), with_sparsity=True) == "sap (sparsity 0.9)"
-    assert label_of(SAP(), with_sparsity=True) == "sap"
+    assert label_of(SAP(0.9), SAP(), with_sparsity=True) == "sap (sparsity 0.9)"
+    assert label_of(SAP(), SAP(), with_sparsity=True) == "sap"
+
+
+def test_sap_with_settings_of_its_own_is_told_from_what_the_name_stands_for() -> None:
+    configured = SAP(sparsity=0.95, space="factor")
+    plan = Sweep(methods=["sap", SAP(), TIES()])
+    assert list(plan.labelled(configured)) == ["sap", "sap (sparsity 0.8, space delta)", "ties"]
 
 
 @pytest.mark.parametrize(
@@ -221,7 +227,7 @@ def test_clients_that_fit_has_trained_are_used_where_they_are(tmp_path: Path) ->
         ("--sweep.methods=[average,tise]", "error: sweep.methods: no method 'tise'; there are average, "),
         ("--sweep.seeds=[]", "error: sweep.seeds is empty"),
         ("--sweep.sparsities=[0.5,2]", "error: sweep.sparsities must lie in [0, 1], got 2.0"),
-        ("--sweep.unseen=[clipart]", "error: federation.unseen clipart: no such domain"),
+        ("--sweep.unseen=[clipart]", "error: sweep.unseen clipart: no such domain"),
         ("--federation.unseen=[photo]", "error: federation.unseen is for fit; name domains in sweep.unseen"),
     ],
 )

@@ -45,7 +45,8 @@ def load_table(root: str, rows: int | None = None) -> datasets.Dataset:
         return loaded
     except Exception as error:  # the library raises its own, pyarrow's, the hub client's and the file system's
         reason = (str(error) or type(error).__name__).splitlines()[0]
-        raise InputError(f"{root}: neither a folder of images nor a readable dataset: {reason}") from error
+        here = "" if folder.is_dir() else f" (there is no {folder.absolute()})"
+        raise InputError(f"{root}: neither a folder of images{here} nor a readable dataset: {reason}") from error
 
 
 def first_rows(stream: datasets.IterableDataset, rows: int) -> datasets.Dataset:

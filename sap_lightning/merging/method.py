@@ -272,7 +272,8 @@ def required(anchors: AnchorProbe | None, method: MergeMethod) -> AnchorProbe:
 def check_share(name: str, value: float) -> float:
     """A number in [0, 1], or an InputError that names the setting."""
     if not 0 <= value <= 1:
-        raise InputError(f"{name} must lie in [0, 1], got {value}")
+        hint = f"; {value:g} % is {value / 100:g}" if 10 <= value <= 100 else ""
+        raise InputError(f"{name} must lie in [0, 1], got {value}{hint}")
     return value
 
 

@@ -139,7 +139,9 @@ def test_a_folder_without_images_is_refused(tmp_path):
 
 
 def test_a_missing_folder_is_refused(tmp_path):
-    with pytest.raises(InputError, match="neither a folder of images nor a readable dataset"):
+    with pytest.raises(
+        InputError, match=rf"neither a folder .*there is no {tmp_path}/nowhere\) nor a readable dataset"
+    ):
         open_source(str(tmp_path / "nowhere"), "domain", "label")
 
 

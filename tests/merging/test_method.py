@@ -172,6 +172,11 @@ def test_an_adapter_merges_to_itself_by_every_method_that_leaves_it_whole():
         assert relative_gap(method.merge([one]), {Q: exact_delta(one.layers[Q])}) < 1e-6
 
 
+def test_a_share_in_per_cent_is_told_how_to_write_it():
+    with pytest.raises(InputError, match=r"merge\.method\.drop must lie in \[0, 1\], got 95; 95 % is 0\.95$"):
+        check_share("merge.method.drop", 95)
+
+
 @pytest.mark.parametrize("value", [-0.1, 1.1, float("nan")])
 def test_what_is_no_share_is_refused_by_name(value):
     with pytest.raises(InputError, match=r"merge\.method\.drop must lie in \[0, 1\]"):
