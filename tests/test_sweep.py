@@ -393,7 +393,9 @@ def test_fit_after_a_sweep_in_its_folder_leaves_the_merged_models_too(tmp_path, 
 
 
 def test_noise_for_anchors_is_scored_anew_by_a_method_with_settings(tmp_path, run) -> None:
-    method = json.dumps([{"class_path": "sap_lightning.merging.SAP", "init_args": {"scope": "layer"}}])
+    method = json.dumps(
+        [{"class_path": "sap_lightning.merging.SAP", "init_args": {"scope": "layer", "sparsity": 0.95}}]
+    )
     for name, noise in (("both", [False, True]), ("alone", [True])):
         over = json.dumps({"anchors.noise": noise})
         (tmp_path / name).mkdir()
