@@ -23,9 +23,6 @@ from sap_lightning.probe import AnchorProbe
 
 log = logging.getLogger(__name__)
 
-SHARED_SPARSITY, SHARED_SCALE = 0.5, 1.4
-"""Of SAPAuto where clients agree: chosen in docs/results/ablations.md, on half of the images."""
-
 
 class SAP(PruningMethod):
     """λ times the weighted mean of the adapters, each without the share ρ of its least salient parameters, rescaled.
@@ -124,7 +121,7 @@ class SAPAuto(MergeMethod):
     """SAP that chooses ρ, space and scale by itself, without labels or images of the unseen domain.
 
     Where the clients' updates point the same way, their mean cosine above 0, what they learned is shared: half of it
-    stays, and the mean is made 1.4 times as long. Where they contradict each other, each has learned what holds at home
+    stays, and the mean is made a little longer. Where they contradict each other, each has learned what holds at home
     only, and most must go: half of the anchors then score, and the others measure the alignment loss of every space and
     sparsity, and of every scale of the best of them. The lowest loss wins, ties go to what was tried first. ``tried``
     holds all trials.
@@ -135,6 +132,8 @@ class SAPAuto(MergeMethod):
         sparsities: values of ρ to try.
         spaces: spaces to try.
         scales: factors to try on the merged update.
+        agreed_sparsity: ρ where the clients agree.
+        agreed_scale: λ where the clients agree, above 0.
         reduction: as for SAP.
     """
 
@@ -146,13 +145,18 @@ class SAPAuto(MergeMethod):
         sparsities: Sequence[float] = (0.0, 0.5, 0.8, 0.9, 0.95, 0.99),
         spaces: Sequence[SpaceName] = ("delta", "factor", "singular"),
         scales: Sequence[float] = (0.25, 0.5, 0.75, 1.0, 1.25, 1.5, 2.0),
+        agreed_sparsity: float = 0.5,
+        agreed_scale: float = 1.2,
         reduction: Reduction = "abs_then_mean",
     ) -> None:
         if not (sparsities and spaces and scales):
             raise InputError("merge.method sap_auto: sparsities, spaces and scales must each name something to try")
         self.sparsities = [check_share("merge.method.sparsities", sparsity) for sparsity in sparsities]
+        check_positive("merge.method.agreed_scale", agreed_scale)
         self.spaces = list(spaces)
         self.scales = list(scales)
+        self.agreed_sparsity = check_share("merge.method.agreed_sparsity", agreed_sparsity)
+        self.agreed_scale = agreed_scale
         self.reduction = reduction
         self.tried: list[Trial] = []
         # They keep what the anchors said of an adapter, which is merged for several unseen domains.
@@ -172,8 +176,8 @@ class SAPAuto(MergeMethod):
         sap = self._scored[SAP().space]
         sap.prepare(adapters, weights, anchors)
         self._by_space = {sap.space: sap}
-        loss = anchors.loss(_times(sap.apply(SHARED_SPARSITY), SHARED_SCALE))
-        self.tried = [Trial(sap.space, SHARED_SPARSITY, SHARED_SCALE, loss)]
+        loss = anchors.loss(_times(sap.apply(self.agreed_sparsity), self.agreed_scale))
+        self.tried = [Trial(sap.space, self.agreed_sparsity, self.agreed_scale, loss)]
         self.base_loss = anchors.loss({})
         log.info("sap_auto: clients agree (mean cosine %.3f), sparsity %g, scale %g", self.agreement, *self.chosen[1:3])
 

@@ -294,7 +294,7 @@ def test_auto_keeps_half_and_lengthens_the_mean_where_the_clients_agree():
     method = auto()
     method.prepare(agreeing, WEIGHTS[:2], probe())
     assert method.findings["agreement"] == pytest.approx(1)
-    expected = SAP(sparsity=0.5, scale=1.4).merge(agreeing, WEIGHTS[:2], probe())
+    expected = SAP(sparsity=0.5, scale=1.2).merge(agreeing, WEIGHTS[:2], probe())
     assert relative_gap(method.apply(), {name: dense(update) for name, update in expected.items()}) == 0
 
 
