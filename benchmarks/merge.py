@@ -24,10 +24,10 @@ from jsonargparse import auto_cli
 from peft import PeftModel
 from random_adapters import vision_tower, write_random_adapters
 
+from sap_lightning.console import quieten
 from sap_lightning.functional.lora import recompress
+from sap_lightning.io.uploads import read_uploads
 from sap_lightning.merging import DARE, TIES, Average, FedAvg, Magnitude, MergeMethod
-from sap_lightning.quiet import quieten
-from sap_lightning.uploads import read_uploads
 
 RANK = 16
 OURS: dict[str, MergeMethod] = {

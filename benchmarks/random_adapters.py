@@ -7,8 +7,9 @@ from pathlib import Path
 import torch
 from transformers import CLIPVisionConfig, CLIPVisionModelWithProjection
 
-from sap_lightning.adapter import layer_shapes, write_adapter
 from sap_lightning.functional.lora import LoRALayer
+from sap_lightning.io.adapter import write_adapter
+from sap_lightning.models.layers import layer_shapes
 
 VIT_B_16 = CLIPVisionConfig(
     hidden_size=768,

@@ -18,8 +18,8 @@ from jsonargparse import auto_cli
 from merge import Cost, alone, peak_mib
 from random_adapters import write_random_adapters
 
+from sap_lightning.io.uploads import read_uploads
 from sap_lightning.merging import METHODS
-from sap_lightning.uploads import read_uploads
 
 RANK = 16
 

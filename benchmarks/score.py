@@ -18,13 +18,13 @@ from peft import LoraConfig, get_peft_model
 from torch.nn.functional import normalize
 from worlds import SHAPES_CLIP, images_in
 
-from sap_lightning.base import load_base
+from sap_lightning.console import quieten
 from sap_lightning.data.anchors import AnchorDataModule
 from sap_lightning.functional.lora import LoRALayer
 from sap_lightning.functional.saliency import Reduction, alignment_loss
 from sap_lightning.functional.spaces import SPACES, SpaceName
-from sap_lightning.probe import AnchorProbe
-from sap_lightning.quiet import quieten
+from sap_lightning.models.clip import load_base
+from sap_lightning.models.probe import AnchorProbe
 
 TARGETS = ["q_proj", "k_proj", "v_proj", "out_proj"]
 REDUCTIONS: tuple[Reduction, ...] = ("mean_then_abs", "abs_then_mean", "square")

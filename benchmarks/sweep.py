@@ -19,13 +19,13 @@ import lightning as L
 import yaml
 from jsonargparse import auto_cli
 
-from sap_lightning.adapter import Adapter, sha256_of
-from sap_lightning.base import first_changed
 from sap_lightning.callbacks import SaliencyPruneCallback
+from sap_lightning.console import quieten
 from sap_lightning.data import AnchorDataModule, DomainDataModule
-from sap_lightning.federation import UNTRAINED, OneShotFederation
+from sap_lightning.federation.one_shot import UNTRAINED, OneShotFederation
+from sap_lightning.io.adapter import Adapter, sha256_of
+from sap_lightning.models.stem import first_changed
 from sap_lightning.modules import CLIPLoRAModule, MergeModule
-from sap_lightning.quiet import quieten
 from sap_lightning.results import Results
 
 QUIETLY = {**UNTRAINED, "logger": False}

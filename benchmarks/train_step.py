@@ -16,9 +16,9 @@ from torch.nn.functional import cross_entropy, normalize
 from transformers import get_cosine_schedule_with_warmup
 from worlds import SHAPES_CLIP, images_in
 
+from sap_lightning.console import quieten
 from sap_lightning.data.domains import DomainDataModule
 from sap_lightning.modules.clip_lora import CLIPLoRAModule
-from sap_lightning.quiet import quieten
 
 
 class StepTimes(L.Callback):

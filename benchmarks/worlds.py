@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import sap_lightning.data
-from sap_lightning.data.shapes import draw_world
+from sap_lightning.data.shapes.world import draw_world
 
 SHAPES_CLIP = str(Path(sap_lightning.data.__file__).with_name("shapes_clip"))
 WORLD = Path("runs/shapes_world")

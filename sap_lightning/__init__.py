@@ -1,3 +1,3 @@
-"""Pruning as alignment for one-shot federated domain generalization."""
+"""Pruning as alignment, for one-shot federated domain generalization."""
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"

@@ -1,54 +1,143 @@
-"""The commands, all on one LightningCLI: every setting has the same name in each of them."""
+"""The parser of all commands: one LightningCLI, in which a setting has one name whatever the command."""
 
 from __future__ import annotations
 
+import argparse
 import copy
-from collections.abc import Callable, Mapping, Sequence
-from pathlib import Path
-from typing import Any, cast
+from collections.abc import Mapping, Sequence
+from functools import cached_property
+from typing import Any
 
 import lightning as L
-import torch
 import yaml
+from jsonargparse import SUPPRESS
 from lightning.pytorch.callbacks import ProgressBar
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
-from lightning.pytorch.utilities import rank_zero_only
-from rich.console import Console
 
-from sap_lightning.callbacks.prune import SaliencyPruneCallback
 from sap_lightning.data.anchors import AnchorDataModule
 from sap_lightning.data.domains import DomainDataModule
-from sap_lightning.data.folder import ImageFolderDataModule
 from sap_lightning.errors import InputError
-from sap_lightning.federation import UNTRAINED, OneShotFederation, chosen_domains, server_logger, train_client
-from sap_lightning.files import held, refuse_existing, write_csv, write_text
-from sap_lightning.layer_report import report_table
-from sap_lightning.merging import METHODS, Average
+from sap_lightning.federation.one_shot import OneShotFederation
+from sap_lightning.federation.sweep import Sweep
+from sap_lightning.merging import METHODS, SAP
 from sap_lightning.modules.clip_lora import CLIPLoRAModule
 from sap_lightning.modules.merge import MergeModule
-from sap_lightning.output import push_to_hub
-from sap_lightning.results import Results
-from sap_lightning.run_folder import RunFolder, hold_to
-from sap_lightning.sweep import Sweep, assign, check, folder_of, measure, options_of
 
+TRAINING = ("fit", "sweep", "client")
+MERGING = ("fit", "sweep", "merge")
+LABELLED = (*TRAINING, "test")
+ALL = (*TRAINING, "merge", "test", "predict")
+TAKEN_BY: dict[str, tuple[str, ...]] = {
+    "config": ALL,
+    "print_config": ALL,
+    "help": ALL,
+    "h": ALL,
+    "seed_everything": ("fit", "client", "merge", "test", "predict"),
+    "model": TRAINING,
+    "model.base": ALL,
+    "model.templates": (*LABELLED, "predict"),
+    "data": TRAINING,
+    "data.root": LABELLED,
+    "data.domain": ("client", "test"),
+    "data.class_names": (*LABELLED, "predict"),
+    "data.batch_size": (*LABELLED, "predict"),
+    "data.cache": LABELLED,
+    "data.domain_column": LABELLED,
+    "data.label_column": LABELLED,
+    "anchors": MERGING,
+    "prune": MERGING,
+    "merge": MERGING,
+    "merge.method": ("fit", "merge"),
+    "merge.format": ("fit", "merge"),
+    "merge.rank": ("fit", "merge"),
+    "merge.output": ("merge",),
+    "merge.report": ("merge",),
+    "merge.push_to_hub": ("merge",),
+    "federation": ("fit", "sweep"),
+    "federation.run_dir": ("fit", "sweep", "client", "merge"),
+    "federation.unseen": ("fit",),
+    "sweep": ("sweep",),
+    "uploads": ("merge", "test", "predict"),
+    "predict": ("predict",),
+    "trainer": TRAINING,
+    "trainer.accelerator": ALL,
+    "trainer.strategy": (*TRAINING, "merge", "test"),
+    "trainer.devices": (*TRAINING, "merge", "test"),
+    "trainer.num_nodes": (*TRAINING, "merge", "test"),
+    "trainer.precision": ALL,
+    "trainer.plugins": ALL,
+    "trainer.logger": ALL,
+    "trainer.callbacks": ALL,
+    "trainer.profiler": ALL,
+    "trainer.benchmark": ALL,
+    "trainer.deterministic": ALL,
+    "trainer.detect_anomaly": ALL,
+    "trainer.barebones": ALL,
+    "trainer.default_root_dir": (),
+    "trainer.enable_checkpointing": (),
+    "trainer.limit_test_batches": (),
+    "trainer.limit_predict_batches": (),
+}
+"""Which commands take an option; of a group's options those that do not stand here are taken as the group is."""
+TRAINER_DEFAULTS = {
+    "max_epochs": 5,
+    "devices": 1,
+    "precision": "32-true",
+    "num_sanity_val_steps": 0,
+    "enable_model_summary": False,
+    "log_every_n_steps": 1,
+}
 METHOD_OPTION = "--merge.method"
-MODEL_CONFIG_FILE = "config.json"
-ADAPTER = {"default": None, "help": "an upload, a merged adapter or a merged model"}
-PARTS = {"client", "data", "anchors", "prune", "merge", "make_trainer", "config"}
+MERGE_COMMAND: dict[str, dict[str, Any]] = {
+    "output": {"type": str | None, "default": None, "help": "new folder for the merged model"},
+    "report": {
+        "type": bool,
+        "default": False,
+        "help": "print for every layer what the merge kept",
+    },
+    "push_to_hub": {"type": str | None, "default": None, "help": "id of a repository on the hub to upload it to"},
+}
+UPLOADS = "PEFT folders, hub ids or our own checkpoints; for test and predict one, or a folder that merge wrote"
+
+
+class Predict:
+    """What predict classifies.
+
+    Args:
+        images: folder of images, at any depth.
+        output: new file for image, class and probability.
+    """
+
+    def __init__(self, images: str, output: str = "predictions.csv") -> None:
+        self.images = images
+        self.output = output
 
 
 class SapCLI(LightningCLI):
-    """LightningCLI with the groups anchors, prune, merge and federation beside model, data and trainer."""
+    """LightningCLI with the groups anchors, prune, merge and federation beside model, data and trainer.
 
-    def __init__(self, command: Callable[..., None], args: Sequence[str], **extra: dict[str, Any]) -> None:
+    All commands read the same config file; what a command does not use of it is passed over. On the command line an
+    option that the command would ignore is refused.
+
+    Args:
+        command: one of those in ``ALL``.
+        args: the command line after it.
+        description: what the command does, for its help.
+
+    Raises:
+        InputError: for an option of other commands.
+    """
+
+    def __init__(self, command: str, args: Sequence[str], description: str | None = None) -> None:
         self.command = command
-        self.extra = extra
+        refuse_others(command, args)
         super().__init__(
             CLIPLoRAModule,
             DomainDataModule,
             save_config_callback=None,
             seed_everything_default=0,
-            parser_kwargs={"prog": f"python -m sap_lightning {command.__name__}", "description": command.__doc__},
+            trainer_defaults=TRAINER_DEFAULTS,
+            parser_kwargs={"prog": f"python -m sap_lightning {command}", "description": description},
             args=with_class_paths(args),
             run=False,
             auto_configure_optimizers=False,
@@ -57,18 +146,37 @@ class SapCLI(LightningCLI):
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         parser.add_class_arguments(AnchorDataModule, "anchors")
-        parser.add_class_arguments(SaliencyPruneCallback, "prune")
-        parser.add_class_arguments(MergeModule, "merge")
-        parser.add_class_arguments(OneShotFederation, "federation", skip=PARTS, instantiate=False)
-        for target in ("data.base", "anchors.base", "merge.base"):
+        parser.add_class_arguments(SAP, "prune")
+        parser.add_class_arguments(MergeModule, "merge", skip={"base", "templates"}, instantiate=False)
+        parts = {"client", "data", "anchors", "merge", "make_trainer", "plan", "results", "config", "free_settings"}
+        parser.add_class_arguments(OneShotFederation, "federation", skip=parts, instantiate=False)
+        for target in ("data.base", "anchors.base"):
             parser.link_arguments("model.base", target)
-        if self.command is sweep:
-            parser.add_class_arguments(Sweep, "sweep")
-        parser.link_arguments("model.templates", "merge.templates")
         for target in ("model.seed", "data.seed"):
             parser.link_arguments("seed_everything", target)
-        for name, options in self.extra.items():
-            parser.add_argument(f"--{name}", **options)
+        if self.command == "sweep":
+            parser.add_class_arguments(Sweep, "sweep")
+        if self.command == "merge":
+            group = (parser.groups or {})["merge"]
+            for name, option in MERGE_COMMAND.items():
+                group.add_argument(f"--merge.{name}", **option)
+        if self.command == "predict":
+            parser.add_class_arguments(Predict, "predict")
+        if self.command in TAKEN_BY["uploads"]:
+            parser.add_argument("--uploads", nargs="+", default=[], help=UPLOADS)
+
+    def setup_parser(self, *args: Any, **kwargs: Any) -> None:
+        super().setup_parser(*args, **kwargs)
+        groups: Any = self.parser._action_groups
+        for group in list(groups):
+            hidden = [action for action in group._group_actions if not self._takes(action)]
+            for action in hidden:
+                action.help = SUPPRESS
+            if len(hidden) == len(group._group_actions):
+                groups.remove(group)  # or its title would stand there
+
+    def _takes(self, action: argparse.Action) -> bool:
+        return any(is_taken(option.lstrip("-"), self.command) for option in action.option_strings)
 
     def instantiate_classes(self) -> None:
         """Makes the parts; what one of them says of bad input is said as it is, not as jsonargparse wraps it."""
@@ -78,6 +186,24 @@ class SapCLI(LightningCLI):
             if isinstance(error.__cause__, InputError):
                 raise error.__cause__ from None
             raise
+
+    @cached_property
+    def merge(self) -> MergeModule:
+        """The server's module as configured; it merges by SAP, as the group prune says, where no method is named.
+
+        Raises:
+            InputError: when settings of SAP stand in merge.method, beside those of the group prune.
+        """
+        settings = {name: value for name, value in self.config_init.merge.items() if name not in MERGE_COMMAND}
+        method = settings.pop("method")
+        if isinstance(method, SAP):
+            raise InputError(
+                "merge.method: the settings of sap have their place in the group prune, such as --prune.sparsity; name"
+                " it --merge.method sap, or leave it out"
+            )
+        if method in (None, SAP.name):
+            method = self.config_init.prune
+        return MergeModule(self.model.base, self.model.templates, method, **settings)
 
     def make_trainer(self, callbacks: Sequence[L.Callback] = (), **overrides: Any) -> L.Trainer:
         """A Trainer as configured, with these callbacks besides the configured ones and these overrides."""
@@ -92,24 +218,67 @@ class SapCLI(LightningCLI):
             callbacks = [callback for callback in callbacks if not isinstance(callback, ProgressBar)]
         return self.instantiate_trainer(callbacks=[*configured, *callbacks], **overrides)
 
-    def federation(self, **changed: Any) -> OneShotFederation:
-        """The federation as configured, but for what is changed."""
+    def federation(self, **others: Any) -> OneShotFederation:
+        """The federation as configured, but for the arguments that are given."""
         parts = self.config_init
         return OneShotFederation(
             client=self.model,
             data=self.datamodule,
             anchors=parts.anchors,
-            prune=parts.prune,
-            merge=parts.merge,
+            merge=self.merge,
             make_trainer=self.make_trainer,
             config=self.settings(),
-            **{**parts.federation, **changed},
+            **{**parts.federation, **others},
         )
+
+    def varied(self, settings: Mapping[str, Any]) -> SapCLI:
+        """The same command with other values for some settings, by name such as ``model.rank``."""
+        other = copy.copy(self)
+        vars(other).pop("merge", None)
+        other.config = self.parser.parse_object(nested(settings), cfg_base=self.config)
+        other._set_seed()
+        other.before_instantiate_classes()
+        other.instantiate_classes()
+        return other
 
     def settings(self) -> dict[str, Any]:
         """Everything that was configured, as plain values."""
         settings = yaml.safe_load(self.parser.dump(self.config, skip_none=False, skip_link_targets=True))
         return {name: value for name, value in settings.items() if name != "config"}
+
+
+def takers(option: str) -> tuple[str, ...] | None:
+    """The commands that take an option, by its name without dashes; None where there is no such option or group."""
+    parts = option.split(".")
+    names = [".".join(parts[:length]) for length in range(len(parts), 0, -1)]
+    return next((TAKEN_BY[name] for name in names if name in TAKEN_BY), None)
+
+
+def is_taken(option: str, command: str) -> bool:
+    """Whether a command takes an option, or any of a group."""
+    below = [commands for name, commands in TAKEN_BY.items() if name.startswith(f"{option}.")]
+    return any(command in commands for commands in (takers(option) or (), *below))
+
+
+def refuse_others(command: str, args: Sequence[str]) -> None:
+    """Raises InputError for an option that this command would ignore, naming the commands that take it."""
+    for arg in args:
+        option = arg.partition("=")[0].removeprefix("--")
+        if arg.startswith("--") and (found := takers(option)) is not None and not is_taken(option, command):
+            where = f"it is an option of {', '.join(found)}" if found else "it is set by the commands themselves"
+            raise InputError(f"--{option}: {command} would ignore it; {where}")
+
+
+def nested(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """Settings by name as a config file has them: ``{"model.rank": 8}`` becomes ``{"model": {"rank": 8}}``."""
+    config: dict[str, Any] = {}
+    for name, value in settings.items():
+        *groups, last = name.split(".")
+        inner = config
+        for group in groups:
+            inner = inner.setdefault(group, {})
+        inner[last] = value
+    return config
 
 
 def with_class_paths(args: Sequence[str]) -> list[str]:
@@ -126,123 +295,7 @@ def with_class_paths(args: Sequence[str]) -> list[str]:
 
 
 def _class_path(name: str, has_settings: bool) -> str:
-    # Without settings of its own sap is what the groups prune and merge say.
-    if name not in METHODS or (name == "sap" and not has_settings):
+    # Without settings of its own sap is what the group prune says.
+    if name not in METHODS or (name == SAP.name and not has_settings):
         return name
     return f"{METHODS[name].__module__}.{METHODS[name].__qualname__}"
-
-
-def fit(args: Sequence[str]) -> None:
-    """Train a client on each domain, merge for every unseen domain, and evaluate. Continues an interrupted run."""
-    cli = SapCLI(fit, args)
-    with held(cli.config_init.federation.run_dir):
-        cli.federation().run()
-
-
-def sweep(args: Sequence[str]) -> None:
-    """Measure merge methods over sparsities, seeds, unseen domains and settings. Continues an interrupted sweep."""
-    whole = SapCLI(sweep, args)
-    plan, run_dir = whole.config_init.sweep, Path(whole.config_init.federation.run_dir)
-    if whole.config_init.merge.method is not None:
-        raise InputError("merge.method is for fit and merge; name methods in sweep.methods")
-    if whole.config_init.federation.unseen is not None:
-        raise InputError("federation.unseen is for fit; name domains in sweep.unseen")
-
-    def federation_of(seed: int, variant: Mapping[str, Any]) -> OneShotFederation:
-        one = SapCLI(sweep, [*args, *options_of(seed, variant)])
-        domains = one.datamodule.domains
-        unseen = None if plan.unseen == "all" else chosen_domains("sweep.unseen", plan.unseen, domains)
-        return assign(one.federation(run_dir=str(folder_of(run_dir, seed, variant)), unseen=unseen), plan, variant)
-
-    check(plan, federation_of)
-    with held(run_dir):
-        write_text(run_dir / "sweep.yaml", yaml.safe_dump(whole.settings(), sort_keys=False, allow_unicode=True))
-        measure(plan, federation_of, Results(run_dir))
-
-
-def client(args: Sequence[str]) -> None:
-    """Train one client (--data.domain) at its own site and write its upload to <federation.run_dir>/uploads."""
-    cli = SapCLI(client, args)
-    folder, domain = RunFolder(cli.config_init.federation.run_dir), cli.datamodule.domain
-    if (folder.path / "config.yaml").is_file():
-        hold_to(folder.path, cli.settings())
-    if domain is not None:
-        hold_to(folder.client(domain), cli.settings())
-    upload = train_client(cli.model, cli.datamodule, folder, cli.make_trainer, f"client {domain}")
-    rank_zero_only(print)(f"Upload: {upload}")
-
-
-def merge(args: Sequence[str]) -> None:
-    """Prune and merge uploads (--uploads DIR [DIR ...]) on the server and write the result to --merge.output."""
-    cli = SapCLI(merge, args, uploads={"nargs": "+", "required": True, "help": "folders that clients sent"})
-    module, prune, output = cli.config_init.merge, cli.config_init.prune, cli.config_init.merge.output
-    if output is None:
-        raise InputError("merge.output is not set; name a new folder for the merged model")
-    refuse_existing(output)
-    module.adapters = module.read_uploads(cli.config_init.uploads)
-    if module.method is None:
-        module.offered_method = prune.method_for(module)
-    module.require_towers()
-    module.check_rejection(len(module.adapters))
-    metrics = {}
-    if module.looks_at_anchors:
-        metrics = _merge_on_anchors(cli)
-    else:
-        module.merge()
-    _leave_behind(module, output, metrics)
-
-
-def _merge_on_anchors(cli: SapCLI) -> dict[str, float]:
-    parts = cli.config_init
-    trainer = cli.make_trainer([parts.prune], logger=server_logger(parts.federation.run_dir), **UNTRAINED)
-    trainer.validate(parts.merge, datamodule=parts.anchors, verbose=False)
-    return {"anchor_loss": float(trainer.callback_metrics["anchor_loss"])}
-
-
-@rank_zero_only
-def _leave_behind(module: MergeModule, output: str, metrics: dict[str, float]) -> None:
-    module.save(output, metrics)
-    if module.report:
-        Console().print(report_table(module.adapters, module.client_weights(), module.update))
-    measured = "".join(f", {name.replace('_', ' ')} {value:.4f}" for name, value in metrics.items())
-    print(f"Merged {len(module.adapters)} uploads by {module.merge_method.name}{measured}: {output}")
-    if module.push_to_hub:
-        print(f"Uploaded to {push_to_hub(output, module.push_to_hub)}")
-
-
-def test(args: Sequence[str]) -> None:
-    """Evaluate zero-shot, an upload or a merged model (--adapter DIR) on the whole of --data.domain."""
-    cli = SapCLI(test, args, adapter=ADAPTER)
-    cli.make_trainer(logger=False, **UNTRAINED).test(_model(cli), datamodule=cli.datamodule)
-
-
-def predict(args: Sequence[str]) -> None:
-    """Classify a folder of images (--images DIR --class_names [a,b]) by zero-shot or --adapter DIR; writes a CSV."""
-    images = {"required": True, "help": "folder of images, at any depth"}
-    names = {"type": list[str], "required": True, "help": "classes to choose from"}
-    output = {"default": "predictions.csv", "help": "new file for image, class and probability"}
-    cli = SapCLI(predict, args, adapter=ADAPTER, images=images, class_names=names, output=output)
-    parts = cli.config_init
-    refuse_existing(parts.output)
-    if not Path(parts.output).absolute().parent.is_dir():
-        raise InputError(f"--output {parts.output}: there is no such folder; make it first")
-    model = _model(cli)
-    data = ImageFolderDataModule(parts.images, parts.class_names, model.base, cli.datamodule.batch_size)
-    trainer = cli.make_trainer(logger=False, devices=1, **UNTRAINED)
-    batches = cast(list[torch.Tensor], trainer.predict(model, datamodule=data))
-    probability, label = torch.cat(batches).max(1)
-    rows = zip(data.names, label.tolist(), probability.tolist(), strict=True)
-    table = [[name, parts.class_names[index], f"{share:.4f}"] for name, index, share in rows]
-    write_csv(Path(parts.output), [["image", "class", "probability"], *table])
-    print(f"{len(data.names)} images: {parts.output}")
-
-
-def _model(cli: SapCLI) -> MergeModule:
-    """The base, or what --adapter names: an upload, a merged adapter or a merged model."""
-    module, folder = cli.config_init.merge, cli.config_init.adapter
-    if folder and (Path(folder) / MODEL_CONFIG_FILE).is_file():
-        return MergeModule(base=folder, templates=module.templates)
-    if folder:
-        module.adapters, module.method = module.read_uploads([folder]), Average()
-        module.merge()
-    return module

@@ -1,6 +1,8 @@
-"""The one error a person is meant to read."""
+"""The one error a person is meant to read, and the checks of settings that raise it."""
 
 from __future__ import annotations
+
+import math
 
 
 class InputError(ValueError):
@@ -13,3 +15,23 @@ class InputError(ValueError):
 def first_line(error: Exception) -> str:
     """What a library's error says, as far as it fits into ours."""
     return next(iter(str(error).strip().splitlines()), type(error).__name__)
+
+
+def check_share(name: str, value: float) -> float:
+    """A number in [0, 1], or an InputError that names the setting."""
+    if not 0 <= value <= 1:
+        hint = f"; {value:g} % is {value / 100:g}" if 10 <= value <= 100 else ""
+        raise InputError(f"{name} must lie in [0, 1], got {value}{hint}")
+    return value
+
+
+def check_at_least(name: str, value: float, least: float) -> None:
+    """Raises an InputError that names the setting when it is below the least value."""
+    if not value >= least:
+        raise InputError(f"{name} must be at least {least}, got {value}")
+
+
+def check_positive(name: str, value: float) -> None:
+    """Raises an InputError that names the setting when it is not a finite number above 0."""
+    if not 0 < value < math.inf:
+        raise InputError(f"{name} must be above 0, got {value}")

@@ -19,8 +19,7 @@ from matplotlib.lines import Line2D
 from torch import Tensor
 
 from sap_lightning.functional.outliers import OUTLIER
-from sap_lightning.functional.spaces import Parameters
-from sap_lightning.results import Spread
+from sap_lightning.functional.statistics import Spread
 
 OKABE_ITO = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000", "#F0E442")
 """Colours that the colour-blind tell apart (Okabe & Ito 2008, Color Universal Design), darkest first."""
@@ -116,14 +115,6 @@ def anchor_loss_figure(losses: Mapping[str, float], z_scores: Mapping[str, float
     said = [f"{name} {loss:.3f} ({text})" for (name, loss), text in zip(losses.items(), texts, strict=True)]
     figure.set_label(f"Bar chart of anchor losses: {'; '.join(said)}.")
     return figure
-
-
-def share_kept(masks: Mapping[str, Parameters]) -> dict[str, float]:
-    """For each layer the share of its parameters that pruning left."""
-    return {
-        name: sum(int(mask.sum()) for mask in layer) / sum(mask.numel() for mask in layer)
-        for name, layer in masks.items()
-    }
 
 
 def shares_figures(shares: Mapping[str, Mapping[str, float]]) -> dict[str, Figure]:

@@ -7,15 +7,21 @@ import io
 import json
 import os
 import tempfile
+import uuid
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 from filelock import FileLock, Timeout
 from lightning.fabric.utilities.rank_zero import rank_zero_only
 
 from sap_lightning.errors import InputError
+
+
+def cache_folder() -> Path:
+    """What can be made or fetched anew: `$SAP_LIGHTNING_CACHE`, or `~/.cache/sap_lightning/images`. Safe to delete."""
+    return Path(os.environ.get("SAP_LIGHTNING_CACHE") or os.path.expanduser("~/.cache/sap_lightning/images"))
 
 
 def refuse_existing(folder: str | Path) -> None:
@@ -67,11 +73,22 @@ def _cannot_be_written(folder: Path, error: OSError) -> InputError:
     return InputError(f"{folder}: cannot be written ({error.strerror or error}); check path and disk")
 
 
+@contextmanager
+def replacing(path: Path) -> Iterator[BinaryIO]:
+    """A file to fill, which takes the place of ``path`` when the block ends without an error."""
+    staging = path.with_name(f".{path.name}.{uuid.uuid4().hex}")
+    try:
+        with staging.open("xb") as file:
+            yield file
+        staging.replace(path)
+    finally:
+        staging.unlink(missing_ok=True)
+
+
 def write_bytes(path: Path, content: bytes) -> None:
     """Replaces a file in one step."""
-    staging = path.with_name(f".{path.name}.{os.getpid()}")
-    staging.write_bytes(content)
-    os.replace(staging, path)
+    with replacing(path) as file:
+        file.write(content)
 
 
 def write_text(path: Path, text: str) -> None:

@@ -1,36 +1,37 @@
-"""Every measured point of a run, on disk as soon as it is known, and the table made of them."""
+"""Every measured point of a run, on disk as soon as it is known."""
 
 from __future__ import annotations
 
 import copy
 import json
-from collections import defaultdict
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
-import torch
 from lightning.pytorch.utilities import rank_zero_only
-from rich.table import Table
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file, save
 from torch import Tensor
 
 from sap_lightning.errors import InputError
-from sap_lightning.files import as_json, write_csv, write_json
-from sap_lightning.functional.statistics import Interval, bootstrap_difference, mean_and_std
+from sap_lightning.files import as_json, write_bytes, write_csv, write_text
 
+Kind = Literal["zero-shot", "client", "merge"]
 ZERO_SHOT = "zero-shot"
 AVERAGE = "average"
-CLIENT = "client "
-BEST_CLIENT = "best client"
 CSV_METRICS = ("accuracy", "macro_accuracy", "ece")
+EARLIER_FILE = "results.json"
+"""Where versions before 0.2 kept their points."""
 
 
-class Cell(NamedTuple):
-    """A place in the table, of one seed."""
+class Place(NamedTuple):
+    """Row, column and seed of a point in the table."""
 
-    label: str
+    kind: Kind
+    model: str
+    sparsity: float | None
+    condition: str
+    variant: str
     unseen: str
     seed: int
 
@@ -40,7 +41,8 @@ class Result:
     """One model measured on one unseen domain.
 
     Attributes:
-        model: zero-shot, client <domain>, or what the merge is called.
+        kind: the base as it is (zero-shot), one client alone, or a merge.
+        model: what it is called: zero-shot, client <domain>, or the name of the merge.
         unseen: the domain it was measured on.
         measurement: digest of all that the metrics depend on.
         sparsity: ρ; None where nothing is pruned.
@@ -55,6 +57,7 @@ class Result:
         provenance: config hash, git commit and package versions.
     """
 
+    kind: Kind
     model: str
     unseen: str
     measurement: str
@@ -70,18 +73,19 @@ class Result:
     provenance: dict[str, str] = field(default_factory=dict)
 
     @property
-    def cell(self) -> Cell:
-        """Its place in the table: row, column and seed."""
-        return Cell(self.label, self.unseen, self.seed)
+    def place(self) -> Place:
+        """Where it stands in the table."""
+        sparsity = self.sparsity if self.swept else None
+        return Place(self.kind, self.model, sparsity, self.condition, _json(self.variant), self.unseen, self.seed)
 
     @property
-    def key(self) -> tuple[Cell, str]:
-        """What no two results share: one cell can have been measured with several settings."""
-        return self.cell, self.measurement
+    def key(self) -> tuple[Place, str]:
+        """What no two results share: one place can have been measured with several settings."""
+        return self.place, self.measurement
 
     @property
     def label(self) -> str:
-        """The row of the table that it belongs to."""
+        """What the table calls its row."""
         sparsity = f" ρ={self.sparsity:g}" if self.swept else ""
         condition = f", {self.condition}" if self.condition else ""
         return f"{self.model}{sparsity}{condition}{self.variant_label}"
@@ -117,13 +121,28 @@ class Predictions(NamedTuple):
 
 
 class Results:
-    """The points of a run folder: results.json, results.csv (a line for each point) and predictions/."""
+    """The points of a run folder: results.jsonl, a line each as it comes; results.csv; and predictions/.
+
+    A point that is measured anew has another line, and the last one counts.
+
+    Args:
+        folder: of the run; may be missing.
+
+    Raises:
+        InputError: when the folder holds results that this version cannot read.
+    """
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
-        self.json = folder / "results.json"
+        self.file = folder / "results.jsonl"
         self.csv = folder / "results.csv"
-        self.rows = _read(self.json) if self.json.is_file() else []
+        refuse_earlier(folder)
+        written = self.file.read_text(encoding="utf-8") if self.file.is_file() else ""
+        lines, self._cut = written.rpartition("\n")[0], not written.endswith("\n") and bool(written)
+        self.rows: list[Result] = []
+        for row in _read(self.file, lines):
+            self._take(row)
+        self._correct: dict[str, Tensor] = {}
 
     def has(self, point: Result) -> bool:
         """Whether this very point is known."""
@@ -146,34 +165,34 @@ class Results:
         return part
 
     def add(self, result: Result) -> None:
-        """Takes the place of an earlier result of the very point, and writes."""
+        """Takes the place of an earlier result of the very point, and appends it to the file."""
+        self._take(result)
+        self._append(result)
+
+    def _take(self, result: Result) -> None:
         self.rows = [row for row in self.rows if row.key != result.key] + [result]
-        self.write()
 
     @rank_zero_only
-    def write(self) -> None:
-        """Writes results.json and results.csv, each in one step."""
-        write_json(self.json, as_json([asdict(row) for row in self.rows]))
-        head = [
-            "row",
-            "model",
-            "sparsity",
-            "unseen",
-            "seed",
-            "condition",
-            "variant",
-            *CSV_METRICS,
-            "rejected",
-            "settings",
-            "sources",
-        ]
-        write_csv(self.csv, [[*head, "measurement", "config", "commit", "versions"], *map(_csv_row, self.rows)])
+    def _append(self, result: Result) -> None:
+        if self._cut:  # a command was killed while it wrote its last line
+            write_text(self.file, "".join(map(_line, self.rows)))
+            self._cut = False
+            return
+        with self.file.open("a", encoding="utf-8") as file:
+            file.write(_line(result))
+
+    @rank_zero_only
+    def write_csv(self) -> None:
+        """Writes results.csv in one step."""
+        head = ["row", "model", "sparsity", "unseen", "seed", "condition", "variant", *CSV_METRICS, "rejected"]
+        made = ["settings", "sources", "measurement", "config", "commit", "versions"]
+        write_csv(self.csv, [[*head, *made], *map(_csv_row, self.rows)])
 
     @property
     def labels(self) -> list[str]:
         """The table's rows: zero-shot, clients, then merges in the order of measurement."""
-        clients = sorted((row for row in self.rows if row.model.startswith(CLIENT)), key=lambda row: row.model)
-        first = [row for row in self.rows if row.model == ZERO_SHOT] + clients
+        clients = sorted((row for row in self.rows if row.kind == "client"), key=lambda row: row.model)
+        first = [row for row in self.rows if row.kind == "zero-shot"] + clients
         return list(dict.fromkeys(row.label for row in [*first, *self.rows]))
 
     def of(self, label: str) -> list[Result]:
@@ -184,173 +203,44 @@ class Results:
         """What the measured model said of every image."""
         return Predictions(**load_file(self._predictions_file(result.measurement)))
 
+    def correct(self, result: Result) -> Tensor:
+        """Whether the measured model classified each image right, shape (n,), bool; read from disk once."""
+        if result.measurement not in self._correct:
+            self._correct[result.measurement] = self.predictions(result).correct
+        return self._correct[result.measurement]
+
     @rank_zero_only
     def keep_predictions(self, measurement: str, predictions: Predictions) -> None:
         """Stores what a model said of every image, before its result is added."""
         file = self._predictions_file(measurement)
         file.parent.mkdir(parents=True, exist_ok=True)
-        staging = file.with_suffix(".partial")
-        save_file({name: tensor.contiguous() for name, tensor in predictions._asdict().items()}, staging)
-        staging.replace(file)
+        write_bytes(file, save({name: tensor.contiguous() for name, tensor in predictions._asdict().items()}))
 
     def _predictions_file(self, measurement: str) -> Path:
         return self.folder / "predictions" / f"{measurement}.safetensors"
 
 
-class Spread(NamedTuple):
-    """Mean and sample standard deviation over seeds, and their number."""
-
-    mean: float
-    std: float
-    seeds: int
-
-    def __str__(self) -> str:
-        return f"{self.mean:.3f}" + (f" ± {self.std:.3f}" if self.seeds > 1 else "")
+def refuse_earlier(folder: Path) -> None:
+    """Raises InputError when a run folder was written by a version before 0.2, whose settings and results differ."""
+    if (folder / EARLIER_FILE).exists():
+        raise InputError(
+            f"{folder}: was written by a version before 0.2, whose {EARLIER_FILE} is not read any more; use another"
+            " --federation.run_dir (with a copy of its uploads in it, no client is trained again), or version 0.1"
+        )
 
 
-class TableRow(NamedTuple):
-    """A row of the table.
-
-    Attributes:
-        label: what it is called.
-        cells: top-1 accuracy on each unseen domain; None where the model has none.
-        mean: over the unseen domains, its spread over seeds.
-        ece: expected calibration error, mean over domains and seeds.
-        over_average: paired difference to the plain average on the same images, with a 95 % bootstrap interval.
-        over_zero_shot: the same to zero-shot.
-    """
-
-    label: str
-    cells: list[Spread | None]
-    mean: Spread
-    ece: float
-    over_average: Interval | None
-    over_zero_shot: Interval | None
+def _read(file: Path, lines: str) -> Iterable[Result]:
+    for number, line in enumerate(lines.split("\n") if lines else (), start=1):
+        try:
+            yield Result(**json.loads(line))
+        except (ValueError, TypeError) as error:
+            raise InputError(
+                f"{file}: line {number} is no result of this version ({error}); use another --federation.run_dir"
+            ) from error
 
 
-def tabulate(results: Results, unseen: Sequence[str]) -> list[TableRow]:
-    """The table's rows in the order of the labels, best client after the clients.
-
-    The best client is for each unseen domain the client that does best there: an upper bound on choosing one, since
-    the choice takes labels of the unseen domain.
-    """
-    rows = [[row for row in results.of(label) if row.unseen in unseen] for label in results.labels]
-    clients = [row for of in rows for row in of if row.model.startswith(CLIENT) and not row.condition]
-    if clients:
-        last = max(index for index, of in enumerate(rows) if of and of[0].model.startswith(CLIENT))
-        rows[last + 1 : last + 1] = _best_clients(clients)
-    every = [row for of in rows for row in of]
-    return [_table_row(results, of, every, unseen) for of in rows if of]
-
-
-def _best_clients(clients: Iterable[Result]) -> list[list[Result]]:
-    best: dict[tuple[str, int, str], Result] = {}
-    for row in clients:
-        place = row.variant_label, row.seed, row.unseen
-        best[place] = max(best.get(place, row), row, key=lambda one: one.metrics["accuracy"])
-    by_label: dict[str, list[Result]] = defaultdict(list)
-    for row in best.values():
-        by_label[f"{BEST_CLIENT}{row.variant_label}"].append(replace(row, model=BEST_CLIENT))
-    return list(by_label.values())
-
-
-def _table_row(results: Results, row: list[Result], every: Sequence[Result], unseen: Sequence[str]) -> TableRow:
-    by_seed: dict[int, list[float]] = defaultdict(list)
-    for result in row:
-        by_seed[result.seed].append(result.metrics["accuracy"])
-    return TableRow(
-        row[0].label,
-        [_spread([r.metrics["accuracy"] for r in row if r.unseen == domain]) for domain in unseen],
-        Spread(*mean_and_std([sum(values) / len(values) for values in by_seed.values()]), len(by_seed)),
-        sum(result.metrics["ece"] for result in row) / len(row),
-        difference(results, row, [r for r in every if r.model == AVERAGE and r.condition == row[0].condition]),
-        difference(results, row, [r for r in every if r.model == ZERO_SHOT]),
-    )
-
-
-def difference(results: Results, row: Sequence[Result], reference: Sequence[Result]) -> Interval | None:
-    """Accuracy of a row over that of a reference, on the images, seeds and variants that both have; None if none."""
-    others = {(r.unseen, r.seed, r.variant_label): r for r in reference}
-    pairs = [(r, others.get((r.unseen, r.seed, r.variant_label))) for r in row]
-    by_domain: dict[str, list[tuple[Tensor, Tensor]]] = defaultdict(list)
-    for own, other in sorted(((o, t) for o, t in pairs if t is not None), key=lambda pair: pair[0].seed):
-        correct = results.predictions(own).correct, results.predictions(other).correct
-        by_domain[own.unseen].append(correct)
-    if not by_domain or row[0].model == reference[0].model:
-        return None
-    stacked = [tuple(map(torch.stack, zip(*by_domain[name], strict=True))) for name in sorted(by_domain)]
-    return bootstrap_difference([own for own, _ in stacked], [other for _, other in stacked])
-
-
-def left_out(results: Results) -> list[str]:
-    """Which clients the server left out of which merges, in sentences; none where none stood out."""
-    cases = {
-        (row.unseen, row.seed, f"{row.condition}{row.variant_label}", ", ".join(row.rejected))
-        for row in results.rows
-        if row.rejected
-    }
-    return [
-        f"Left out of the merges for unseen {unseen}, seed {seed} ({condition}): {rejected}."
-        for unseen, seed, condition, rejected in sorted(cases)
-    ]
-
-
-def rich_table(rows: Sequence[TableRow], unseen: Sequence[str]) -> Table:
-    """The table for a terminal, the best of each column in bold; – where a client has seen the domain."""
-    caption = "a client has no accuracy on its own domain, and its mean leaves it out"
-    partial = any(None in row.cells for row in rows)
-    table = Table("model", title="top-1 accuracy on unseen domains", caption=caption if partial else None)
-    for domain in [*unseen, "mean"]:
-        table.add_column(domain, justify="right")
-    best = best_cells(rows)
-    for row in rows:
-        cells = zip([*row.cells, row.mean], best, strict=True)
-        marked = (_marked(cell, top, "[bold]{}[/bold]").replace(" ± 0.", "±.") for cell, top in cells)
-        table.add_row(row.label, *marked)
-    return table
-
-
-def markdown_table(rows: Sequence[TableRow], unseen: Sequence[str]) -> str:
-    """The table for TensorBoard's text tab and for documents, with calibration and paired differences."""
-    head = ["model", *unseen, "mean", "ECE", "over average [95 %]", "over zero-shot [95 %]"]
-    lines = [head, ["---"] + ["---:"] * (len(head) - 1)]
-    best = best_cells(rows)
-    for row in rows:
-        cells = [_marked(cell, top, "**{}**") for cell, top in zip([*row.cells, row.mean], best, strict=True)]
-        differences = [interval_text(value) for value in (row.over_average, row.over_zero_shot)]
-        lines.append([row.label, *cells, f"{row.ece:.3f}", *differences])
-    return "\n".join(f"| {' | '.join(line)} |" for line in lines) + "\n"
-
-
-def best_cells(rows: Sequence[TableRow]) -> list[float]:
-    """The highest value of each unseen domain, and of the means over all of them, as printed."""
-    whole = [row.mean for row in rows if None not in row.cells]
-    columns = [*zip(*(row.cells for row in rows), strict=True), whole]
-    return [max((round(cell.mean, 3) for cell in column if cell), default=0.0) for column in columns]
-
-
-def interval_text(interval: Interval | None) -> str:
-    """A difference in points of accuracy with its interval, such as +1.2 [0.3, 2.1]."""
-    if interval is None:
-        return "–"
-    return f"{100 * interval.difference:+.1f} [{100 * interval.low:.1f}, {100 * interval.high:.1f}]"
-
-
-def _spread(values: Sequence[float]) -> Spread | None:
-    return Spread(*mean_and_std(values), len(values)) if values else None
-
-
-def _marked(cell: Spread | None, best: float, mark: str) -> str:
-    if cell is None:
-        return "–"
-    return mark.format(cell) if round(cell.mean, 3) == best else str(cell)
-
-
-def _read(file: Path) -> list[Result]:
-    try:
-        return [Result(**row) for row in json.loads(file.read_text(encoding="utf-8"))]
-    except (ValueError, TypeError) as error:
-        raise InputError(f"{file}: not results of this version ({error}); use another --federation.run_dir") from error
+def _line(row: Result) -> str:
+    return json.dumps(as_json(asdict(row)), sort_keys=True, ensure_ascii=False) + "\n"
 
 
 def _csv_row(row: Result) -> list[object]:

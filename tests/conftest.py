@@ -13,7 +13,7 @@ import rich
 from places import REPOSITORY, SHAPES_CLIP
 
 from sap_lightning import cli
-from sap_lightning.data.shapes import draw_world
+from sap_lightning.data.shapes.world import draw_world
 
 COMMANDS = {
     "fit": cli.fit,

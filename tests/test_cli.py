@@ -21,7 +21,7 @@ from places import REPOSITORY
 from sap_lightning import __main__, cli
 from sap_lightning.callbacks.progress import TitledProgressBar
 from sap_lightning.errors import InputError
-from sap_lightning.federation import UNTRAINED
+from sap_lightning.federation.one_shot import UNTRAINED
 from sap_lightning.merging import METHODS, MergeMethod
 
 COMMANDS = {

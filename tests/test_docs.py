@@ -11,8 +11,8 @@ import torch
 import yaml
 from places import REPOSITORY
 
-from sap_lightning.adapter import read_adapter
 from sap_lightning.functional.lora import dense
+from sap_lightning.io.adapter import read_adapter
 from sap_lightning.merging import METHODS
 
 DOCUMENT = (REPOSITORY / "docs" / "merging.md").read_text(encoding="utf-8")

@@ -10,7 +10,7 @@ import lightning as L
 from lightning.pytorch.callbacks import RichProgressBar
 from rich.progress import BarColumn, MofNCompleteColumn, ProgressColumn, TextColumn, TimeRemainingColumn
 
-from sap_lightning.terminal import on_terminal
+from sap_lightning.console import on_terminal
 
 log = logging.getLogger(__name__)
 

@@ -17,13 +17,13 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from sap_lightning.data.cache import load_pixels
-from sap_lightning.data.fingerprints import digest, file_fingerprint
 from sap_lightning.data.images import SUFFIXES, Picture, file_picture
-from sap_lightning.data.loaders import eval_sampler, make_loader, process_of, share
+from sap_lightning.data.loaders import eval_sampler, make_loader, process_of, images_per_process
 from sap_lightning.data.preprocess import Preprocess
 from sap_lightning.data.sources import images_in, subfolders
 from sap_lightning.data.tables import image_column, is_table, load_table, table_fingerprint, table_pictures
 from sap_lightning.errors import InputError
+from sap_lightning.fingerprints import digest, file_fingerprint
 
 CAPTION_COLUMNS = ("captions", "caption", "sentences", "text")
 CLASS_CAPTION = "a photo of a {}."
@@ -82,7 +82,6 @@ class AnchorDataModule(LightningDataModule):
         base: Hub id or folder of the CLIP checkpoint whose preprocessing to apply.
         batch_size: Images per batch over all processes.
         cache: Whether to keep decoded images on disk, see `sap_lightning.data.cache`.
-        num_workers: Loader processes; decoded images need none.
         noise: Replace the images by random noise, as a control: pixels uniform in 0…255 after resizing, the same at
             every use. The captions stay, and the images are not decoded.
 
@@ -97,7 +96,6 @@ class AnchorDataModule(LightningDataModule):
         base: str = "openai/clip-vit-base-patch16",
         batch_size: int = 32,
         cache: bool = True,
-        num_workers: int = 0,
         noise: bool = False,
     ) -> None:
         super().__init__()
@@ -110,7 +108,6 @@ class AnchorDataModule(LightningDataModule):
         self.base = base
         self.batch_size = batch_size
         self.cache = cache
-        self.num_workers = num_workers
         self.noise = noise
 
     @property
@@ -145,7 +142,7 @@ class AnchorDataModule(LightningDataModule):
         """The anchors in order, each once over all processes."""
         world_size, rank = process_of(self.trainer)
         sampler = eval_sampler(self._anchors, world_size, rank, f"{self.root}: anchors")
-        return make_loader(self._anchors, sampler, share(self.batch_size, world_size), self.num_workers)
+        return make_loader(self._anchors, sampler, images_per_process(self.batch_size, world_size))
 
     def on_after_batch_transfer(self, batch: AnchorBatch, dataloader_idx: int) -> AnchorBatch:
         """Normalise, on the device."""

@@ -11,21 +11,20 @@ import itertools
 import json
 import logging
 import os
-import uuid
 import zlib
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
-from typing import BinaryIO, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 
-from sap_lightning.data.fingerprints import digest
 from sap_lightning.data.images import Picture, decode
 from sap_lightning.data.preprocess import Preprocess
 from sap_lightning.errors import InputError
+from sap_lightning.files import cache_folder, replacing
+from sap_lightning.fingerprints import digest
 
 logger = logging.getLogger(__name__)
 
@@ -46,11 +45,6 @@ class Pixels(NamedTuple):
 
     images: np.ndarray
     corrupt: dict[int, str]
-
-
-def cache_folder() -> Path:
-    """Where pixels are kept: `$SAP_LIGHTNING_CACHE`, or `~/.cache/sap_lightning/images`. Safe to delete."""
-    return Path(os.environ.get("SAP_LIGHTNING_CACHE") or os.path.expanduser("~/.cache/sap_lightning/images"))
 
 
 def load_pixels(pictures: Sequence[Picture], fingerprint: str, preprocess: Preprocess, cache: bool) -> Pixels:
@@ -107,7 +101,7 @@ def _build(path: Path, shape: tuple[int, ...], pictures: Sequence[Picture], prep
     path.parent.mkdir(parents=True, exist_ok=True)
     corrupt = {}
     checksum = 0
-    with _replacing(path.with_suffix(".npy")) as file:
+    with replacing(path.with_suffix(".npy")) as file:
         header = {"descr": "|u1", "fortran_order": False, "shape": shape}
         np.lib.format.write_array_header_1_0(file, header)
         for position, (row, reason) in enumerate(_decode_all(pictures, preprocess)):
@@ -116,21 +110,9 @@ def _build(path: Path, shape: tuple[int, ...], pictures: Sequence[Picture], prep
             file.write(data)
             if reason:
                 corrupt[position] = reason
-    with _replacing(path.with_suffix(".json")) as file:
+    with replacing(path.with_suffix(".json")) as file:
         file.write(json.dumps({"crc32": checksum, "corrupt": corrupt}).encode())
     return Pixels(np.load(path.with_suffix(".npy"), mmap_mode="c", allow_pickle=False), corrupt)
-
-
-@contextmanager
-def _replacing(path: Path) -> Iterator[BinaryIO]:
-    """A file that takes the place of `path` when complete, and vanishes when an exception comes first."""
-    temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}")
-    try:
-        with temporary.open("xb") as file:
-            yield file
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 def _decode_all(pictures: Sequence[Picture], preprocess: Preprocess) -> Iterator[tuple[np.ndarray, str]]:

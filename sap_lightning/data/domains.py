@@ -17,7 +17,15 @@ from torch.utils.data import DataLoader
 from sap_lightning.data.augment import epoch_crops, resized_crop
 from sap_lightning.data.cache import Pixels, load_pixels
 from sap_lightning.data.images import Picture
-from sap_lightning.data.loaders import Batch, PixelDataset, eval_sampler, make_loader, process_of, share, train_sampler
+from sap_lightning.data.loaders import (
+    Batch,
+    PixelDataset,
+    eval_sampler,
+    make_loader,
+    process_of,
+    images_per_process,
+    train_sampler,
+)
 from sap_lightning.data.preprocess import Preprocess
 from sap_lightning.data.sources import Source, open_source
 from sap_lightning.errors import InputError
@@ -25,6 +33,7 @@ from sap_lightning.errors import InputError
 logger = logging.getLogger(__name__)
 
 MAX_CORRUPT = 0.01
+Relabel = Callable[[Tensor, int], Tensor]
 
 
 class DomainDataModule(LightningDataModule):
@@ -40,14 +49,9 @@ class DomainDataModule(LightningDataModule):
         val_fraction: Share of the domain kept back from training for validation.
         augment: Whether to crop and flip training images at random.
         cache: Whether to keep decoded images on disk, see `sap_lightning.data.cache`.
-        num_workers: Loader processes; decoded images need none.
         domain_column: Column of a dataset that names the domain.
         label_column: Column of a dataset that holds the class.
         seed: Seed of the split, the shuffling and the augmentation.
-
-    Attributes:
-        test_images: Test on that many images, spread evenly over the domain; None tests on all.
-        relabel: Gives other labels to the training part, from its own (n,) and the number of classes; None keeps them.
 
     Raises:
         InputError: on use, for anything wrong with these arguments or with the data.
@@ -63,7 +67,6 @@ class DomainDataModule(LightningDataModule):
         val_fraction: float = 0.2,
         augment: bool = True,
         cache: bool = True,
-        num_workers: int = 0,
         domain_column: str = "domain",
         label_column: str = "label",
         seed: int = 0,
@@ -80,12 +83,11 @@ class DomainDataModule(LightningDataModule):
         self.val_fraction = val_fraction
         self.augment = augment
         self.cache = cache
-        self.num_workers = num_workers
         self.domain_column = domain_column
         self.label_column = label_column
         self.seed = seed
-        self.test_images: int | None = None
-        self.relabel: Callable[[Tensor, int], Tensor] | None = None
+        self._test_images: int | None = None
+        self._relabel: Relabel | None = None
         self._given_names = class_names
         self._fingerprint: str | None = None
 
@@ -108,10 +110,17 @@ class DomainDataModule(LightningDataModule):
         """Changes whenever an image of a domain does."""
         return self._source.samples(domain).fingerprint
 
-    def for_domain(self, name: str) -> DomainDataModule:
-        """The same settings for another domain; its labels are its own, whatever `relabel` does here."""
+    def for_domain(self, name: str, test_images: int | None = None, relabel: Relabel | None = None) -> DomainDataModule:
+        """The same settings for another domain.
+
+        Args:
+            name: the domain.
+            test_images: test on that many images, spread evenly over the domain; all if not given.
+            relabel: gives other labels to the training part, from its own (n,) and the number of classes.
+        """
         other = copy.copy(self)
-        other.domain, other.trainer, other.relabel, other._fingerprint = name, None, None, None
+        other.domain, other.trainer, other._fingerprint = name, None, None
+        other._test_images, other._relabel = test_images, relabel
         return other
 
     def images(self) -> np.ndarray:
@@ -141,21 +150,21 @@ class DomainDataModule(LightningDataModule):
             )
         self._val = self._part(usable[order[:num_val]].sort().values)
         self._train = self._train_part(usable[order[num_val:]].sort().values)
-        self._test = self._part(_spread(usable, self.test_images))
+        self._test = self._part(_spread(usable, self._test_images))
 
     def train_dataloader(self) -> DataLoader[Batch]:
         """Shuffled batches of the training part; the last one is dropped where it is not full."""
         world_size, rank = process_of(self.trainer)
         sampler = train_sampler(self._train, world_size, rank, self.seed)
-        batch_size = share(min(self.batch_size, len(self._train)), world_size)
-        return make_loader(self._train, sampler, batch_size, self.num_workers, drop_last=True)
+        batch_size = images_per_process(min(self.batch_size, len(self._train)), world_size)
+        return make_loader(self._train, sampler, batch_size, drop_last=True)
 
     def val_dataloader(self) -> DataLoader[Batch]:
         """The validation part in order, each image once."""
         return self._eval_loader(self._val)
 
     def test_dataloader(self) -> DataLoader[Batch]:
-        """The whole domain in order, each image once, or `test_images` of them."""
+        """The whole domain in order, each image once, or as many as `for_domain` was told."""
         return self._eval_loader(self._test)
 
     def on_after_batch_transfer(self, batch: Batch, dataloader_idx: int) -> Batch:
@@ -199,16 +208,16 @@ class DomainDataModule(LightningDataModule):
         return PixelDataset(self._pixels.images, self._labels, rows)
 
     def _train_part(self, rows: Tensor) -> PixelDataset:
-        if self.relabel is None:
+        if self._relabel is None:
             return self._part(rows)
         labels = self._labels.clone()
-        labels[rows] = self.relabel(labels[rows], len(self.class_names))
+        labels[rows] = self._relabel(labels[rows], len(self.class_names))
         return PixelDataset(self._pixels.images, labels, rows)
 
     def _eval_loader(self, part: PixelDataset) -> DataLoader[Batch]:
         world_size, rank = process_of(self.trainer)
         sampler = eval_sampler(part, world_size, rank, f"{self.root}: domain {self.domain!r}")
-        return make_loader(part, sampler, share(self.batch_size, world_size), self.num_workers)
+        return make_loader(part, sampler, images_per_process(self.batch_size, world_size))
 
 
 def match_classes(found: list[str], given: list[str] | None) -> tuple[list[str], dict[str, int]]:

@@ -68,7 +68,7 @@ class ImageFolderDataModule(LightningDataModule):
     def predict_dataloader(self) -> DataLoader[Batch]:
         """Every image once, in order."""
         sampler = eval_sampler(self._images, *process_of(self.trainer), str(self.folder))
-        return make_loader(self._images, sampler, self.batch_size, num_workers=0)
+        return make_loader(self._images, sampler, self.batch_size)
 
     def on_after_batch_transfer(self, batch: Batch, dataloader_idx: int) -> Batch:
         """Normalises on the device."""

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -74,7 +73,7 @@ def eval_sampler(dataset: Dataset, world_size: int, rank: int, source: str) -> D
     return UnrepeatedDistributedSampler(dataset, world_size, rank, shuffle=False)
 
 
-def share(batch_size: int, world_size: int) -> int:
+def images_per_process(batch_size: int, world_size: int) -> int:
     """Images per process in a batch of `batch_size` over all processes.
 
     Raises:
@@ -93,23 +92,13 @@ def process_of(trainer: Trainer | None) -> tuple[int, int]:
     return (trainer.world_size, trainer.global_rank) if trainer else (1, 0)
 
 
-def make_loader(
-    dataset: Dataset,
-    sampler: DistributedSampler,
-    batch_size: int,
-    num_workers: int,
-    drop_last: bool = False,
-) -> DataLoader:
-    """A loader of whole batches."""
-    # Rows of decoded pixels need no workers, so Lightning's advice to add some would mislead.
-    warnings.filterwarnings("ignore", ".*does not have many workers")
+def make_loader(dataset: Dataset, sampler: DistributedSampler, batch_size: int, drop_last: bool = False) -> DataLoader:
+    """A loader of whole batches, in this process: rows of decoded pixels need no workers."""
     return DataLoader(
         dataset,
         batch_size=batch_size,
         sampler=sampler,
         drop_last=drop_last,
-        num_workers=num_workers,
-        persistent_workers=num_workers > 0,
         pin_memory=torch.cuda.is_available(),
         collate_fn=_as_is,  # `__getitems__` has already stacked the batch
     )

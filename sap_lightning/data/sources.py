@@ -9,10 +9,10 @@ from typing import NamedTuple, Protocol
 import datasets
 import pyarrow as pa
 
-from sap_lightning.data.fingerprints import digest, file_fingerprint
 from sap_lightning.data.images import SUFFIXES, Picture, file_picture
 from sap_lightning.data.tables import image_column, is_table, load_table, table_fingerprint, table_pictures
 from sap_lightning.errors import InputError
+from sap_lightning.fingerprints import digest, file_fingerprint
 
 
 class Samples(NamedTuple):

@@ -9,9 +9,9 @@ from pathlib import Path
 import datasets
 import pyarrow.compute as pc
 
-from sap_lightning.data.fingerprints import digest, file_fingerprint
 from sap_lightning.data.images import Picture
 from sap_lightning.errors import InputError
+from sap_lightning.fingerprints import digest, file_fingerprint
 
 
 def is_table(folder: Path) -> bool:

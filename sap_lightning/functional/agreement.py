@@ -10,6 +10,14 @@ from torch import Tensor
 from sap_lightning.functional.spaces import Parameters
 
 
+def share_kept(masks: Mapping[str, Parameters]) -> dict[str, float]:
+    """For each layer the share of its parameters that pruning left."""
+    return {
+        name: sum(int(mask.sum()) for mask in layer) / sum(mask.numel() for mask in layer)
+        for name, layer in masks.items()
+    }
+
+
 def overlap(one: Mapping[str, Parameters], other: Mapping[str, Parameters]) -> float:
     """Jaccard index of two clients' keep masks over all layers: kept by both / kept by either.
 

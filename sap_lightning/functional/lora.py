@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
 import torch
@@ -55,6 +55,11 @@ def scaled(update: Update, factor: float) -> Update:
     if isinstance(update, LoRALayer):
         return update._replace(scale=update.scale * factor)
     return factor * update
+
+
+def times(updates: Mapping[str, Update], factor: float) -> dict[str, Update]:
+    """factor · ΔW of every layer."""
+    return {name: scaled(update, factor) for name, update in updates.items()}
 
 
 def inner(one: LoRALayer, other: LoRALayer) -> float:

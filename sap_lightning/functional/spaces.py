@@ -9,7 +9,7 @@ follows from G.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Literal
 
 from torch import Tensor
@@ -82,3 +82,8 @@ SPACES: dict[SpaceName, Callable[[LoRALayer], Space]] = {
     "delta": DeltaSpace,
     "singular": SingularSpace,
 }
+
+
+def magnitudes(spaces: Mapping[str, Space]) -> dict[str, Parameters]:
+    """|θ| of every parameter by layer."""
+    return {name: tuple(theta.abs() for theta in space.parameters) for name, space in spaces.items()}

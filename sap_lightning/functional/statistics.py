@@ -19,6 +19,17 @@ class Interval(NamedTuple):
     high: float
 
 
+class Spread(NamedTuple):
+    """Mean and sample standard deviation over seeds, and their number."""
+
+    mean: float
+    std: float
+    seeds: int
+
+    def __str__(self) -> str:
+        return f"{self.mean:.3f}" + (f" ± {self.std:.3f}" if self.seeds > 1 else "")
+
+
 def mean_and_std(values: Sequence[float]) -> tuple[float, float]:
     """Mean and sample standard deviation (n − 1 in the denominator); of a single value the latter is 0.
 

@@ -13,12 +13,14 @@ from sap_lightning.merging.krum import Krum
 from sap_lightning.merging.lorm import LoRM
 from sap_lightning.merging.magnitude import Magnitude
 from sap_lightning.merging.median import Median
-from sap_lightning.merging.method import LayerwiseMethod, MergeMethod, PruningMethod
+from sap_lightning.merging.method import LayerwiseMethod, MergeMethod, Prepared
 from sap_lightning.merging.opnp import OPNP
 from sap_lightning.merging.pruner_zero import PrunerZero
+from sap_lightning.merging.pruning import Pruning, PruningMethod
 from sap_lightning.merging.regmean import RegMean
 from sap_lightning.merging.robustmerge import RobustMerge
-from sap_lightning.merging.sap import SAP, SAPAuto
+from sap_lightning.merging.sap import SAP
+from sap_lightning.merging.sap_auto import SAPAuto
 from sap_lightning.merging.sens_merging import SensMerging
 from sap_lightning.merging.task_arithmetic import TaskArithmetic
 from sap_lightning.merging.ties import TIES
@@ -34,14 +36,12 @@ METHODS: dict[str, type[MergeMethod]] = {
 """The package's own methods by name."""
 
 
-def named(name: str) -> MergeMethod | None:
-    """The package's own method of that name at its default settings; none for sap, which has settings elsewhere too.
+def named(name: str) -> MergeMethod:
+    """The package's own method of that name at its default settings.
 
     Raises:
         InputError: when there is none of that name.
     """
-    if name == "sap":
-        return None
     if name not in METHODS:
         raise InputError(
             f"merge.method {name}: no such method; there are {', '.join(METHODS)}; a method of your own is named by its"
@@ -52,6 +52,6 @@ def named(name: str) -> MergeMethod | None:
 
 __all__ = [
     "ATA", "ATAF", "DARE", "GRASP", "METHODS", "OPNP", "SAP", "TIES", "Average", "FedAvg", "Fisher", "KnOTS", "Krum",
-    "LayerwiseMethod", "LoRM", "Magnitude", "Median", "MergeMethod", "PrunerZero", "PruningMethod", "RegMean",
-    "RobustMerge", "SAPAuto", "SensMerging", "TaskArithmetic", "TrimmedMean", "named",
+    "LayerwiseMethod", "LoRM", "Magnitude", "Median", "MergeMethod", "Prepared", "PrunerZero", "Pruning",
+    "PruningMethod", "RegMean", "RobustMerge", "SAPAuto", "SensMerging", "TaskArithmetic", "TrimmedMean", "named",
 ]  # fmt: skip

@@ -6,22 +6,24 @@ The authors' code was not published when we looked; formulas are the paper's.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from torch import Tensor
 
-from sap_lightning.adapter import Adapter
-from sap_lightning.errors import InputError
-from sap_lightning.merging.average import Average
+from sap_lightning.errors import InputError, check_at_least
+from sap_lightning.io.adapter import Adapter
+from sap_lightning.merging.average import averaged
 from sap_lightning.merging.distances import squared_distances
-from sap_lightning.merging.method import check_at_least
-from sap_lightning.probe import AnchorProbe
+from sap_lightning.merging.method import MergeMethod, Prepared
+from sap_lightning.models.probe import AnchorProbe
 
 _LEAST_DISTANCE = 1e-12
 
 
-class ATA(Average):
+@dataclass(frozen=True)
+class ATA(MergeMethod):
     """Each client's model is its own, weighted by its samples, with its neighbours', weighted by their nearness.
 
     Θ_k ← (n_k·Θ_k + Σ_{i∈N_k} Θ_i / d_ki) / (n_k + Σ_{i∈N_k} 1 / d_ki) with n_k the number of client k's training
@@ -39,23 +41,21 @@ class ATA(Average):
         InputError: when an upload does not say its number of samples, or no upload has the client's name.
     """
 
-    name = "ata"
+    name: ClassVar[str] = "ata"
 
-    def __init__(self, neighbours: int = 3, client: str | None = None) -> None:
-        check_at_least("merge.method.neighbours", neighbours, 1)
-        self.neighbours = neighbours
-        self.client = client
+    neighbours: int = 3
+    client: str | None = None
+
+    def __post_init__(self) -> None:
+        check_at_least("merge.method.neighbours", self.neighbours, 1)
 
     def prepare(
         self, adapters: Sequence[Adapter], weights: Sequence[float], anchors: AnchorProbe | None = None
-    ) -> None:
+    ) -> Prepared:
         by_client = aggregation_weights(squared_distances(adapters).sqrt(), _samples(adapters), self.neighbours)
-        super().prepare(adapters, (self._shares(adapters, weights) @ by_client).tolist())
-
-    @property
-    def findings(self) -> dict[str, Any]:
-        names = [adapter.name for adapter in self.adapters]
-        return {"weights": dict(zip(names, self.weights, strict=True))}
+        shares = (self._shares(adapters, weights) @ by_client).tolist()
+        names = [adapter.name for adapter in adapters]
+        return averaged(adapters, shares, {"weights": dict(zip(names, shares, strict=True))})
 
     def _shares(self, adapters: Sequence[Adapter], weights: Sequence[float]) -> Tensor:
         if self.client is None:

@@ -9,24 +9,26 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Mapping, Sequence
-from typing import Any
+from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from torch import Tensor
 from torch.special import entr
 
-from sap_lightning.adapter import Adapter
-from sap_lightning.errors import InputError
+from sap_lightning.console import track
+from sap_lightning.errors import InputError, check_at_least
 from sap_lightning.functional.consensus import weighted_sum
 from sap_lightning.functional.lora import LoRALayer, Update
+from sap_lightning.io.adapter import Adapter
 from sap_lightning.merging.distances import squared_distances
-from sap_lightning.merging.method import MergeMethod, check_at_least, client_layers, required
-from sap_lightning.probe import AnchorProbe
-from sap_lightning.terminal import track
+from sap_lightning.merging.method import MergeMethod, Prepared, PreparedLayers, client_layers, required
+from sap_lightning.models.probe import AnchorProbe
 
 log = logging.getLogger(__name__)
 
 
+@dataclass(frozen=True)
 class ATAF(MergeMethod):
     """(1 − α)·ΔW_r + α·Σ_{k≠r} w_k·D_k·R_k·ΔW_k, layer by layer, with the others' weights w_k of sum 1.
 
@@ -44,60 +46,77 @@ class ATAF(MergeMethod):
         InputError: when there are fewer than two adapters.
     """
 
-    name = "ataf"
-    needs_anchors = True
+    name: ClassVar[str] = "ataf"
+    needs_anchors: ClassVar[bool] = True
 
-    def __init__(self, steps: int = 11) -> None:
-        check_at_least("merge.method.steps", steps, 2)
-        self.steps = steps
+    steps: int = 11
+
+    def __post_init__(self) -> None:
+        check_at_least("merge.method.steps", self.steps, 2)
 
     def prepare(
         self, adapters: Sequence[Adapter], weights: Sequence[float], anchors: AnchorProbe | None = None
-    ) -> None:
+    ) -> Prepared:
         probe = required(anchors, self)
         if len(adapters) < 2:
             raise InputError("merge.method ataf aligns clients to one another; give at least 2 adapters")
-        distances = squared_distances(adapters).sqrt().sum(1).tolist()
-        self.reference = distances.index(min(distances))
-        self.reference_name = adapters[self.reference].name
-        self.weights = list(weights)
-        clients_of = client_layers(adapters)
-        self.layers = {name: self._aligned(clients_of[name]) for name in track(list(clients_of), "ataf: layers")}
-        wanted = torch.stack([predictions(adapter.layers, probe) for adapter in adapters])
-        self.alpha = self._most_consistent(wanted, probe)
-
-    def apply(self, sparsity: float | None = None) -> dict[str, Update]:
-        return self.mixed(self.alpha)
+        mixture = Mixture.of(adapters, weights)
+        alpha = self._most_consistent(mixture, [predictions(adapter.layers, probe) for adapter in adapters], probe)
+        findings = {"reference": adapters[mixture.reference].name, "alpha": alpha}
+        return PreparedLayers(list(mixture.layers), lambda name: mixture.layer(name, alpha), findings)
 
     @property
     def least_clients(self) -> int:
         return 2
 
-    @property
-    def findings(self) -> dict[str, Any]:
-        return {"reference": self.reference_name, "alpha": self.alpha}
-
-    def _aligned(self, clients: Sequence[LoRALayer]) -> list[LoRALayer]:
-        reference = clients[self.reference]
-        return [reference if k == self.reference else aligned(layer, reference) for k, layer in enumerate(clients)]
-
-    def mixed(self, alpha: float) -> dict[str, Update]:
-        """The merged update with this share of the aligned clients."""
-        others = sum(self.weights) - self.weights[self.reference]
-        shares = [alpha * weight / others for weight in self.weights]
-        shares[self.reference] = 1 - alpha
-        return {name: weighted_sum(clients, shares) for name, clients in self.layers.items()}
-
-    def _most_consistent(self, wanted: Tensor, probe: AnchorProbe) -> float:
+    def _most_consistent(self, mixture: Mixture, wanted: Sequence[Tensor], probe: AnchorProbe) -> float:
         grid = [step / (self.steps - 1) for step in range(self.steps)]
+        clients = torch.stack(list(wanted))
         divergences = [
-            float(divergence(predictions(self.mixed(alpha), probe), wanted).mean())
+            float(divergence(predictions(mixture.at(alpha), probe), clients).mean())
             for alpha in track(grid, f"{self.name}: alphas")
         ]
         least = min(divergences)
         alpha = grid[divergences.index(least)]
         log.info("ataf: alpha %g has the least divergence from the clients, %.3e", alpha, least)
         return alpha
+
+
+@dataclass(frozen=True)
+class Mixture:
+    """Clients aligned to one of them, to be mixed in.
+
+    Attributes:
+        layers: every client's, aligned, by name.
+        weights: each client's share of the whole.
+        reference: which client the others are aligned to.
+    """
+
+    layers: Mapping[str, Sequence[LoRALayer]]
+    weights: Sequence[float]
+    reference: int
+
+    @classmethod
+    def of(cls, adapters: Sequence[Adapter], weights: Sequence[float]) -> Mixture:
+        """Aligns to the client with the least summed distance to the others over all layers."""
+        distances = squared_distances(adapters).sqrt().sum(1).tolist()
+        reference = distances.index(min(distances))
+        layers = {}
+        for name, clients in track(list(client_layers(adapters).items()), "ataf: layers"):
+            nearest = clients[reference]
+            layers[name] = [nearest if k == reference else aligned(one, nearest) for k, one in enumerate(clients)]
+        return cls(layers, weights, reference)
+
+    def at(self, alpha: float) -> dict[str, Update]:
+        """The merged update with this share of the aligned clients."""
+        return {name: self.layer(name, alpha) for name in self.layers}
+
+    def layer(self, name: str, alpha: float) -> Update:
+        """One layer of it."""
+        others = sum(self.weights) - self.weights[self.reference]
+        shares = [alpha * weight / others for weight in self.weights]
+        shares[self.reference] = 1 - alpha
+        return weighted_sum(self.layers[name], shares)
 
 
 def aligned(layer: LoRALayer, reference: LoRALayer) -> LoRALayer:

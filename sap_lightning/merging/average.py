@@ -2,17 +2,28 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar
 
 from sap_lightning.functional.consensus import weighted_sum
 from sap_lightning.functional.lora import LoRALayer, Update
-from sap_lightning.merging.method import LayerwiseMethod
+from sap_lightning.io.adapter import Adapter
+from sap_lightning.merging.clients import client_layers
+from sap_lightning.merging.method import LayerwiseMethod, PreparedLayers
 
 
+@dataclass(frozen=True)
 class Average(LayerwiseMethod):
     """Σ w_k·ΔW_k: exact, of the products ΔW and not of A and B apart."""
 
-    name = "average"
+    name: ClassVar[str] = "average"
 
     def merge_layer(self, layers: Sequence[LoRALayer], weights: Sequence[float]) -> Update:
         return weighted_sum(layers, weights)
+
+
+def averaged(adapters: Sequence[Adapter], weights: Sequence[float], findings: Mapping[str, Any]) -> PreparedLayers:
+    """The average of adapters that a method has chosen or weighted, and what it found."""
+    layers = client_layers(adapters)
+    return PreparedLayers(list(layers), lambda name: weighted_sum(layers[name], weights), findings)

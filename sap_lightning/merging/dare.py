@@ -7,16 +7,20 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Mapping
-from typing import Literal
+from dataclasses import dataclass
+from typing import ClassVar, Literal
 
 import torch
 
-from sap_lightning.adapter import Adapter
+from sap_lightning.errors import check_share
 from sap_lightning.functional.consensus import Consensus, ElectedMean, WeightedSum
 from sap_lightning.functional.spaces import Parameters, Space
-from sap_lightning.merging.method import PruningMethod, check_share
+from sap_lightning.io.adapter import Adapter
+from sap_lightning.merging.pruning import PruningMethod
+from sap_lightning.models.probe import Answer
 
 
+@dataclass(frozen=True)
 class DARE(PruningMethod):
     """The weighted mean of the ΔW, each of whose elements is dropped with probability ρ.
 
@@ -30,21 +34,17 @@ class DARE(PruningMethod):
         rescale: inverse_keep: by 1 / (1 − ρ), the authors'. l1: to each layer's l1 norm, mergekit's.
     """
 
-    name = "dare"
+    name: ClassVar[str] = "dare"
 
-    def __init__(
-        self,
-        sparsity: float = 0.9,
-        seed: int = 0,
-        election: bool = False,
-        rescale: Literal["inverse_keep", "l1"] = "inverse_keep",
-    ) -> None:
-        self.sparsity = check_share("merge.method.sparsity", sparsity)
-        self.seed = seed
-        self.election = election
-        self.rescale = rescale
+    sparsity: float = 0.9
+    seed: int = 0
+    election: bool = False
+    rescale: Literal["inverse_keep", "l1"] = "inverse_keep"
 
-    def scores(self, adapter: Adapter, spaces: Mapping[str, Space]) -> dict[str, Parameters]:
+    def __post_init__(self) -> None:
+        check_share("merge.method.sparsity", self.sparsity)
+
+    def scores(self, adapter: Adapter, spaces: Mapping[str, Space], answer: Answer) -> dict[str, Parameters]:
         """Uniform random numbers in [0, 1)."""
         return {name: self._draws(adapter, name, space) for name, space in spaces.items()}
 

@@ -6,6 +6,8 @@ Reference code: JayZhang42/FederatedGPT-Shepherd, fed_utils/model_aggregation.py
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 
@@ -14,6 +16,7 @@ from sap_lightning.functional.lora import LoRALayer
 from sap_lightning.merging.method import LayerwiseMethod
 
 
+@dataclass(frozen=True)
 class FedAvg(LayerwiseMethod):
     """(Σ w_k·B_k)·(Σ w_k·A_k): A and B averaged apart, so it has cross terms B_j·A_k that the exact average has not.
 
@@ -23,7 +26,7 @@ class FedAvg(LayerwiseMethod):
     2024, arXiv:2401.06432).
     """
 
-    name = "fedavg"
+    name: ClassVar[str] = "fedavg"
 
     def merge_layer(self, layers: Sequence[LoRALayer], weights: Sequence[float]) -> LoRALayer:
         mean_A = mean_B = torch.zeros(0, 0)

@@ -7,19 +7,22 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from torch import Tensor
 
-from sap_lightning.adapter import Adapter
+from sap_lightning.console import track
 from sap_lightning.errors import InputError
-from sap_lightning.functional.lora import LoRALayer, Update
+from sap_lightning.functional.lora import LoRALayer
 from sap_lightning.functional.spaces import DeltaSpace
-from sap_lightning.merging.method import MergeMethod, client_layers, required
-from sap_lightning.probe import AnchorProbe
-from sap_lightning.terminal import track
+from sap_lightning.io.adapter import Adapter
+from sap_lightning.merging.method import MergeMethod, Prepared, PreparedLayers, client_layers, required
+from sap_lightning.models.probe import AnchorProbe
 
 
+@dataclass(frozen=True)
 class Fisher(MergeMethod):
     """Σ w_k·F_k⊙ΔW_k / Σ w_k·F_k element by element: each client speaks where its loss is sensitive.
 
@@ -36,29 +39,28 @@ class Fisher(MergeMethod):
         floor: that share, above 0.
     """
 
-    name = "fisher"
-    needs_anchors = True
+    name: ClassVar[str] = "fisher"
+    needs_anchors: ClassVar[bool] = True
 
-    def __init__(self, floor: float = 1e-6) -> None:
-        if not 0 < floor <= 1:
-            raise InputError(f"merge.method.floor must lie in (0, 1], got {floor}")
-        self.floor = floor
+    floor: float = 1e-6
+
+    def __post_init__(self) -> None:
+        if not 0 < self.floor <= 1:
+            raise InputError(f"merge.method.floor must lie in (0, 1], got {self.floor}")
 
     def prepare(
         self, adapters: Sequence[Adapter], weights: Sequence[float], anchors: AnchorProbe | None = None
-    ) -> None:
+    ) -> Prepared:
         probe = required(anchors, self)
         layers = client_layers(adapters)
-        self.weighted = {name: torch.zeros(clients.shape) for name, clients in layers.items()}
-        self.information = {name: torch.zeros(clients.shape) for name, clients in layers.items()}
+        weighted = {name: torch.zeros(clients.shape) for name, clients in layers.items()}
+        total = {name: torch.zeros(clients.shape) for name, clients in layers.items()}
         for client, weight in enumerate(track(weights, f"{self.name}: clients")):
             update = {name: clients[client] for name, clients in layers.items()}
             for name, information in normalised(squared_gradients(update, probe), self.floor).items():
-                self.weighted[name] += weight * information * update[name].delta()
-                self.information[name] += weight * information
-
-    def apply(self, sparsity: float | None = None) -> dict[str, Update]:
-        return {name: weighted / self.information[name] for name, weighted in self.weighted.items()}
+                weighted[name] += weight * information * update[name].delta()
+                total[name] += weight * information
+        return PreparedLayers(list(layers), lambda name: weighted[name] / total[name])
 
 
 def squared_gradients(update: Mapping[str, LoRALayer], probe: AnchorProbe) -> dict[str, Tensor]:

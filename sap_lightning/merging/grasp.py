@@ -6,17 +6,20 @@ Reference code: LyoAI/GRASP, modeling_grasp.py (``dynamic_svd_selection``).
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Literal
+from dataclasses import dataclass
+from typing import ClassVar, Literal
 
 from torch import Tensor
 
-from sap_lightning.adapter import Adapter
+from sap_lightning.errors import check_share
 from sap_lightning.functional.lora import LoRALayer
 from sap_lightning.functional.spaces import Parameters, SingularSpace, Space
-from sap_lightning.merging.method import PruningMethod, check_share
-from sap_lightning.probe import AnchorProbe
+from sap_lightning.io.adapter import Adapter
+from sap_lightning.merging.pruning import PruningMethod
+from sap_lightning.models.probe import AnchorProbe, Answer
 
 
+@dataclass(frozen=True)
 class GRASP(PruningMethod):
     """Mean of the adapters without the singular triplets Φ_k = (u_k, σ_k, v_k) of ΔW that matter least.
 
@@ -29,25 +32,28 @@ class GRASP(PruningMethod):
         score: the paper's score or the code's.
     """
 
-    name = "grasp"
-    needs_anchors = True
+    name: ClassVar[str] = "grasp"
+    needs_anchors: ClassVar[bool] = True
     space = "singular"
 
-    def __init__(self, sparsity: float = 0.5, score: Literal["paper", "code"] = "paper") -> None:
-        self.sparsity = check_share("merge.method.sparsity", sparsity)
-        self.score = score
+    sparsity: float = 0.5
+    score: Literal["paper", "code"] = "paper"
 
-    def examine(self, adapter: Adapter, anchors: AnchorProbe) -> dict[str, Parameters]:
+    def __post_init__(self) -> None:
+        check_share("merge.method.sparsity", self.sparsity)
+
+    def examine(self, adapter: Adapter, anchors: AnchorProbe) -> Answer:
         triplets = {name: TripletSpace(layer.to(anchors.device)) for name, layer in adapter.layers.items()}
-        gradients = anchors.gradients(adapter.layers, triplets, "mean_then_abs").of
-        return {name: (self._score(space.parameters, gradients[name]).cpu(),) for name, space in triplets.items()}
+        gradients, loss = anchors.gradients(adapter.layers, triplets, "mean_then_abs")
+        scores = {name: (self._score(space.parameters, gradients[name]).cpu(),) for name, space in triplets.items()}
+        return Answer(scores, loss)
 
     def _score(self, parameters: Parameters, gradients: Parameters) -> Tensor:
         of_u, of_sigma, of_v = ((theta * g).abs() for theta, g in zip(parameters, gradients, strict=True))
         return of_sigma if self.score == "code" else of_sigma + of_u.sum(0) + of_v.sum(1)
 
-    def scores(self, adapter: Adapter, spaces: Mapping[str, Space]) -> dict[str, Parameters]:
-        return self.evidence(adapter)
+    def scores(self, adapter: Adapter, spaces: Mapping[str, Space], answer: Answer) -> Mapping[str, Parameters]:
+        return answer.of
 
 
 class TripletSpace(SingularSpace):

@@ -5,27 +5,31 @@ Reference code: gstoica27/KnOTS, task_merger.py and masking_ops.py.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from torch import Tensor
 
-from sap_lightning.adapter import Adapter
+from sap_lightning.console import track
+from sap_lightning.errors import check_share
 from sap_lightning.functional.consensus import Consensus, ElectedMean, Majority
 from sap_lightning.functional.lora import LoRALayer, Update
-from sap_lightning.functional.spaces import Parameters, Space
-from sap_lightning.merging.method import client_layers
-from sap_lightning.merging.ties import TIES
-from sap_lightning.probe import AnchorProbe
-from sap_lightning.terminal import track
+from sap_lightning.functional.spaces import Parameters, Space, magnitudes
+from sap_lightning.io.adapter import Adapter
+from sap_lightning.merging.clients import client_layers
+from sap_lightning.merging.pruning import Pruning, PruningMethod
+from sap_lightning.models.probe import AnchorProbe, Answer
 
 _LEAST_SINGULAR_VALUE = 1e-5
 
 
-class KnOTS(TIES):
+@dataclass(frozen=True)
+class KnOTS(PruningMethod):
     """λ·U·TIES(Uᵀ·ΔW_1, …, Uᵀ·ΔW_K) with U the left singular vectors of [ΔW_1 … ΔW_K], layer by layer.
 
-    TIES trims with one threshold over all layers of a client. It differs from the reference code as :class:`TIES` does
+    TIES trims with one threshold over all layers of a client. It differs from the reference code as ``ties`` does
     from its own, and in that ΔW has the scale α / r, which the code leaves out.
 
     Args:
@@ -34,20 +38,28 @@ class KnOTS(TIES):
         majority: the sign of the larger sum (total) or of more clients (frequency).
     """
 
-    name = "knots"
+    name: ClassVar[str] = "knots"
+    scope = "global"
 
-    def __init__(self, sparsity: float = 0.8, scale: float = 1.0, majority: Majority = "total") -> None:
-        super().__init__(sparsity, scale, majority=majority)
+    sparsity: float = 0.8
+    scale: float = 1.0
+    majority: Majority = "total"
+
+    def __post_init__(self) -> None:
+        check_share("merge.method.sparsity", self.sparsity)
 
     def prepare(
         self, adapters: Sequence[Adapter], weights: Sequence[float], anchors: AnchorProbe | None = None
-    ) -> None:
-        super().prepare(adapters, weights, anchors)
+    ) -> Pruning:
         layers = client_layers(adapters)
-        self.bases = {name: shared_basis(layers[name]) for name in track(list(layers), "knots: bases")}
+        bases = {name: shared_basis(layers[name]) for name in track(list(layers), "knots: bases")}
+        return Pruning(self, adapters, weights, lambda name, layer: AlignedSpace(layer, bases[name]))
 
-    def space_of(self, name: str, layer: LoRALayer) -> Space:
-        return AlignedSpace(layer, self.bases[name].to(layer.A.device))
+    def scores(self, adapter: Adapter, spaces: Mapping[str, Space], answer: Answer) -> dict[str, Parameters]:
+        return magnitudes(spaces)
+
+    def factor(self, clients: int) -> float:
+        return self.scale
 
     def consensus(self) -> Consensus:
         return AlignedElection(self.majority)

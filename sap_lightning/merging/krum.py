@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from dataclasses import dataclass
+from typing import ClassVar
 
-from sap_lightning.adapter import Adapter
-from sap_lightning.errors import InputError
-from sap_lightning.merging.average import Average
+from sap_lightning.errors import InputError, check_at_least
+from sap_lightning.io.adapter import Adapter
+from sap_lightning.merging.average import averaged
 from sap_lightning.merging.distances import squared_distances
-from sap_lightning.merging.method import check_at_least
-from sap_lightning.probe import AnchorProbe
+from sap_lightning.merging.method import MergeMethod, Prepared
+from sap_lightning.models.probe import AnchorProbe
 
 
-class Krum(Average):
+@dataclass(frozen=True)
+class Krum(MergeMethod):
     """The average of the clients whose ΔW have the least sum of squared distances to their K − f − 2 nearest.
 
     Of equal sums the adapter with the lower sha256 goes first: with three clients the two nearest to each other always
@@ -28,33 +30,30 @@ class Krum(Average):
         InputError: when a setting is out of range or there are too few clients for it.
     """
 
-    name = "krum"
+    name: ClassVar[str] = "krum"
 
-    def __init__(self, byzantine: int = 0, multi: int = 1) -> None:
-        check_at_least("merge.method.byzantine", byzantine, 0)
-        check_at_least("merge.method.multi", multi, 1)
-        self.byzantine = byzantine
-        self.multi = multi
+    byzantine: int = 0
+    multi: int = 1
+
+    def __post_init__(self) -> None:
+        check_at_least("merge.method.byzantine", self.byzantine, 0)
+        check_at_least("merge.method.multi", self.multi, 1)
 
     def prepare(
         self, adapters: Sequence[Adapter], weights: Sequence[float], anchors: AnchorProbe | None = None
-    ) -> None:
+    ) -> Prepared:
         self._check_number(len(adapters))
         # The nearest of all is the client itself, at distance 0.
         nearest = squared_distances(adapters).sort(1).values[:, : len(adapters) - self.byzantine - 1]
         scores = nearest.sum(1).tolist()
         chosen = sorted(range(len(adapters)), key=lambda k: (scores[k], adapters[k].sha256))[: self.multi]
-        self.chosen = [adapters[k].name for k in chosen]
         share = sum(weights[k] for k in chosen)
-        super().prepare([adapters[k] for k in chosen], [weights[k] / share for k in chosen])
+        findings = {"chosen": [adapters[k].name for k in chosen]}
+        return averaged([adapters[k] for k in chosen], [weights[k] / share for k in chosen], findings)
 
     @property
     def least_clients(self) -> int:
         return max(2 * self.byzantine + 3, self.multi)
-
-    @property
-    def findings(self) -> dict[str, Any]:
-        return {"chosen": self.chosen}
 
     def _check_number(self, clients: int) -> None:
         if clients < 2 * self.byzantine + 3:

@@ -5,16 +5,23 @@ Reference code: aimagelab/fed-mammoth, _models/lorm.py.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import ClassVar
+
 import torch
 from torch import Tensor
 
-from sap_lightning.functional.consensus import weighted_sum
+from sap_lightning.errors import check_at_least, check_share
 from sap_lightning.functional.lora import LoRALayer, Update, singular_triplets
-from sap_lightning.merging.method import check_at_least
-from sap_lightning.merging.regmean import RegMean, inverse
+from sap_lightning.io.adapter import Adapter
+from sap_lightning.merging.method import MergeMethod, Prepared, PreparedLayers, required
+from sap_lightning.merging.regmean import Regression, inverse, regressions
+from sap_lightning.models.probe import AnchorProbe
 
 
-class LoRM(RegMean):
+@dataclass(frozen=True)
+class LoRM(MergeMethod):
     """RegMean among updates of low rank: BA that minimises Σ w_k·‖(BA − ΔW_k)·X_kᵀ‖².
 
     With C = Σ w_k·G_k and N = Σ w_k·ΔW_k·G_k, G_k as in RegMean, the authors' closed forms are
@@ -32,20 +39,28 @@ class LoRM(RegMean):
         off_diagonal: factor in [0, 1] of the off-diagonal elements of G_k; 1 leaves them as they are.
     """
 
-    name = "lorm"
+    name: ClassVar[str] = "lorm"
+    needs_anchors: ClassVar[bool] = True
 
-    def __init__(self, rank: int | None = None, sweeps: int = 10, off_diagonal: float = 1.0) -> None:
-        super().__init__(off_diagonal)
-        if rank is not None:
-            check_at_least("merge.method.rank", rank, 1)
-        check_at_least("merge.method.sweeps", sweeps, 1)
-        self.rank = rank
-        self.sweeps = sweeps
+    rank: int | None = None
+    sweeps: int = 10
+    off_diagonal: float = 1.0
 
-    def merge_layer(self, name: str) -> LoRALayer:
-        rank = self.rank or max(layer.rank for layer in self.layers[name])
-        start = _split(weighted_sum(self.layers[name], self.weights), rank)
-        return alternate(start, self.products[name], self.grams[name], self.sweeps)
+    def __post_init__(self) -> None:
+        check_share("merge.method.off_diagonal", self.off_diagonal)
+        if self.rank is not None:
+            check_at_least("merge.method.rank", self.rank, 1)
+        check_at_least("merge.method.sweeps", self.sweeps, 1)
+
+    def prepare(
+        self, adapters: Sequence[Adapter], weights: Sequence[float], anchors: AnchorProbe | None = None
+    ) -> Prepared:
+        problems = regressions(adapters, weights, required(anchors, self), self.off_diagonal)
+        return PreparedLayers(list(problems), lambda name: self._merge_layer(problems[name]), title=self.name)
+
+    def _merge_layer(self, problem: Regression) -> LoRALayer:
+        rank = self.rank or max(layer.rank for layer in problem.clients)
+        return alternate(_split(problem.average, rank), problem.product, problem.gram, self.sweeps)
 
 
 def alternate(start: LoRALayer, product: Tensor, gram: Tensor, sweeps: int) -> LoRALayer:

@@ -6,13 +6,18 @@ Reference code: ``magnitude_prune`` in huggingface/peft, src/peft/utils/merge_ut
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import ClassVar
 
-from sap_lightning.adapter import Adapter
+from sap_lightning.errors import check_share
 from sap_lightning.functional.masking import Scope
-from sap_lightning.functional.spaces import Parameters, Space, SpaceName
-from sap_lightning.merging.method import PruningMethod, check_share
+from sap_lightning.functional.spaces import Parameters, Space, SpaceName, magnitudes
+from sap_lightning.io.adapter import Adapter
+from sap_lightning.merging.pruning import PruningMethod
+from sap_lightning.models.probe import Answer
 
 
+@dataclass(frozen=True)
 class Magnitude(PruningMethod):
     """The weighted mean of the updates, each without its smallest parameters |θ|; nothing is scaled up again.
 
@@ -22,12 +27,14 @@ class Magnitude(PruningMethod):
         space: what is pruned: elements of A and B, elements of ΔW, or singular triplets of ΔW.
     """
 
-    name = "magnitude"
+    name: ClassVar[str] = "magnitude"
 
-    def __init__(self, sparsity: float = 0.8, scope: Scope = "layer", space: SpaceName = "delta") -> None:
-        self.sparsity = check_share("merge.method.sparsity", sparsity)
-        self.scope = scope
-        self.space = space
+    sparsity: float = 0.8
+    scope: Scope = "layer"
+    space: SpaceName = "delta"
 
-    def scores(self, adapter: Adapter, spaces: Mapping[str, Space]) -> dict[str, Parameters]:
-        return {name: tuple(theta.abs() for theta in space.parameters) for name, space in spaces.items()}
+    def __post_init__(self) -> None:
+        check_share("merge.method.sparsity", self.sparsity)
+
+    def scores(self, adapter: Adapter, spaces: Mapping[str, Space], answer: Answer) -> dict[str, Parameters]:
+        return magnitudes(spaces)

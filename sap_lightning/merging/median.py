@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import ClassVar
 
 from torch import Tensor
 
@@ -11,13 +13,14 @@ from sap_lightning.functional.lora import LoRALayer
 from sap_lightning.merging.method import LayerwiseMethod
 
 
+@dataclass(frozen=True)
 class Median(LayerwiseMethod):
     """The median of the clients' ΔW at every element; of an even number of clients the mean of the middle two.
 
     Clients count alike whatever their weights.
     """
 
-    name = "median"
+    name: ClassVar[str] = "median"
 
     def merge_layer(self, layers: Sequence[LoRALayer], weights: Sequence[float]) -> Tensor:
         return coordinatewise(median, layers)

@@ -6,17 +6,20 @@ Chen et al., NeurIPS 2023, arXiv:2402.10062; the authors published no code.
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 
-from sap_lightning.adapter import Adapter
-from sap_lightning.errors import InputError
+from sap_lightning.errors import InputError, check_share
 from sap_lightning.functional.masking import Scope, keep_masks
 from sap_lightning.functional.spaces import Parameters, Space
-from sap_lightning.merging.method import PruningMethod, check_share
-from sap_lightning.probe import AnchorProbe
+from sap_lightning.io.adapter import Adapter
+from sap_lightning.merging.pruning import PruningMethod
+from sap_lightning.models.probe import AnchorProbe, Answer
 
 
+@dataclass(frozen=True)
 class OPNP(PruningMethod):
     """Mean of the adapters without the elements of ΔW whose mean |∂L/∂ΔW| is largest or near zero.
 
@@ -29,23 +32,31 @@ class OPNP(PruningMethod):
         scope: thresholds over the whole adapter or over each layer.
     """
 
-    name = "opnp"
-    needs_anchors = True
+    name: ClassVar[str] = "opnp"
+    needs_anchors: ClassVar[bool] = True
 
-    def __init__(self, sparsity: float = 0.5, largest: float = 0.01, scope: Scope = "layer") -> None:
-        self.sparsity = check_share("merge.method.sparsity", sparsity)
-        self.largest = check_share("merge.method.largest", largest)
-        self.scope = scope
-        if largest > sparsity:
-            raise InputError(f"merge.method.largest {largest} is a part of merge.method.sparsity, which is {sparsity}")
+    sparsity: float = 0.5
+    largest: float = 0.01
+    scope: Scope = "layer"
 
-    def examine(self, adapter: Adapter, anchors: AnchorProbe) -> dict[str, Parameters]:
-        spaces = self.spaces(adapter, device=anchors.device)
-        gradients = anchors.gradients(adapter.layers, spaces, "abs_then_mean")
-        return {name: tuple(g.cpu() for g in layer) for name, layer in gradients.of.items()}
+    def __post_init__(self) -> None:
+        check_share("merge.method.sparsity", self.sparsity)
+        check_share("merge.method.largest", self.largest)
+        if self.largest > self.sparsity:
+            raise InputError(
+                f"merge.method.largest {self.largest} is a part of merge.method.sparsity, which is {self.sparsity}"
+            )
 
-    def scores(self, adapter: Adapter, spaces: Mapping[str, Space]) -> dict[str, Parameters]:
-        return self.evidence(adapter)
+    @property
+    def question(self) -> str:
+        return "mean |gradient|"
+
+    def examine(self, adapter: Adapter, anchors: AnchorProbe) -> Answer:
+        gradients = anchors.gradients(adapter.layers, self.spaces_on(anchors.device, adapter), "abs_then_mean")
+        return gradients._replace(of={name: tuple(g.cpu() for g in layer) for name, layer in gradients.of.items()})
+
+    def scores(self, adapter: Adapter, spaces: Mapping[str, Space], answer: Answer) -> Mapping[str, Parameters]:
+        return answer.of
 
     def masks(self, scores: Mapping[str, Parameters], sparsity: float) -> dict[str, Parameters]:
         largest = min(self.largest, sparsity)

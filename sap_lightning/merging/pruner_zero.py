@@ -6,16 +6,20 @@ Reference code: pprp/Pruner-Zero, data/best_tree.json and lib/prune.py.
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import ClassVar
 
 from torch import Tensor
 
-from sap_lightning.adapter import Adapter
+from sap_lightning.errors import check_share
 from sap_lightning.functional.masking import keep_in_rows
 from sap_lightning.functional.spaces import Parameters, Space
-from sap_lightning.merging.method import PruningMethod, check_share
-from sap_lightning.probe import AnchorProbe
+from sap_lightning.io.adapter import Adapter
+from sap_lightning.merging.pruning import PruningMethod
+from sap_lightning.models.probe import AnchorProbe, Answer
 
 
+@dataclass(frozen=True)
 class PrunerZero(PruningMethod):
     """Mean of the adapters without the elements of ΔW that score lowest in their row.
 
@@ -26,22 +30,22 @@ class PrunerZero(PruningMethod):
         sparsity: ρ, the share of every row that is dropped.
     """
 
-    name = "pruner_zero"
-    needs_anchors = True
+    name: ClassVar[str] = "pruner_zero"
+    needs_anchors: ClassVar[bool] = True
 
-    def __init__(self, sparsity: float = 0.5) -> None:
-        self.sparsity = check_share("merge.method.sparsity", sparsity)
+    sparsity: float = 0.5
 
-    def examine(self, adapter: Adapter, anchors: AnchorProbe) -> dict[str, Parameters]:
-        spaces = self.spaces(adapter, device=anchors.device)
-        squares = anchors.gradients(adapter.layers, spaces, "square").of
+    def __post_init__(self) -> None:
+        check_share("merge.method.sparsity", self.sparsity)
+
+    def examine(self, adapter: Adapter, anchors: AnchorProbe) -> Answer:
+        squares = anchors.gradients(adapter.layers, self.spaces_on(anchors.device, adapter), "square")
         # The number of anchors and the root of the mean's divisor fall out of min-max scaling.
-        return {name: tuple(g.sqrt().cpu() for g in layer) for name, layer in squares.items()}
+        return squares._replace(of={name: tuple(g.sqrt().cpu() for g in layer) for name, layer in squares.of.items()})
 
-    def scores(self, adapter: Adapter, spaces: Mapping[str, Space]) -> dict[str, Parameters]:
-        gradients = self.evidence(adapter)
+    def scores(self, adapter: Adapter, spaces: Mapping[str, Space], answer: Answer) -> dict[str, Parameters]:
         return {
-            name: tuple(w.square() * min_max(g) for w, g in zip(space.parameters, gradients[name], strict=True))
+            name: tuple(w.square() * min_max(g) for w, g in zip(space.parameters, answer.of[name], strict=True))
             for name, space in spaces.items()
         }
 

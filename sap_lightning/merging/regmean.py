@@ -6,21 +6,26 @@ Reference code: bloomberg/dataless-model-merging, src/model_merge/avg_merger.py.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import ClassVar, NamedTuple
 
 import torch
 from torch import Tensor
 
-from sap_lightning.adapter import Adapter
+from sap_lightning.console import track
+from sap_lightning.errors import check_share
 from sap_lightning.functional.consensus import weighted_sum
 from sap_lightning.functional.lora import Update, dense
-from sap_lightning.merging.method import MergeMethod, check_share, client_layers, required
-from sap_lightning.probe import AnchorProbe
-from sap_lightning.terminal import track
+from sap_lightning.io.adapter import Adapter
+from sap_lightning.merging.clients import ClientLayers
+from sap_lightning.merging.method import MergeMethod, Prepared, PreparedLayers, client_layers, required
+from sap_lightning.models.probe import AnchorProbe
 
 # Directions of a Gram matrix of float32 inputs below this share of the largest are rounding errors.
 _NOISE = 1e-6
 
 
+@dataclass(frozen=True)
 class RegMean(MergeMethod):
     """(Σ w_k·ΔW_k·G_k)(Σ w_k·G_k)⁻¹: the ΔW whose outputs are the nearest to every client's own.
 
@@ -36,36 +41,64 @@ class RegMean(MergeMethod):
         off_diagonal: factor in [0, 1] of the off-diagonal elements of G_k.
     """
 
-    name = "regmean"
-    needs_anchors = True
+    name: ClassVar[str] = "regmean"
+    needs_anchors: ClassVar[bool] = True
 
-    def __init__(self, off_diagonal: float = 0.9) -> None:
-        self.off_diagonal = check_share("merge.method.off_diagonal", off_diagonal)
+    off_diagonal: float = 0.9
+
+    def __post_init__(self) -> None:
+        check_share("merge.method.off_diagonal", self.off_diagonal)
 
     def prepare(
         self, adapters: Sequence[Adapter], weights: Sequence[float], anchors: AnchorProbe | None = None
-    ) -> None:
-        probe = required(anchors, self)
-        self.layers = client_layers(adapters)
-        self.weights = list(weights)
-        self.products = {name: _zeros(*clients.shape) for name, clients in self.layers.items()}
-        self.grams = {name: _zeros(clients.shape[1], clients.shape[1]) for name, clients in self.layers.items()}
-        for client, weight in enumerate(track(self.weights, f"{self.name}: clients")):
-            update = {name: clients[client] for name, clients in self.layers.items()}
-            for name, gram in probe.grams(update).items():
-                A, B, scale = update[name]
-                weighted = weight * shrunk(gram.double(), self.off_diagonal)
-                self.products[name].addmm_(B.double(), A.double() @ weighted, alpha=scale)
-                self.grams[name] += weighted
+    ) -> Prepared:
+        problems = regressions(adapters, weights, required(anchors, self), self.off_diagonal)
+        return PreparedLayers(list(problems), lambda name: nearest(problems[name]), title=self.name)
 
-    def apply(self, sparsity: float | None = None) -> dict[str, Update]:
-        return {name: self.merge_layer(name) for name in track(list(self.layers), f"{self.name}: layers")}
 
-    def merge_layer(self, name: str) -> Update:
-        """One layer's update from the average, Σ w_k·ΔW_k·G_k and Σ w_k·G_k."""
-        average = dense(weighted_sum(self.layers[name], self.weights)).double()
-        gram = self.grams[name]
-        return (average + (self.products[name] - average @ gram) @ inverse(gram)).float()
+class Regression(NamedTuple):
+    """What the least squares of one layer are made of.
+
+    Attributes:
+        clients: the layer of every client.
+        weights: each client's share of the whole, w.
+        product: N = Σ w_k·ΔW_k·G_k, shape (d_out, d_in), float64.
+        gram: C = Σ w_k·G_k, shape (d_in, d_in), float64.
+    """
+
+    clients: ClientLayers
+    weights: Sequence[float]
+    product: Tensor
+    gram: Tensor
+
+    @property
+    def average(self) -> Update:
+        """Σ w_k·ΔW_k, where the anchors say nothing."""
+        return weighted_sum(self.clients, self.weights)
+
+
+def regressions(
+    adapters: Sequence[Adapter], weights: Sequence[float], probe: AnchorProbe, off_diagonal: float
+) -> dict[str, Regression]:
+    """The least-squares problem of every layer, from one pass over the anchors for each client."""
+    problems = {
+        name: Regression(clients, weights, _zeros(*clients.shape), _zeros(clients.shape[1], clients.shape[1]))
+        for name, clients in client_layers(adapters).items()
+    }
+    for client, weight in enumerate(track(weights, "regressions: clients")):
+        update = {name: problem.clients[client] for name, problem in problems.items()}
+        for name, gram in probe.grams(update).items():
+            A, B, scale = update[name]
+            weighted = weight * shrunk(gram.double(), off_diagonal)
+            problems[name].product.addmm_(B.double(), A.double() @ weighted, alpha=scale)
+            problems[name].gram.add_(weighted)
+    return problems
+
+
+def nearest(problem: Regression) -> Tensor:
+    """Of the ΔW that minimise the squares the one nearest to the average."""
+    average = dense(problem.average).double()
+    return (average + (problem.product - average @ problem.gram) @ inverse(problem.gram)).float()
 
 
 def shrunk(gram: Tensor, off_diagonal: float) -> Tensor:

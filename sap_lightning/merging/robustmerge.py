@@ -6,18 +6,26 @@ Reference code: AuroraZengfh/RobustMerge, llava/model/builder.py.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from torch import Tensor
 
+from sap_lightning.console import track
+from sap_lightning.errors import check_share
 from sap_lightning.functional.consensus import balanced_factors, padded_sum
 from sap_lightning.functional.lora import LoRALayer, Update
 from sap_lightning.functional.masking import smallest
 from sap_lightning.functional.rescaling import complementary_scales
-from sap_lightning.merging.method import LayerwiseMethod, check_share
+from sap_lightning.io.adapter import Adapter
+from sap_lightning.merging.clients import client_layers
+from sap_lightning.merging.method import MergeMethod, Prepared
+from sap_lightning.models.probe import AnchorProbe
 
 
-class RobustMerge(LayerwiseMethod):
+@dataclass(frozen=True)
+class RobustMerge(MergeMethod):
     """B·A from A = Σ λ·trim(A_k) and B = Σ λ·s_k⊙trim(B_k) / Σ s_k, to the letter of the authors' code.
 
     trim keeps the largest elements of each matrix, and s_k ≥ 1 makes up by rank for what it takes from A_k. As A is a
@@ -32,31 +40,49 @@ class RobustMerge(LayerwiseMethod):
         scale: λ, on both A and B.
     """
 
-    name = "robustmerge"
-    sparsity: float
+    name: ClassVar[str] = "robustmerge"
 
-    def __init__(self, sparsity: float = 0.8, scale: float = 2.0) -> None:
-        self.sparsity = check_share("merge.method.sparsity", sparsity)
-        self.scale = scale
+    sparsity: float = 0.8
+    scale: float = 2.0
 
-    def apply(self, sparsity: float | None = None) -> dict[str, Update]:
-        self.applied_sparsity = self.sparsity if sparsity is None else sparsity
-        return super().apply()
+    def __post_init__(self) -> None:
+        check_share("merge.method.sparsity", self.sparsity)
 
-    def merge_layer(self, layers: Sequence[LoRALayer], weights: Sequence[float]) -> LoRALayer:
+    def prepare(
+        self, adapters: Sequence[Adapter], weights: Sequence[float], anchors: AnchorProbe | None = None
+    ) -> Prepared:
+        return Trimmed(self, adapters, weights)
+
+    def merge_layer(self, layers: Sequence[LoRALayer], weights: Sequence[float], sparsity: float) -> LoRALayer:
+        """One layer's update of clients that are trimmed to a sparsity."""
         merged_A = merged_B = sum_of_s = torch.zeros(0, 0)
         for layer, weight in zip(layers, weights, strict=True):
             if layer.rank:
                 factor = self.scale * len(layers) * weight
-                kept = LoRALayer(
-                    trim(layer.A, self.applied_sparsity), trim(layer.B, self.applied_sparsity), layer.scale
-                )
+                kept = LoRALayer(trim(layer.A, sparsity), trim(layer.B, sparsity), layer.scale)
                 s = complementary_scales(layer.A, kept.A)
                 A, B = balanced_factors(kept)
                 merged_A = padded_sum(merged_A, factor * A)
                 merged_B = padded_sum(merged_B, factor * s * B)
                 sum_of_s = padded_sum(sum_of_s, s[None])
         return LoRALayer(merged_A, torch.where(sum_of_s > 0, merged_B / sum_of_s, 0))
+
+
+@dataclass(frozen=True)
+class Trimmed(Prepared):
+    """Clients to be trimmed and merged layer by layer."""
+
+    method: RobustMerge
+    adapters: Sequence[Adapter]
+    weights: Sequence[float]
+
+    def apply(self, sparsity: float | None = None) -> dict[str, Update]:
+        sparsity = self.method.sparsity if sparsity is None else sparsity
+        layers = list(client_layers(self.adapters).items())
+        return {
+            name: self.method.merge_layer(clients, self.weights, sparsity)
+            for name, clients in track(layers, f"{self.method.name}: layers")
+        }
 
 
 def trim(matrix: Tensor, sparsity: float) -> Tensor:

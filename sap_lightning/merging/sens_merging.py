@@ -7,20 +7,23 @@ baselines/sensmerge/sens_merging.py.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any
+from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from torch import Tensor
 
-from sap_lightning.adapter import Adapter
+from sap_lightning.console import track
+from sap_lightning.errors import check_positive
 from sap_lightning.functional.consensus import weighted_sum
-from sap_lightning.functional.lora import LoRALayer, Update
+from sap_lightning.functional.lora import LoRALayer
 from sap_lightning.functional.spaces import DeltaSpace
-from sap_lightning.merging.method import MergeMethod, check_positive, client_layers, required
-from sap_lightning.probe import AnchorProbe
-from sap_lightning.terminal import track
+from sap_lightning.io.adapter import Adapter
+from sap_lightning.merging.method import MergeMethod, Prepared, PreparedLayers, client_layers, required
+from sap_lightning.models.probe import AnchorProbe
 
 
+@dataclass(frozen=True)
 class SensMerging(MergeMethod):
     """λ·Σ_k K·σ_kˡ·ΔW_kˡ: task arithmetic whose coefficients differ by client and layer.
 
@@ -39,37 +42,30 @@ class SensMerging(MergeMethod):
         temperature: of the softmax, above 0.
     """
 
-    name = "sens_merging"
-    needs_anchors = True
+    name: ClassVar[str] = "sens_merging"
+    needs_anchors: ClassVar[bool] = True
 
-    def __init__(self, scale: float = 0.4, temperature: float = 1.0) -> None:
-        check_positive("merge.method.scale", scale)
-        check_positive("merge.method.temperature", temperature)
-        self.scale = scale
-        self.temperature = temperature
+    scale: float = 0.4
+    temperature: float = 1.0
+
+    def __post_init__(self) -> None:
+        check_positive("merge.method.scale", self.scale)
+        check_positive("merge.method.temperature", self.temperature)
 
     def prepare(
         self, adapters: Sequence[Adapter], weights: Sequence[float], anchors: AnchorProbe | None = None
-    ) -> None:
+    ) -> Prepared:
         probe = required(anchors, self)
-        self.layers = client_layers(adapters)
+        layers = client_layers(adapters)
         sensitivity, logits = [], []
         for client in track(range(len(adapters)), f"{self.name}: clients"):
-            update = {name: clients[client] for name, clients in self.layers.items()}
+            update = {name: clients[client] for name, clients in layers.items()}
             sensitivity.append(layer_sensitivity(update, probe))
             logits.append(probe.logits(update))
-        self.sigma = coefficients(torch.stack(sensitivity), torch.stack(logits), self.temperature)
-
-    @property
-    def findings(self) -> dict[str, Any]:
-        return {"sigma": dict(zip(self.layers, self.sigma.T.tolist(), strict=True))}
-
-    def apply(self, sparsity: float | None = None) -> dict[str, Update]:
-        factors = (self.scale * len(self.sigma) * self.sigma).T.tolist()
-        return {
-            name: weighted_sum(clients, by_client)
-            for (name, clients), by_client in zip(self.layers.items(), factors, strict=True)
-        }
+        sigma = coefficients(torch.stack(sensitivity), torch.stack(logits), self.temperature)
+        factors = dict(zip(layers, (self.scale * len(sigma) * sigma).T.tolist(), strict=True))
+        findings = {"sigma": dict(zip(layers, sigma.T.tolist(), strict=True))}
+        return PreparedLayers(list(layers), lambda name: weighted_sum(layers[name], factors[name]), findings)
 
 
 def layer_sensitivity(update: Mapping[str, LoRALayer], probe: AnchorProbe) -> Tensor:

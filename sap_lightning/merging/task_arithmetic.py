@@ -6,12 +6,15 @@ Reference code: mlfoundations/task_vectors, src/task_vectors.py.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import ClassVar
 
 from sap_lightning.functional.consensus import weighted_sum
 from sap_lightning.functional.lora import LoRALayer, Update
 from sap_lightning.merging.method import LayerwiseMethod
 
 
+@dataclass(frozen=True)
 class TaskArithmetic(LayerwiseMethod):
     """λ·Σ K·w_k·ΔW_k: λ times the plain sum where the K clients count alike.
 
@@ -19,10 +22,9 @@ class TaskArithmetic(LayerwiseMethod):
         scale: λ; 1 / K gives the average.
     """
 
-    name = "task_arithmetic"
+    name: ClassVar[str] = "task_arithmetic"
 
-    def __init__(self, scale: float = 0.3) -> None:
-        self.scale = scale
+    scale: float = 0.3
 
     def merge_layer(self, layers: Sequence[LoRALayer], weights: Sequence[float]) -> Update:
         return weighted_sum(layers, [self.scale * len(layers) * weight for weight in weights])

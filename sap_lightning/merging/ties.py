@@ -6,15 +6,19 @@ Reference code: prateeky2806/ties-merging, src/utils/merge_utils.py.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Literal
+from dataclasses import dataclass
+from typing import ClassVar, Literal
 
-from sap_lightning.adapter import Adapter
+from sap_lightning.errors import check_share
 from sap_lightning.functional.consensus import Consensus, ElectedMean, Majority
-from sap_lightning.functional.lora import Update, scaled
-from sap_lightning.functional.spaces import Parameters, Space
-from sap_lightning.merging.method import PruningMethod, check_share
+from sap_lightning.functional.masking import Scope
+from sap_lightning.functional.spaces import Parameters, Space, magnitudes
+from sap_lightning.io.adapter import Adapter
+from sap_lightning.merging.pruning import PruningMethod
+from sap_lightning.models.probe import Answer
 
 
+@dataclass(frozen=True)
 class TIES(PruningMethod):
     """λ times the disjoint mean of the ΔW, each trimmed to its largest elements.
 
@@ -31,28 +35,26 @@ class TIES(PruningMethod):
         majority: the sign of the larger sum (total) or of more clients (frequency).
     """
 
-    name = "ties"
+    name: ClassVar[str] = "ties"
 
-    def __init__(
-        self,
-        sparsity: float = 0.8,
-        scale: float = 1.0,
-        variant: Literal["authors", "peft", "mergekit"] = "authors",
-        majority: Majority = "total",
-    ) -> None:
-        self.sparsity = check_share("merge.method.sparsity", sparsity)
-        self.scale = scale
-        self.variant = variant
-        self.majority = majority
-        self.scope = "global" if variant == "authors" else "layer"
+    sparsity: float = 0.8
+    scale: float = 1.0
+    variant: Literal["authors", "peft", "mergekit"] = "authors"
+    majority: Majority = "total"
 
-    def scores(self, adapter: Adapter, spaces: Mapping[str, Space]) -> dict[str, Parameters]:
-        return {name: tuple(theta.abs() for theta in space.parameters) for name, space in spaces.items()}
+    def __post_init__(self) -> None:
+        check_share("merge.method.sparsity", self.sparsity)
+
+    @property
+    def scope(self) -> Scope:  # type: ignore[override]  # follows from the variant
+        return "global" if self.variant == "authors" else "layer"
+
+    def scores(self, adapter: Adapter, spaces: Mapping[str, Space], answer: Answer) -> dict[str, Parameters]:
+        return magnitudes(spaces)
 
     def consensus(self) -> Consensus:
         return ElectedMean(self.majority, by_count=self.variant == "peft")
 
-    def apply(self, sparsity: float | None = None) -> dict[str, Update]:
+    def factor(self, clients: int) -> float:
         # PEFT divides by a count, so its weights are 1 where ours are 1 / K.
-        scale = self.scale * (len(self.adapters) if self.variant == "peft" else 1)
-        return {name: scaled(update, scale) for name, update in super().apply(sparsity).items()}
+        return self.scale * (clients if self.variant == "peft" else 1)

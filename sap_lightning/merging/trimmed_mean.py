@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from functools import partial
+from typing import ClassVar
 
 from torch import Tensor
 
@@ -13,6 +15,7 @@ from sap_lightning.functional.lora import LoRALayer
 from sap_lightning.merging.method import LayerwiseMethod
 
 
+@dataclass(frozen=True)
 class TrimmedMean(LayerwiseMethod):
     """The mean of the clients' ΔW at every element without the smallest and largest values there.
 
@@ -26,12 +29,13 @@ class TrimmedMean(LayerwiseMethod):
         InputError: when trim does not lie in [0, 0.5).
     """
 
-    name = "trimmed_mean"
+    name: ClassVar[str] = "trimmed_mean"
 
-    def __init__(self, trim: float = 0.1) -> None:
-        if not 0 <= trim < 0.5:
-            raise InputError(f"merge.method.trim must lie in [0, 0.5), got {trim}")
-        self.trim = trim
+    trim: float = 0.1
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.trim < 0.5:
+            raise InputError(f"merge.method.trim must lie in [0, 0.5), got {self.trim}")
 
     def merge_layer(self, layers: Sequence[LoRALayer], weights: Sequence[float]) -> Tensor:
         return coordinatewise(partial(trimmed_mean, trim=self.trim), layers)

@@ -46,6 +46,7 @@ class CLIPClassifier(L.LightningModule):
         super().__init__()
         self.tower: nn.Module | None = None
         self.logit_scale = 1.0
+        self.class_names: list[str] = []
 
     def use_classes(self, class_names: Sequence[str], features: Tensor) -> None:
         """Classify into these from now on; features have shape (classes, d)."""

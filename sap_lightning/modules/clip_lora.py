@@ -16,11 +16,14 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 from transformers import get_cosine_schedule_with_warmup
 
-from sap_lightning.adapter import Manifest, fingerprint, layer_shapes, sha256_of, write_adapter
-from sap_lightning.base import load_base
-from sap_lightning.data.domains import Batch
-from sap_lightning.errors import InputError
+from sap_lightning.data.loaders import Batch
+from sap_lightning.errors import InputError, check_at_least, check_share
+from sap_lightning.fingerprints import fingerprint
 from sap_lightning.functional.lora import LoRALayer
+from sap_lightning.io.adapter import sha256_of, write_adapter
+from sap_lightning.io.manifest import Manifest
+from sap_lightning.models.clip import load_base
+from sap_lightning.models.layers import layer_shapes
 from sap_lightning.modules.classifier import CLIPClassifier, data_of
 
 
@@ -76,16 +79,14 @@ class CLIPLoRAModule(CLIPClassifier):
         self._check_settings()
 
     def _check_settings(self) -> None:
-        if self.rank < 1:
-            raise InputError(f"model.rank must be at least 1, got {self.rank}")
+        check_at_least("model.rank", self.rank, 1)
         if not self.targets:
             raise InputError("model.targets is empty; name the linear layers that get an adapter")
         for name in ("alpha", "learning_rate", "weight_decay"):
             if not 0 <= getattr(self, name) < math.inf:
                 raise InputError(f"model.{name} must be a finite number from 0 on, got {getattr(self, name)}")
         for name in ("dropout", "warmup", "label_smoothing"):
-            if not 0 <= getattr(self, name) <= 1:
-                raise InputError(f"model.{name} must lie in [0, 1], got {getattr(self, name)}")
+            check_share(f"model.{name}", getattr(self, name))
 
     def configure_model(self) -> None:
         if self.tower is not None:

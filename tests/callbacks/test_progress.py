@@ -13,9 +13,9 @@ import rich
 from places import SHAPES_CLIP
 
 from sap_lightning.callbacks.progress import EpochLog, TitledProgressBar, training_progress
+from sap_lightning.console import on_terminal
 from sap_lightning.data import DomainDataModule
 from sap_lightning.modules import CLIPLoRAModule
-from sap_lightning.terminal import on_terminal
 
 
 def fit(world: Path, epochs: int, val_fraction: float = 0.2, **options: Any) -> None:

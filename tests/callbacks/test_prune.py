@@ -19,13 +19,14 @@ from torch.nn.functional import cosine_similarity
 from torch.testing import assert_close
 from transformers import AutoTokenizer, CLIPModel
 
-from sap_lightning.adapter import layer_shapes, read_adapter, write_adapter
-from sap_lightning.base import load_base
 from sap_lightning.callbacks import SaliencyPruneCallback
 from sap_lightning.data import AnchorDataModule, DomainDataModule
 from sap_lightning.errors import InputError
 from sap_lightning.functional.lora import LoRALayer, Update, dense
+from sap_lightning.io.adapter import read_adapter, write_adapter
 from sap_lightning.merging import SAP, Average
+from sap_lightning.models.clip import load_base
+from sap_lightning.models.layers import layer_shapes
 from sap_lightning.modules import CLIPLoRAModule, MergeModule
 
 SPACES = ["factor", "delta", "singular"]

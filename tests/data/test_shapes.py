@@ -13,9 +13,11 @@ from PIL import Image
 from torch.nn import functional as F
 from transformers import AutoImageProcessor, AutoTokenizer, CLIPModel
 
-from sap_lightning.data import shapes
-from sap_lightning.data.pretrain_shapes import pretrain, train_tokenizer
-from sap_lightning.data.shapes import (
+from places import SHAPES_CLIP
+
+from sap_lightning.data.shapes import world as shapes
+from sap_lightning.data.shapes.pretrain import pretrain, train_tokenizer
+from sap_lightning.data.shapes.world import (
     ANCHORS,
     CLASSES,
     COLOURS,
@@ -27,7 +29,7 @@ from sap_lightning.data.shapes import (
 )
 from sap_lightning.errors import InputError
 
-SHIPPED = Path(shapes.__file__).parent / "shapes_clip"
+SHIPPED = Path(SHAPES_CLIP)
 
 
 @pytest.fixture(scope="module")

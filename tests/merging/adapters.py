@@ -9,8 +9,8 @@ import torch
 from peft import LoraConfig, get_peft_model
 from torch import Tensor, nn
 
-from sap_lightning.adapter import Adapter, sha256_of
 from sap_lightning.functional.lora import LoRALayer, Update, dense
+from sap_lightning.io.adapter import Adapter, sha256_of
 
 SHAPES = {"fc1": (32, 24), "q": (24, 24)}
 FULL_RANK = 24

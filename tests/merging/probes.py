@@ -13,9 +13,11 @@ from torch.func import functional_call
 from torch.nn.functional import normalize
 from transformers import CLIPVisionModelWithProjection
 
-from sap_lightning.adapter import Adapter, Manifest, layer_shapes, sha256_of
 from sap_lightning.functional.lora import LoRALayer, Update, dense
-from sap_lightning.probe import AnchorProbe
+from sap_lightning.io.adapter import Adapter, sha256_of
+from sap_lightning.io.manifest import Manifest
+from sap_lightning.models.layers import layer_shapes
+from sap_lightning.models.probe import AnchorProbe
 
 Layers = Mapping[str, LoRALayer]
 LOGIT_SCALE = 10.0

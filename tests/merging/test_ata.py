@@ -8,9 +8,9 @@ from probes import FC2, PROJECTION, Q, adapter, deltas, is_finite, negative, ran
 from torch import Tensor
 from torch.testing import assert_close
 
-from sap_lightning.adapter import Adapter
 from sap_lightning.errors import InputError
 from sap_lightning.functional.lora import LoRALayer
+from sap_lightning.io.adapter import Adapter
 from sap_lightning.merging.ata import ATA, aggregation_weights
 from sap_lightning.merging.distances import squared_distances
 

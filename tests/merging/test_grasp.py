@@ -6,8 +6,8 @@ from probes import FC2, PROJECTION, Q, captions, exact_delta, images, probe, ran
 from torch import Tensor
 from torch.func import functional_call
 
-from sap_lightning.adapter import Adapter
 from sap_lightning.errors import InputError
+from sap_lightning.io.adapter import Adapter
 from sap_lightning.merging.grasp import GRASP
 
 NAMES = (Q, FC2, PROJECTION)

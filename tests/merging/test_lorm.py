@@ -22,9 +22,9 @@ from probes import (
 from torch import Tensor
 from torch.testing import assert_close
 
-from sap_lightning.adapter import Adapter
 from sap_lightning.errors import InputError
 from sap_lightning.functional.lora import LoRALayer
+from sap_lightning.io.adapter import Adapter
 from sap_lightning.merging.lorm import LoRM, alternate
 from sap_lightning.merging.regmean import RegMean
 

@@ -11,23 +11,15 @@ import torch
 from places import SHAPES_CLIP
 from probes import FC2, PROJECTION, Q, adapter, deltas, exact_delta, probe, random_adapter, random_layer, relative_gap
 
-from sap_lightning.adapter import Adapter, layer_shapes, read_adapter, write_adapter
-from sap_lightning.base import load_base
-from sap_lightning.errors import InputError
+from sap_lightning.errors import InputError, check_at_least, check_positive, check_share
 from sap_lightning.functional.lora import LoRALayer, Update, dense
 from sap_lightning.functional.spaces import Parameters, Space
+from sap_lightning.io.adapter import Adapter, read_adapter, write_adapter
 from sap_lightning.merging import METHODS, Average
-from sap_lightning.merging.method import (
-    ClientLayers,
-    LayerwiseMethod,
-    MergeMethod,
-    PruningMethod,
-    check_at_least,
-    check_positive,
-    check_share,
-    client_layers,
-)
-from sap_lightning.probe import AnchorProbe
+from sap_lightning.merging.method import ClientLayers, LayerwiseMethod, MergeMethod, PruningMethod, client_layers
+from sap_lightning.models.clip import load_base
+from sap_lightning.models.layers import layer_shapes
+from sap_lightning.models.probe import AnchorProbe
 
 MODULE = '''
 from sap_lightning.errors import InputError

@@ -8,8 +8,8 @@ from adapters import SHAPES, adapter_of, assert_same, random_adapter
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from sap_lightning.adapter import Adapter
 from sap_lightning.functional.lora import LoRALayer, dense
+from sap_lightning.io.adapter import Adapter
 from sap_lightning.merging.average import Average
 from sap_lightning.merging.dare import DARE
 from sap_lightning.merging.fedavg import FedAvg

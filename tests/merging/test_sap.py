@@ -27,12 +27,12 @@ from torch import Tensor
 from torch.func import functional_call
 from torch.nn.functional import cross_entropy, normalize
 
-from sap_lightning.adapter import Adapter, sha256_of
 from sap_lightning.errors import InputError
 from sap_lightning.functional.lora import LoRALayer, Update, dense
+from sap_lightning.io.adapter import Adapter, sha256_of
 from sap_lightning.merging.distances import mean_cosine
 from sap_lightning.merging.sap import SAP, SAPAuto
-from sap_lightning.probe import AnchorProbe
+from sap_lightning.models.probe import AnchorProbe
 
 WEIGHTS = [0.5, 0.3, 0.2]
 Thetas = list[Tensor]

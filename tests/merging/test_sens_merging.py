@@ -25,8 +25,8 @@ from probes import (
 from torch import Tensor
 from torch.testing import assert_close
 
-from sap_lightning.adapter import Adapter
 from sap_lightning.errors import InputError
+from sap_lightning.io.adapter import Adapter
 from sap_lightning.merging.sens_merging import SensMerging, coefficients
 
 ANCHORS = 8

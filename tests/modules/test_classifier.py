@@ -7,7 +7,7 @@ from places import SHAPES_CLIP
 from torch.utils.data import DataLoader, TensorDataset
 from transformers import AutoTokenizer, CLIPModel
 
-from sap_lightning.base import load_base
+from sap_lightning.models.clip import load_base
 from sap_lightning.modules.classifier import CLIPClassifier, accuracy_metrics
 
 CLASSES = ["star", "moon", "house"]

@@ -17,11 +17,13 @@ from places import SHAPES_CLIP
 from safetensors.torch import load_file
 from torch.testing import assert_close
 
-from sap_lightning.adapter import fingerprint, layer_shapes, read_adapter, sha256_of
-from sap_lightning.base import load_base
 from sap_lightning.data import DomainDataModule
 from sap_lightning.errors import InputError
+from sap_lightning.fingerprints import fingerprint
 from sap_lightning.functional.lora import LoRALayer
+from sap_lightning.io.adapter import read_adapter, sha256_of
+from sap_lightning.models.clip import load_base
+from sap_lightning.models.layers import layer_shapes
 from sap_lightning.modules import CLIPLoRAModule
 
 TARGETS = ("q_proj", "k_proj", "v_proj", "out_proj")

@@ -16,13 +16,14 @@ from safetensors.torch import load_file
 from torchmetrics.classification import MulticlassCalibrationError
 from transformers import CLIPModel, CLIPVisionModelWithProjection
 
-from sap_lightning.adapter import Adapter, layer_shapes, read_adapter, sha256_of
-from sap_lightning.base import linear_weight, load_base
 from sap_lightning.data import AnchorDataModule, DomainDataModule
 from sap_lightning.errors import InputError
+from sap_lightning.federation.poison import Poison, boosted
+from sap_lightning.io.adapter import Adapter, read_adapter, sha256_of
 from sap_lightning.merging import TIES, Average, RegMean
+from sap_lightning.models.clip import load_base
+from sap_lightning.models.layers import layer_shapes, linear_weight
 from sap_lightning.modules.merge import MergeModule
-from sap_lightning.poison import Poison, boosted
 
 DOMAINS = ["cartoon", "painting", "photo"]
 

@@ -1,0 +1,158 @@
+"""The commands, a function each: they put the parts together and show what became of it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+import yaml
+from lightning.pytorch.utilities import rank_zero_only
+from rich.console import Console
+
+from sap_lightning.callbacks.prune import SaliencyPruneCallback
+from sap_lightning.cli import SapCLI
+from sap_lightning.data.folder import ImageFolderDataModule
+from sap_lightning.errors import InputError
+from sap_lightning.federation.client import UNTRAINED, train_client
+from sap_lightning.federation.one_shot import OneShotFederation, chosen_domains, server_logger
+from sap_lightning.federation.run_folder import SERVER_SETTINGS, RunFolder, hold_to
+from sap_lightning.federation.sweep import SEED, check, folder_of, measure
+from sap_lightning.files import held, refuse_existing, write_csv, write_text
+from sap_lightning.merging.merged import Merged, push_to_hub
+from sap_lightning.merging.selection import check_rejection
+from sap_lightning.modules.merge import MergeModule
+from sap_lightning.reporting.layers import report_table
+from sap_lightning.reporting.show import show
+from sap_lightning.results import Results
+
+MODEL_CONFIG_FILE = "config.json"
+
+
+def fit(args: Sequence[str]) -> None:
+    """Train a client on each domain, merge for every unseen domain, and evaluate. Continues an interrupted run."""
+    cli = SapCLI("fit", args, fit.__doc__)
+    with held(cli.config_init.federation.run_dir):
+        federation = cli.federation()
+        federation.run()
+        show(federation, federation.comparable())
+
+
+def sweep(args: Sequence[str]) -> None:
+    """Measure merge methods over sparsities, seeds, unseen domains and settings. Continues an interrupted sweep."""
+    cli = SapCLI("sweep", args, sweep.__doc__)
+    plan, run_dir = cli.config_init.sweep, Path(cli.config_init.federation.run_dir)
+    if cli.config_init.merge.method is not None:
+        raise InputError("merge.method is for fit and merge; name methods in sweep.methods")
+    if cli.config_init.federation.unseen is not None:
+        raise InputError("federation.unseen is for fit; name domains in sweep.unseen")
+    results = Results(run_dir)
+
+    def federation_of(seed: int, variant: Mapping[str, Any]) -> OneShotFederation:
+        one = cli.varied({SEED: seed, **variant})
+        unseen = None if plan.unseen == "all" else chosen_domains("sweep.unseen", plan.unseen, one.datamodule.domains)
+        return one.federation(
+            run_dir=str(folder_of(run_dir, seed, variant)),
+            unseen=unseen,
+            plan=plan.of(variant, one.config_init.prune),
+            results=results,
+            free_settings=SERVER_SETTINGS,
+        )
+
+    check(plan, federation_of)
+    with held(run_dir):
+        write_text(run_dir / "sweep.yaml", yaml.safe_dump(cli.settings(), sort_keys=False, allow_unicode=True))
+        first, wanted = measure(plan, federation_of)
+        show(first, results.only(wanted))
+
+
+def client(args: Sequence[str]) -> None:
+    """Train one client (--data.domain) at its own site and write its upload to <federation.run_dir>/uploads."""
+    cli = SapCLI("client", args, client.__doc__)
+    folder, domain = RunFolder(cli.config_init.federation.run_dir), cli.datamodule.domain
+    if (folder.path / "config.yaml").is_file():
+        hold_to(folder.path, cli.settings())
+    if domain is not None:
+        hold_to(folder.client(domain), cli.settings())
+    upload = train_client(cli.model, cli.datamodule, folder, cli.make_trainer, f"client {domain}")
+    rank_zero_only(print)(f"Upload: {upload}")
+
+
+def merge(args: Sequence[str]) -> None:
+    """Prune and merge uploads (--uploads DIR [DIR ...]) on the server and write the result to --merge.output."""
+    cli = SapCLI("merge", args, merge.__doc__)
+    options, module = cli.config_init.merge, cli.merge
+    if not cli.config_init.uploads:
+        raise InputError("--uploads is not set; name the folders that clients sent")
+    if options.output is None:
+        raise InputError("merge.output is not set; name a new folder for the merged model")
+    refuse_existing(options.output)
+    module.require_towers()
+    module.use(module.read_uploads(cli.config_init.uploads))
+    if module.reject_outliers:
+        check_rejection(len(module.adapters))
+    metrics = _merge_on_anchors(cli) if module.looks_at_anchors else {}
+    merged = module.merged or module.merge()
+    _leave_behind(merged, module, options, metrics)
+
+
+def _merge_on_anchors(cli: SapCLI) -> dict[str, float]:
+    logger = server_logger(cli.config_init.federation.run_dir)
+    trainer = cli.make_trainer([SaliencyPruneCallback()], logger=logger, **UNTRAINED)
+    trainer.validate(cli.merge, datamodule=cli.config_init.anchors, verbose=False)
+    return {"anchor_loss": float(trainer.callback_metrics["anchor_loss"])}
+
+
+@rank_zero_only
+def _leave_behind(merged: Merged, module: MergeModule, options: Any, metrics: Mapping[str, float]) -> None:
+    module.save(options.output, metrics)
+    if options.report:
+        Console().print(report_table(merged.adapters, merged.weights, merged.update))
+    measured = "".join(f", {name.replace('_', ' ')} {value:.4f}" for name, value in metrics.items())
+    print(f"Merged {len(merged.adapters)} uploads by {merged.method.name}{measured}: {options.output}")
+    if options.push_to_hub:
+        print(f"Uploaded to {push_to_hub(options.output, options.push_to_hub)}")
+
+
+def test(args: Sequence[str]) -> None:
+    """Evaluate zero-shot, an upload or a merged model (--uploads DIR) on the whole of --data.domain."""
+    cli = SapCLI("test", args, test.__doc__)
+    cli.make_trainer(logger=False, **UNTRAINED).test(_model(cli), datamodule=cli.datamodule)
+
+
+def predict(args: Sequence[str]) -> None:
+    """Classify a folder (--predict.images DIR --data.class_names [a,b]) by zero-shot or --uploads DIR; writes a CSV."""
+    cli = SapCLI("predict", args, predict.__doc__)
+    options, class_names = cli.config_init.predict, cli.config_init.data.class_names
+    if class_names is None:
+        raise InputError("data.class_names is not set; name the classes to choose from")
+    refuse_existing(options.output)
+    if not Path(options.output).absolute().parent.is_dir():
+        raise InputError(f"predict.output {options.output}: there is no such folder; make it first")
+    model = _model(cli)
+    data = ImageFolderDataModule(options.images, class_names, model.base, cli.datamodule.batch_size)
+    trainer = cli.make_trainer(logger=False, devices=1, **UNTRAINED)
+    batches = cast(list[torch.Tensor], trainer.predict(model, datamodule=data))
+    probability, label = torch.cat(batches).max(1)
+    rows = zip(data.names, label.tolist(), probability.tolist(), strict=True)
+    table = [[name, class_names[index], f"{share:.4f}"] for name, index, share in rows]
+    write_csv(Path(options.output), [["image", "class", "probability"], *table])
+    print(f"{len(data.names)} images: {options.output}")
+
+
+def _model(cli: SapCLI) -> MergeModule:
+    """The base, or what --uploads names: an upload, a merged adapter or a merged model."""
+    uploads, base, templates = cli.config_init.uploads, cli.model.base, cli.model.templates
+    if len(uploads) > 1:
+        raise InputError(f"--uploads: {cli.command} takes one, got {len(uploads)}; merge them first")
+    if uploads and (Path(uploads[0]) / MODEL_CONFIG_FILE).is_file():
+        return MergeModule(uploads[0], templates)
+    module = MergeModule(base, templates)
+    if uploads:
+        (adapter,) = module.read_uploads(uploads)
+        module.wear(adapter.layers)
+    return module
+
+
+COMMANDS = {"fit": fit, "sweep": sweep, "client": client, "merge": merge, "test": test, "predict": predict}

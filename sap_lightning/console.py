@@ -1,0 +1,63 @@
+"""What a person sees while a command runs: log lines, bars, and not the noise of the libraries below."""
+
+from __future__ import annotations
+
+import logging
+import os
+import warnings
+from collections.abc import Iterable, Sequence
+from typing import TypeVar
+
+import transformers
+from rich import get_console
+from rich.logging import RichHandler
+from rich.progress import track as progress_track
+
+Item = TypeVar("Item")
+
+NOISE = (
+    r".*LightningCLI's args parameter.*",
+    r".*`isinstance\(treespec, LeafSpec\)` is deprecated.*",
+    r".*is_gradient_checkpointing.*",
+    r".*module\(s\) in eval mode at the start of training.*",
+    r".*smaller than the logging interval.*",
+    r".*Checkpoint directory .* exists and is not empty.*",
+    r".*GPU available but not used.*",
+    r".*Total length of `DataLoader` across ranks is zero.*",
+    r".*The given buffer is not writable.*",
+    r".*does not have many workers.*",
+)
+
+
+def quieten() -> None:
+    """Shows this package's log lines and hides the noise of its libraries."""
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    for message in NOISE:
+        warnings.filterwarnings("ignore", message)
+    for name in ("lightning.pytorch", "lightning.fabric", "datasets", "httpx"):
+        logging.getLogger(name).setLevel(logging.ERROR)
+    transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
+    package = logging.getLogger("sap_lightning")
+    package.addHandler(_handler())
+    package.setLevel(logging.INFO if os.environ.get("LOCAL_RANK", "0") == "0" else logging.WARNING)
+    package.propagate = False
+
+
+def _handler() -> logging.Handler:
+    if on_terminal():
+        # The console of the progress bars, so that lines go above them.
+        return RichHandler(console=get_console(), show_time=False, show_level=False, show_path=False)
+    handler = logging.StreamHandler()
+    handler.setFormatter(logging.Formatter("%(asctime)s %(message)s"))
+    return handler
+
+
+def on_terminal() -> bool:
+    """Whether somebody watches a terminal."""
+    return get_console().is_terminal
+
+
+def track(items: Sequence[Item], description: str) -> Iterable[Item]:
+    """The items, with a bar that goes away when they are through."""
+    return progress_track(items, description, transient=True) if on_terminal() else items

@@ -1,0 +1,137 @@
+"""Measuring points: the merge module becomes each one's model and is tested on the unseen domain."""
+
+from __future__ import annotations
+
+import logging
+import shutil
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import NamedTuple
+
+import lightning as L
+
+from sap_lightning.console import track
+from sap_lightning.data.anchors import AnchorDataModule
+from sap_lightning.data.domains import DomainDataModule
+from sap_lightning.federation.points import Point
+from sap_lightning.federation.run_folder import RunFolder
+from sap_lightning.merging.merged import Merged, holds
+from sap_lightning.merging.method import MergeMethod
+from sap_lightning.modules.merge import MergeModule
+from sap_lightning.results import Result, Results
+
+log = logging.getLogger(__name__)
+
+
+class Preparation(NamedTuple):
+    """A merge, and what it was prepared of: a method and adapters by their hashes."""
+
+    method: MergeMethod
+    sources: list[str]
+    merged: Merged
+
+
+class Evaluation:
+    """Measures what is not known yet.
+
+    Args:
+        merge: becomes the model of each point.
+        anchors: the server's image–caption pairs.
+        server: the trainer that merges on anchors.
+        evaluator: the trainer that tests.
+        results: where points are kept.
+        models: the run folder that merged models are written to; nowhere if not given.
+    """
+
+    def __init__(
+        self,
+        merge: MergeModule,
+        anchors: AnchorDataModule,
+        server: L.Trainer,
+        evaluator: L.Trainer,
+        results: Results,
+        models: RunFolder | None = None,
+    ) -> None:
+        self.merge = merge
+        self.anchors = anchors
+        self.server = server
+        self.evaluator = evaluator
+        self.results = results
+        self.models = models
+        self._prepared: Preparation | None = None
+
+    def measure(self, points: Sequence[Point], data: DomainDataModule) -> None:
+        """Measures points of one unseen domain.
+
+        Args:
+            points: models to be measured.
+            data: the domain.
+        """
+        unknown = [point for point in points if self._lacks_model(point) or not self.results.has(point.result)]
+        for point in track(unknown, f"evaluating on {data.domain}"):
+            known = None if self._lacks_model(point) else self.results.measured(point.result.measurement)
+            of = known or self._test(point, data)
+            self.results.add(replace(point.result, metrics=of.metrics, rejected=of.rejected, provenance=of.provenance))
+        self.results.write_csv()
+
+    def become(self, point: Point) -> Merged | None:
+        """Makes the merge module the model of a point; a method is prepared once for the same adapters.
+
+        Returns:
+            The merge; None for zero-shot and a client alone.
+        """
+        if point.method is None:
+            self.merge.wear(point.adapters[0].layers if point.adapters else {})
+            return None
+        merged = self._prepare(point.method, point)
+        if point.result.sparsity != point.method.sparsity:
+            merged = merged.at(point.result.sparsity)
+        self.merge.wear(merged.update)
+        return merged
+
+    def _prepare(self, method: MergeMethod, point: Point) -> Merged:
+        sources = point.result.sources
+        if self._prepared is None or self._prepared[:2] != (method, sources):
+            self._prepared = None  # what was prepared before need not stay in memory meanwhile
+            self.merge.wear({})
+            self._prepared = Preparation(method, sources, self._merge(method, point))
+        return self._prepared.merged
+
+    def _merge(self, method: MergeMethod, point: Point) -> Merged:
+        self.merge.use(point.adapters, method)
+        if not self.merge.looks_at_anchors:
+            return self.merge.merge()
+        self.server.validate(self.merge, datamodule=self.anchors, verbose=False)
+        assert self.merge.merged is not None  # validation on anchors merges
+        return self.merge.merged
+
+    def _test(self, point: Point, data: DomainDataModule) -> Result:
+        """Measures a model, and keeps what it said of each image and, of a merge, the model."""
+        merged = self.become(point)
+        (metrics,) = self.evaluator.test(self.merge, datamodule=data, verbose=False)
+        result, accuracy = point.result, metrics["accuracy"]
+        log.info("%s on unseen %s, seed %d: accuracy %.3f", result.label, result.unseen, result.seed, accuracy)
+        self.results.keep_predictions(result.measurement, self.merge.predictions)
+        if merged is not None and (folder := self._model_folder(point)):
+            self._keep_model(merged, folder, {f"accuracy on {result.unseen}": accuracy})
+        return replace(result, metrics=dict(metrics), rejected=list(merged.rejected) if merged else [])
+
+    def _model_folder(self, point: Point) -> Path | None:
+        """Where the merged model of a point is kept; nowhere that of other points."""
+        if point.method is None or self.models is None or point.poisoned:
+            return None
+        rejecting = "-rejecting" if self.merge.reject_outliers else ""
+        return self.models.merged(point.result.unseen, f"{point.method.name}{rejecting}")
+
+    def _lacks_model(self, point: Point) -> bool:
+        """Whether a merged model that is to be kept is not there, or another in its place."""
+        folder = self._model_folder(point)
+        return folder is not None and point.method is not None and not holds(folder, point.method, point.result.sources)
+
+    def _keep_model(self, merged: Merged, folder: Path, metrics: dict[str, float]) -> None:
+        """Writes the merged model to the run folder, in place of one that was merged otherwise."""
+        if self.server.is_global_zero and not merged.stands_in(folder):
+            shutil.rmtree(folder, ignore_errors=True)
+            merged.save(folder, metrics, self.merge.format, self.merge.rank)
+        self.server.strategy.barrier()

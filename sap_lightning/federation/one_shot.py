@@ -1,0 +1,265 @@
+"""One-shot federation: clients train and upload once, the server merges for every unseen domain and evaluates."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+import yaml
+from lightning.pytorch.loggers import TensorBoardLogger
+from lightning.pytorch.utilities import rank_zero_only
+
+from sap_lightning.callbacks.prune import SaliencyPruneCallback
+from sap_lightning.data.anchors import AnchorDataModule
+from sap_lightning.data.domains import DomainDataModule
+from sap_lightning.errors import InputError
+from sap_lightning.federation.client import UNTRAINED, TrainerFactory, train_client
+from sap_lightning.federation.evaluation import Evaluation
+from sap_lightning.federation.points import Plan, Points, Sent
+from sap_lightning.federation.poison import Poison
+from sap_lightning.federation.provenance import provenance
+from sap_lightning.federation.run_folder import FREE_SETTINGS, RunFolder, config_file, hold_to
+from sap_lightning.files import as_json, write_text
+from sap_lightning.io.adapter import Adapter
+from sap_lightning.io.manifest import check_domain
+from sap_lightning.merging import SAP, Average
+from sap_lightning.merging.selection import check_rejection
+from sap_lightning.modules.clip_lora import CLIPLoRAModule
+from sap_lightning.modules.merge import MergeModule
+from sap_lightning.results import Result, Results
+
+
+def server_logger(run_dir: str | Path) -> TensorBoardLogger:
+    """TensorBoard events of the server, in <run_dir>/server."""
+    return TensorBoardLogger(run_dir, name="", version="server", default_hp_metric=False)
+
+
+class OneShotFederation:
+    """Runs the whole protocol in a run folder, and continues there what was interrupted.
+
+    Args:
+        client: the module that every client trains a copy of.
+        data: the domains; each one is a client, and in turn the unseen domain.
+        anchors: the server's image–caption pairs.
+        merge: merges the uploads and evaluates the result.
+        make_trainer: gives a Lightning Trainer for keyword arguments that override its own.
+        run_dir: folder of the run: config.yaml, clients, uploads, merged, results and report.
+        unseen: domains to hold out in turn; all of them if not given, but for the poisoned client's.
+        clients: domains whose clients take part; all of them if not given.
+        poison: a client that does harm; merges are then measured with and without it.
+        plan: which merges are measured; if not given the plain average, and the merge module's method or SAP.
+        results: where points are kept, if not in the run folder.
+        config: settings that the run folder is held to; a folder of other settings is refused.
+        free_settings: those of them that may differ.
+
+    Attributes:
+        sent: what the clients sent, once it was collected.
+        points: what is measured of it.
+
+    Raises:
+        InputError: for fewer than two domains, or domains that there are not.
+    """
+
+    sent: Sent
+    points: Points
+
+    def __init__(
+        self,
+        client: CLIPLoRAModule,
+        data: DomainDataModule,
+        anchors: AnchorDataModule,
+        merge: MergeModule,
+        make_trainer: TrainerFactory = L.Trainer,
+        run_dir: str = "runs/federation",
+        unseen: list[str] | str | None = None,
+        clients: list[str] | None = None,
+        poison: Poison | None = None,
+        plan: Plan | None = None,
+        results: Results | None = None,
+        config: Mapping[str, Any] | None = None,
+        free_settings: Sequence[str] = FREE_SETTINGS,
+    ) -> None:
+        if len(data.domains) < 2:
+            raise InputError(
+                f"data.root holds the one domain {', '.join(data.domains)}; a federation needs at least two"
+            )
+        self.client = client
+        self.data = data
+        self.anchors = anchors
+        self.merge = merge
+        self.make_trainer = make_trainer
+        self.folder = RunFolder(run_dir)
+        self.clients = chosen_domains("federation.clients", clients, data.domains)
+        self.poison = poison if poison and poison.domain else None
+        self.unseen = self._unseen(unseen)
+        self.plan = plan or Plan({method.name: method for method in (Average(), merge.method or SAP())})
+        self.results = results or Results(self.folder.path)
+        self.config = dict(config or {})
+        self.free_settings = free_settings
+        self.server = make_trainer(callbacks=[SaliencyPruneCallback()], logger=server_logger(run_dir), **UNTRAINED)
+        self.evaluator = make_trainer(logger=False, **UNTRAINED)
+        self.evaluation = Evaluation(
+            merge, anchors, self.server, self.evaluator, self.results, self.folder if self.plan.keeps_models else None
+        )
+
+    def _unseen(self, unseen: Sequence[str] | str | None) -> list[str]:
+        chosen = chosen_domains("federation.unseen", unseen, self.data.domains)
+        if self.poison is None:
+            return chosen
+        chosen_domains("federation.poison.domain", self.poison.domain, self.clients)
+        if unseen is not None and self.poison.domain in chosen:
+            raise InputError(
+                f"federation.unseen {self.poison.domain}: the poisoned client has no part in a merge for its own"
+                " domain; leave it out"
+            )
+        return [domain for domain in chosen if domain != self.poison.domain]
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """All that was configured but the run folder."""
+        federation = {name: value for name, value in self.config.get("federation", {}).items() if name != "run_dir"}
+        return {**self.config, "federation": federation}
+
+    @property
+    def domains(self) -> list[str]:
+        """Domains that some unseen domain needs a client of."""
+        return [d for d in self.clients if any(d != unseen for unseen in self.unseen)]
+
+    def run(self) -> Results:
+        """Trains, collects, merges and evaluates whatever is not done yet.
+
+        Raises:
+            InputError: when the settings differ from the run folder's, or an upload is faulty.
+        """
+        self.check()
+        if self.config:
+            hold_to(self.folder.path, self.config, self.free_settings)
+        self._keep_settings()
+        honest = self.collect(self.train())
+        self.sent = Sent(honest, self._poisoned(), self.poison.label if self.poison else "")
+        made_with = provenance(self.settings)
+        self.points = Points(
+            self.plan, self.sent, self.data, self.anchors, self.merge, self.evaluator.precision, made_with
+        )
+        for unseen in self.unseen:
+            self.merge.remember_stem(self.sent.all)
+            self.evaluation.measure(list(self.points.on(unseen)), self.data.for_domain(unseen))
+        return self.results
+
+    @rank_zero_only
+    def _keep_settings(self) -> None:
+        """Writes the settings that the rows of the results name by their hash."""
+        file = self.results.folder / config_file(self.settings)
+        file.parent.mkdir(parents=True, exist_ok=True)
+        write_text(file, yaml.safe_dump(as_json(self.settings), sort_keys=False, allow_unicode=True))
+
+    def wanted(self) -> list[Result]:
+        """The points that this federation measures, without their metrics."""
+        return [point.result for unseen in self.unseen for point in self.points.on(unseen)]
+
+    def comparable(self) -> Results:
+        """The points of this run and, to stand beside them, earlier merges of the same clients for the same domains."""
+        wanted = self.wanted()
+        places = {point.place for point in wanted}
+        clients = {(point.unseen, *point.sources) for point in wanted}
+        earlier = [
+            row
+            for row in self.results.rows
+            if (row.seed, row.variant) == (self.data.seed, self.plan.variant)
+            and row.place not in places
+            and (row.unseen, *row.sources) in clients
+        ]
+        latest = {row.label: row.settings for row in earlier}
+        return self.results.only([*wanted, *(row for row in earlier if row.settings == latest[row.label])])
+
+    def check(self) -> None:
+        """Finds a faulty base, faulty anchors, a domain's name or too few clients before clients train for hours.
+
+        Raises:
+            InputError: for the first of them.
+        """
+        self._check_number_of_clients()
+        for unseen in self.unseen:
+            self._keep_from_anchors(unseen)
+        for domain in self.domains:
+            check_domain(domain)
+        self.merge.configure_model()
+        self.merge.encode_captions(self.anchors.captions)
+
+    def _check_number_of_clients(self) -> None:
+        clients = min(len(set(self.clients) - {unseen}) for unseen in self.unseen)
+        left = "an unseen domain leaves"
+        if self.merge.reject_outliers:
+            check_rejection(clients)
+            clients -= (clients - 1) // 2  # fewer than half can stand out
+            left = "an unseen domain and the rejection of outliers can leave"
+        for name, method in self.plan.methods.items():
+            if clients < max(method.least_clients, 1):
+                raise InputError(
+                    f"merge.method {name} needs at least {method.least_clients} clients at these settings, {left}"
+                    f" {clients}; change its settings or the method"
+                )
+
+    def _keep_from_anchors(self, unseen: str) -> None:
+        anchors = Path(self.anchors.root).expanduser().resolve()
+        images = (Path(self.data.root).expanduser() / unseen).resolve()
+        if images.is_dir() and (anchors.is_relative_to(images) or images.is_relative_to(anchors)):
+            raise InputError(
+                f"anchors.root {self.anchors.root} holds images of {unseen}, which is to be unseen; take anchors from"
+                " elsewhere, or name other domains in federation.unseen (sweep.unseen in a sweep)"
+            )
+
+    def train(self) -> list[Path]:
+        """Trains every client that has not uploaded yet, and returns all uploads."""
+        uploads = []
+        for number, domain in enumerate(self.domains, start=1):
+            title = f"client {number} of {len(self.domains)} ({domain})"
+            client = copy.deepcopy(self.client)
+            uploads.append(train_client(client, self.data.for_domain(domain), self.folder, self.make_trainer, title))
+        return uploads
+
+    def collect(self, uploads: Sequence[Path]) -> list[Adapter]:
+        """Reads the uploads, each of which must come from its own domain."""
+        adapters = self.merge.read_uploads(uploads)
+        found, expected = sorted(adapter.name for adapter in adapters), sorted(upload.name for upload in uploads)
+        if found != expected:
+            raise InputError(f"{uploads[0].parent}: uploads are of domains {found}, expected {expected}")
+        return adapters
+
+    def _poisoned(self) -> list[Adapter]:
+        """What the poisoned client sends in place of its honest adapter; nothing if there is none."""
+        if self.poison is None or self.poison.domain not in self.domains:
+            return []
+        domain, folder = self.poison.domain, self.folder.poisoned(self.poison.name)
+        if self.poison.poisons_labels:
+            data = self.poison.relabelled(self.data.for_domain(domain))
+            train_client(copy.deepcopy(self.client), data, folder, self.make_trainer, f"poisoned client {domain}")
+        elif self.server.is_global_zero and not folder.upload(domain).exists():
+            self.poison.rewrite(self.folder.upload(domain), folder.upload(domain))
+        self.server.strategy.barrier()
+        return self.collect([folder.upload(domain)])
+
+    def upload_of(self, adapter: Adapter) -> Path:
+        """The folder that an adapter was read from."""
+        poisoned = self.poison is not None and adapter in self.sent.poisoned
+        folder = self.folder.poisoned(self.poison.name) if self.poison and poisoned else self.folder
+        return folder.upload(adapter.name)
+
+
+def chosen_domains(setting: str, chosen: Sequence[str] | str | None, domains: Sequence[str]) -> list[str]:
+    """The domains that a setting names, all where it names none.
+
+    Raises:
+        InputError: naming the setting, when it is empty, names others or one twice.
+    """
+    names = list(domains) if chosen is None else [chosen] if isinstance(chosen, str) else list(chosen)
+    if unknown := sorted(set(names) - set(domains)):
+        raise InputError(f"{setting} {', '.join(unknown)}: no such domain; there are {', '.join(domains)}")
+    if not names:
+        raise InputError(f"{setting} is empty; choose from {', '.join(domains)}, or null for all")
+    if twice := [name for name in names if names.count(name) > 1]:
+        raise InputError(f"{setting} names {twice[0]} twice")
+    return names

@@ -1,0 +1,208 @@
+"""What is measured: every model on every unseen domain, each point named by all that its metrics depend on."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import Any, NamedTuple
+
+from torch import nn
+
+from sap_lightning.data.anchors import AnchorDataModule
+from sap_lightning.data.domains import DomainDataModule
+from sap_lightning.files import as_json
+from sap_lightning.fingerprints import digest, fingerprint
+from sap_lightning.io.adapter import Adapter
+from sap_lightning.merging.method import MergeMethod
+from sap_lightning.modules.merge import MergeModule
+from sap_lightning.results import ZERO_SHOT, Kind, Result
+
+
+class Point(NamedTuple):
+    """A model that is to be measured on an unseen domain.
+
+    Attributes:
+        result: what is known of it but the metrics.
+        adapters: what it is made of; nothing for zero-shot.
+        method: how; None for zero-shot and a client alone.
+        poisoned: whether one of the adapters is poisoned.
+    """
+
+    result: Result
+    adapters: Sequence[Adapter]
+    method: MergeMethod | None = None
+    poisoned: bool = False
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Which merges are measured.
+
+    Attributes:
+        methods: by what the table calls them.
+        sparsities: values of ρ for the methods that prune; each method's own if empty.
+        variant: the settings that a sweep changed, by name.
+        keeps_models: whether merged models are written to the run folder.
+    """
+
+    methods: Mapping[str, MergeMethod]
+    sparsities: Sequence[float] = ()
+    variant: Mapping[str, Any] = field(default_factory=dict)
+    keeps_models: bool = True
+
+    def sparsities_of(self, method: MergeMethod) -> Sequence[float | None]:
+        """Where a method is measured."""
+        return self.sparsities if self.sweeps(method) else [method.sparsity]
+
+    def sweeps(self, method: MergeMethod) -> bool:
+        """Whether a method is measured at several sparsities."""
+        return method.sparsity is not None and len(self.sparsities) > 0
+
+
+class Sent(NamedTuple):
+    """What the clients sent.
+
+    Attributes:
+        honest: every client's own adapter.
+        poisoned: what one of them sends in place of its own; nothing without a poisoned client.
+        label: what was done to it.
+    """
+
+    honest: Sequence[Adapter]
+    poisoned: Sequence[Adapter] = ()
+    label: str = ""
+
+    @property
+    def adapters(self) -> list[Adapter]:
+        """What the server gets, in the order of their content."""
+        replaced = {adapter.name for adapter in self.poisoned}
+        kept = [adapter for adapter in self.honest if adapter.name not in replaced]
+        return sorted([*kept, *self.poisoned], key=lambda adapter: adapter.sha256)
+
+    @property
+    def all(self) -> list[Adapter]:
+        """Honest and poisoned adapters."""
+        return [*self.honest, *self.poisoned]
+
+    def label_of(self, adapter: Adapter) -> str:
+        """What was done to an adapter; empty for an honest one."""
+        return self.label if adapter in self.poisoned else ""
+
+
+class Points:
+    """Lists the points of each unseen domain.
+
+    Args:
+        plan: which merges.
+        sent: what the clients sent.
+        data: the domains.
+        anchors: the server's image–caption pairs.
+        merge: the module that is measured, with its base loaded.
+        precision: that it is evaluated in.
+        provenance: what every row was made with.
+    """
+
+    def __init__(
+        self,
+        plan: Plan,
+        sent: Sent,
+        data: DomainDataModule,
+        anchors: AnchorDataModule,
+        merge: MergeModule,
+        precision: str,
+        provenance: dict[str, str],
+    ) -> None:
+        self.plan = plan
+        self.sent = sent
+        self.data = data
+        self.anchors = anchors
+        self.merge = merge
+        self.precision = precision
+        self.provenance = provenance
+        self._images: dict[str, str] = {}
+
+    def on(self, unseen: str) -> Iterator[Point]:
+        """All that is to be measured on an unseen domain, in an order that prepares each method once."""
+        honest, poisoned, sent = (
+            [adapter for adapter in adapters if adapter.name != unseen]
+            for adapters in (self.sent.honest, self.sent.poisoned, self.sent.adapters)
+        )
+        yield self._point("zero-shot", ZERO_SHOT, unseen, ())
+        for adapter in sorted(honest, key=lambda adapter: adapter.name):
+            yield self._point("client", f"client {adapter.name}", unseen, [adapter])
+        for adapter in poisoned:
+            yield self._point("client", f"client {adapter.name}", unseen, [adapter], condition=self.sent.label)
+        for name, method in self.plan.methods.items():
+            yield from self._merges(name, unseen, honest, method)
+            if poisoned:
+                yield from self._merges(name, unseen, sent, method, self.sent.label)
+
+    def _merges(
+        self, model: str, unseen: str, adapters: Sequence[Adapter], method: MergeMethod, poison: str = ""
+    ) -> Iterator[Point]:
+        rejecting = "rejecting outliers" if self.merge.reject_outliers else ""
+        condition = ", ".join(filter(None, [poison, rejecting]))
+        for sparsity in self.plan.sparsities_of(method):
+            yield self._point("merge", model, unseen, adapters, method, sparsity, condition)
+
+    def _point(
+        self,
+        kind: Kind,
+        model: str,
+        unseen: str,
+        adapters: Sequence[Adapter],
+        method: MergeMethod | None = None,
+        sparsity: float | None = None,
+        condition: str = "",
+    ) -> Point:
+        settings = self._settings_of(method, sparsity) if method else {}
+        sources = [adapter.sha256 for adapter in adapters]
+        result = Result(
+            kind=kind,
+            model=model,
+            unseen=unseen,
+            measurement=self._measurement(unseen, sources, settings),
+            sparsity=sparsity,
+            swept=method is not None and self.plan.sweeps(method),
+            seed=self.data.seed,
+            condition=condition,
+            variant=dict(self.plan.variant),
+            settings=settings,
+            sources=sources,
+            provenance=self.provenance,
+        )
+        return Point(result, adapters, method, any(adapter in self.sent.poisoned for adapter in adapters))
+
+    def _measurement(self, unseen: str, sources: Sequence[str], settings: Mapping[str, Any]) -> str:
+        """A digest of all that the metrics of a model depend on."""
+        images = [self.data.class_names, unseen, self._images_of(unseen)]
+        prompts = [list(self.merge.templates), self._texts, self.merge.logit_scale]
+        base = [self.merge.base, self.merge.base_fingerprint, self.precision]
+        return digest(images, base, prompts, sources, settings)
+
+    def _images_of(self, unseen: str) -> str:
+        """Changes whenever an image of the domain does; looked up once, as the points of a run are of one state."""
+        if unseen not in self._images:
+            self._images[unseen] = self.data.fingerprint(unseen)
+        return self._images[unseen]
+
+    @cached_property
+    def _texts(self) -> str:
+        """Tells the base's text tower from others."""
+        texts = self.merge.texts
+        return fingerprint(nn.ModuleList([texts.model, texts.projection]))
+
+    def _settings_of(self, method: MergeMethod, sparsity: float | None) -> dict[str, Any]:
+        """What decides the outcome of a merge beside the adapters, as JSON knows it."""
+        settings = {"method": method.name, **method.settings, "weights": self.merge.weights}
+        if method.code:
+            settings["code"] = method.code
+        if sparsity is not None:
+            settings["sparsity"] = sparsity
+        if method.needs_anchors or self.merge.reject_outliers:
+            settings["anchors"] = {name: getattr(self.anchors, name) for name in ("root", "num_pairs", "noise")}
+            settings["anchors"]["content"] = self.anchors.fingerprint
+        if self.merge.reject_outliers:
+            settings["reject_outliers"] = True
+        return dict(as_json(settings))

@@ -1,0 +1,215 @@
+"""LoRA adapters in and out of PEFT's format: what a client uploads, and what the server dares to merge.
+
+An upload is a folder with `adapter_model.safetensors`, `adapter_config.json` and an optional `manifest.json`, or the
+bytes of these files. PEFT loads it as it is, and any LoRA folder that PEFT saved for the same base is an upload.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from hashlib import sha256
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from sap_lightning.errors import InputError
+from sap_lightning.files import new_folder
+from sap_lightning.fingerprints import hash_tensor
+from sap_lightning.functional.lora import LoRALayer
+from sap_lightning.io.factors import Shapes, StoredLayers, Weights, require_finite, weights_bytes
+from sap_lightning.io.files import MANIFEST_FILE, WEIGHTS_FILE, FilesInFolder, FilesInMemory, UploadFiles
+from sap_lightning.io.manifest import Manifest, manifest_from, require_base
+from sap_lightning.io.peft_config import (
+    CLIP,
+    CONFIG_FILE,
+    MAX_PATTERNS,
+    alpha_of,
+    model_fields,
+    peft_config,
+    require_plain_lora,
+    scaling_from,
+)
+from sap_lightning.io.rules import RANK, errors_in, json_bytes, require
+
+
+@dataclass(frozen=True)
+class Adapter:
+    """One client's LoRA, checked against the base. Two adapters are equal when their sha256 are.
+
+    Attributes:
+        name: the manifest's domain, else the folder's name.
+        layers: float32 factors and scale by layer name, sorted by name; what comes from disk is read again whenever
+            it is looked at, so that a thousand adapters take the memory of one layer.
+        sha256: `sha256_of` the layers: the same for the same update, however its files are laid out.
+        manifest: None for a plain PEFT folder.
+        peft: what PEFT's config says of the model that the layers belong to.
+    """
+
+    name: str = field(compare=False)
+    layers: Mapping[str, LoRALayer] = field(compare=False, repr=False)
+    sha256: str
+    manifest: Manifest | None = field(default=None, compare=False)
+    peft: Mapping[str, Any] = field(default_factory=dict, compare=False, repr=False)
+
+    @property
+    def num_samples(self) -> int | None:
+        """Number of training images, None if the upload does not say."""
+        return self.manifest.num_samples if self.manifest else None
+
+
+def sha256_of(layers: Mapping[str, LoRALayer]) -> str:
+    """sha256 over the sorted names, scales and float32 factors of an adapter."""
+    digest = sha256()
+    for name, layer in sorted(layers.items()):
+        # A file states α, not s, and α / r may differ from s in the last bit.
+        digest.update(f"{name}\0{(alpha_of(layer) / layer.rank).hex()}\0".encode())
+        hash_tensor(digest, "A", layer.A)
+        hash_tensor(digest, "B", layer.B)
+    return digest.hexdigest()
+
+
+def read_adapter(
+    folder: str | os.PathLike[str], shapes: Shapes | None = None, base_fingerprint: str | None = None
+) -> Adapter:
+    """Read an upload from its folder, whole or not at all. Nothing is unpickled.
+
+    Args:
+        folder: the upload.
+        shapes: `layer_shapes` of the base's vision tower; if not given, the adapter may be of any model, and its
+            layers keep the names that PEFT gave them.
+        base_fingerprint: `fingerprint` of that tower; compared with the manifest's, if there is one.
+
+    Raises:
+        InputError: a file is missing, malformed or outside the folder; the adapter is for another base or of
+            a kind other than ΔW = s·B·A; a tensor is unknown, missing, not finite or of a wrong shape or
+            dtype; the manifest's hash is not that of the tensors.
+    """
+    folder = Path(folder)
+    try:
+        return _read(FilesInFolder(folder), folder.absolute().name, shapes, base_fingerprint)
+    except OSError as error:
+        raise InputError(f"{folder}: cannot be read ({error.strerror}); check the files") from None
+
+
+def adapter_from_bytes(
+    files: Mapping[str, bytes], sender: str, shapes: Shapes | None = None, base_fingerprint: str | None = None
+) -> Adapter:
+    """Read an upload from the bytes of its files, as `adapter_files` gives them. Nothing is unpickled.
+
+    Args:
+        files: by name; others than the three of an upload are not looked at.
+        sender: names the adapter where no manifest does, and is what messages call it.
+        shapes: as for `read_adapter`.
+        base_fingerprint: as for `read_adapter`.
+
+    Raises:
+        InputError: as `read_adapter` does.
+    """
+    return _read(FilesInMemory(files, sender), sender, shapes, base_fingerprint)
+
+
+def _read(files: UploadFiles, name: str, shapes: Shapes | None, base_fingerprint: str | None) -> Adapter:
+    manifest = None
+    if files.has(MANIFEST_FILE):
+        content = files.json(MANIFEST_FILE)
+        with errors_in(files.place(MANIFEST_FILE)):
+            manifest = manifest_from(content)
+            require_base(manifest.base_fingerprint, base_fingerprint, manifest.base)
+    config = PeftConfig(files.json(CONFIG_FILE), files.place(CONFIG_FILE))
+    adapter = adapter_from(files.weights(), config, name, manifest, shapes)
+    if manifest and manifest.tensors_sha256 != adapter.sha256:
+        raise InputError(
+            f"{files.place(MANIFEST_FILE)}: tensors_sha256 is {manifest.tensors_sha256}, the tensors and scales "
+            f"give {adapter.sha256}; the files have changed since they were written, upload them again"
+        )
+    return adapter
+
+
+class PeftConfig(NamedTuple):
+    """The object in adapter_config.json, or what stands for it, and what messages call its place."""
+
+    content: dict[str, Any]
+    place: str
+
+
+def adapter_from(
+    weights: Weights, config: PeftConfig, name: str, manifest: Manifest | None, shapes: Shapes | None
+) -> Adapter:
+    """The adapter that tensors and PEFT's config make: every check on them, wherever they come from.
+
+    Args:
+        weights: the factors under PEFT's keys.
+        config: rank, α and whatever else PEFT says.
+        name: of the adapter where there is no manifest.
+        manifest: what the client says of it.
+        shapes: as for `read_adapter`.
+
+    Raises:
+        InputError: as `read_adapter` does.
+    """
+    with errors_in(config.place):
+        require_plain_lora(config.content)
+        scaling = scaling_from(config.content, MAX_PATTERNS if shapes is None else len(shapes))
+    layers = StoredLayers(weights, scaling, shapes)
+    name = manifest.domain if manifest else name
+    return Adapter(name, layers, sha256_of(dict(layers)), manifest, model_fields(config.content))
+
+
+def write_adapter(
+    folder: str | os.PathLike[str],
+    layers: Mapping[str, LoRALayer],
+    base: str,
+    manifest: Manifest | None = None,
+    peft: Mapping[str, Any] | None = None,
+) -> Path:
+    """Write an adapter that `PeftModel.from_pretrained(CLIPVisionModelWithProjection, folder)` loads.
+
+    Equal adapters give equal bytes. Factors become float32; ranks and scales may differ between layers.
+
+    Args:
+        folder: must not exist; it appears complete or not at all.
+        layers: factors by the layer's name in `CLIPVisionModelWithProjection`.
+        base: name or path of the base checkpoint, for PEFT's `base_model_name_or_path`.
+        manifest: makes the folder an upload.
+        peft: what PEFT's config is to say of the model; a `CLIPVisionModelWithProjection` if not given.
+
+    Returns:
+        The folder.
+
+    Raises:
+        InputError: the folder exists or cannot be written, the adapter is empty or not finite, or the
+            manifest is for other layers.
+    """
+    folder = Path(folder)
+    with new_folder(folder) as staging, errors_in(folder):
+        for name, content in adapter_files(layers, base, manifest, peft).items():
+            (staging / name).write_bytes(content)
+    return folder
+
+
+def adapter_files(
+    layers: Mapping[str, LoRALayer],
+    base: str,
+    manifest: Manifest | None = None,
+    peft: Mapping[str, Any] | None = None,
+) -> dict[str, bytes]:
+    """The files of an adapter folder by name, see `write_adapter`.
+
+    Raises:
+        InputError: the adapter is empty or not finite, or the manifest is for other layers.
+    """
+    if not layers:
+        raise InputError("the adapter has no layers; nothing to write")
+    for name, layer in layers.items():
+        require(f"rank of {name}", layer.rank, RANK)
+        require_finite(name, layer)
+    if manifest and manifest.tensors_sha256 != sha256_of(layers):
+        raise InputError("the manifest's tensors_sha256 is for other layers; use sha256_of(layers)")
+    files = {
+        WEIGHTS_FILE: weights_bytes(layers),
+        CONFIG_FILE: json_bytes(peft_config(layers, base) | dict(CLIP if peft is None else peft)),
+    }
+    if manifest:
+        files[MANIFEST_FILE] = json_bytes(asdict(manifest))
+    return files

@@ -1,0 +1,116 @@
+"""The files of an upload, in a folder or in memory."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Protocol
+
+from safetensors import SafetensorError
+from safetensors.torch import load
+
+from sap_lightning.errors import InputError
+from sap_lightning.io.factors import Weights, WeightsFile, WeightsInMemory
+from sap_lightning.io.peft_config import CONFIG_FILE
+from sap_lightning.io.rules import errors_in, object_from, short
+
+WEIGHTS_FILE = "adapter_model.safetensors"
+MANIFEST_FILE = "manifest.json"
+
+_MAX_JSON_BYTES = 2**20
+
+
+class UploadFiles(Protocol):
+    """The files of one upload."""
+
+    def has(self, name: str) -> bool:
+        """Whether a file is there."""
+
+    def place(self, name: str) -> str:
+        """How messages call a file."""
+
+    def json(self, name: str) -> dict[str, Any]:
+        """The object in a JSON file."""
+
+    def weights(self) -> Weights:
+        """The tensors of the weights file."""
+
+
+class FilesInFolder:
+    """Regular files of a folder, none of which leads out of it."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+
+    def has(self, name: str) -> bool:
+        return os.path.lexists(self.folder / name)
+
+    def place(self, name: str) -> str:
+        return str(self.folder / name)
+
+    def json(self, name: str) -> dict[str, Any]:
+        path = self._regular_file(name)
+        with errors_in(path):
+            _require_size(path.stat().st_size)
+            return object_from(path.read_bytes())
+
+    def weights(self) -> Weights:
+        return WeightsFile(self._regular_file(WEIGHTS_FILE))
+
+    def _regular_file(self, name: str) -> Path:
+        folder, path = self.folder, self.folder / name
+        if not folder.is_dir():
+            raise InputError(f"{folder}: no such folder; expected one with {WEIGHTS_FILE} and {CONFIG_FILE}")
+        if not os.path.lexists(path):
+            if name == WEIGHTS_FILE and os.path.lexists(folder / "adapter_model.bin"):
+                raise InputError(f"{folder}: adapter_model.bin is a pickle, never read; save as {WEIGHTS_FILE}")
+            raise InputError(f"{path}: no such file; save the adapter with PEFT's save_pretrained")
+        if not Path(os.path.realpath(path)).is_relative_to(os.path.realpath(folder)):
+            raise InputError(f"{path}: leads outside the folder; put the file itself there")
+        if not path.is_file():
+            raise InputError(f"{path}: not a regular file; put the file itself there")
+        return path
+
+
+class FilesInMemory:
+    """Files by name, as they came over a network.
+
+    Args:
+        files: the bytes of each file.
+        sender: how messages call whoever sent them.
+    """
+
+    def __init__(self, files: Mapping[str, bytes], sender: str) -> None:
+        self.files = files
+        self.sender = sender
+
+    def has(self, name: str) -> bool:
+        return name in self.files
+
+    def place(self, name: str) -> str:
+        return f"{self.sender}: {name}"
+
+    def json(self, name: str) -> dict[str, Any]:
+        with errors_in(self.place(name)):
+            _require_size(len(self._content(name)))
+            return object_from(self._content(name))
+
+    def weights(self) -> Weights:
+        place = self.place(WEIGHTS_FILE)
+        with errors_in(place):
+            content = self._content(WEIGHTS_FILE)
+        try:
+            return WeightsInMemory(load(content), place)
+        except (SafetensorError, KeyError) as error:  # a KeyError for a dtype that torch does not have
+            raise InputError(f"{place}: not safetensors, {short(str(error))}; save the adapter again") from None
+
+    def _content(self, name: str) -> bytes:
+        if name not in self.files:
+            raise InputError("is missing; send the whole upload")
+        return self.files[name]
+
+
+def _require_size(size: int) -> None:
+    if size > _MAX_JSON_BYTES:
+        raise InputError(f"larger than {_MAX_JSON_BYTES} bytes; save the adapter again")

@@ -1,0 +1,107 @@
+"""What a client says about its adapter, and what the server accepts of that."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from sap_lightning.errors import InputError
+from sap_lightning.io.rules import NUMBER, TEXT, TEXT_BY_NAME, Rule, is_integer, is_text, matches, require, short
+
+_TEXTS = Rule(lambda value: isinstance(value, tuple) and all(map(is_text, value)), "a list of texts")
+_NAME = Rule(matches(r"[A-Za-z0-9_-][A-Za-z0-9 _.-]{0,63}"), "at most 64 letters, digits, spaces and _ - . (not first)")
+_SHA256 = Rule(matches(r"[0-9a-f]{64}"), "a sha256 in hex")
+_COUNT = Rule(lambda value: is_integer(value, 1), "a positive integer")
+_SEED = Rule(lambda value: is_integer(value, 0), "an integer from 0")
+_VERSION = Rule(lambda value: is_integer(value, 1, 1), "1, the only version known here")
+_RULES = {
+    "format_version": _VERSION,
+    "base": TEXT,
+    "base_fingerprint": _SHA256,
+    "domain": _NAME,
+    "class_names": _TEXTS,
+    "num_samples": _COUNT,
+    "rank": _COUNT,
+    "alpha": NUMBER,
+    "targets": _TEXTS,
+    "seed": _SEED,
+    "packages": TEXT_BY_NAME,
+    "tensors_sha256": _SHA256,
+}
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """What a client says about its adapter; nothing in it depends on when or where it was written.
+
+    Attributes:
+        base: name or path of the base checkpoint.
+        base_fingerprint: `fingerprint` of the base's vision tower.
+        domain: the client's domain; a plain name, as it may name a folder.
+        class_names: the classes it was trained on, in order.
+        num_samples: number of training images.
+        rank: r of the adapter.
+        alpha: α of the adapter.
+        targets: names of the adapted modules.
+        seed: seed of the training.
+        packages: versions of the packages that trained it.
+        tensors_sha256: `sha256_of` the adapter's layers.
+        format_version: version of the manifest's format.
+
+    Raises:
+        InputError: a value of the wrong type or out of range.
+    """
+
+    base: str
+    base_fingerprint: str
+    domain: str
+    class_names: tuple[str, ...]
+    num_samples: int
+    rank: int
+    alpha: float
+    targets: tuple[str, ...]
+    seed: int
+    packages: dict[str, str]
+    tensors_sha256: str
+    format_version: int = 1
+
+    def __post_init__(self) -> None:
+        for name, rule in _RULES.items():
+            require(name, getattr(self, name), rule)
+
+
+def manifest_from(content: dict[str, Any]) -> Manifest:
+    """A manifest from its JSON object.
+
+    Raises:
+        InputError: naming a field that is missing, unknown or wrong.
+    """
+    require("format_version", content.get("format_version"), _VERSION)
+    if missing := sorted(_RULES.keys() - content.keys()):
+        raise InputError(f"{missing[0]} is missing; write the upload again")
+    if unknown := sorted(content.keys() - _RULES.keys()):
+        raise InputError(f"unknown field {short(unknown[0])}; write the upload again")
+    values: dict[str, Any] = {key: tuple(v) if isinstance(v, list) else v for key, v in content.items()}
+    return Manifest(**values)
+
+
+def require_base(trained_on: str, expected: str | None, name: str = "") -> None:
+    """Raises InputError when an adapter was trained on another base than the one at hand.
+
+    Args:
+        trained_on: `fingerprint` of the base it was trained on.
+        expected: that of the base at hand; any base is right if not given.
+        name: of the base it was trained on, if known.
+    """
+    if expected not in (None, trained_on):
+        which = f", {short(name)}" if name else ""
+        raise InputError(
+            f"base_fingerprint is {trained_on}, this base's is {expected}; merge it into the base it was trained on"
+            f"{which}"
+        )
+
+
+def check_domain(name: str) -> None:
+    """Raises InputError when an upload cannot name its domain so."""
+    if not _NAME.holds(name):
+        raise InputError(f"domain {name!r}: its name must be {_NAME.words}; rename the folder, or the dataset's value")

@@ -1,0 +1,202 @@
+"""PEFT's ``adapter_config.json``: what of it ΔW = s·B·A depends on, and what may stand there."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections import Counter
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from peft import LoraConfig
+from peft.utils.other import get_pattern_key
+
+from sap_lightning.errors import InputError
+from sap_lightning.functional.lora import LoRALayer
+from sap_lightning.io.rules import NUMBER, OBJECT, RANK, TEXT, TEXT_BY_NAME, Rule, matches, require, short
+
+CONFIG_FILE = "adapter_config.json"
+MAX_PATTERNS = 4096
+CLIP = {
+    "auto_mapping": {
+        "base_model_class": "CLIPVisionModelWithProjection",
+        "parent_library": "transformers.models.clip.modeling_clip",
+    }
+}
+"""What the config of an adapter says of its model when that is CLIP's vision tower."""
+
+# What describes, selects or trains the layers, but leaves ΔW = s·B·A as it is.
+_HARMLESS_FIELDS = frozenset(
+    {
+        "auto_mapping",
+        "base_model_name_or_path",
+        "corda_config",
+        "eva_config",
+        "exclude_modules",
+        "fan_in_fan_out",
+        "inference_mode",
+        "layers_pattern",
+        "layers_to_transform",
+        "loftq_config",
+        "lora_dropout",
+        "lora_ga_config",
+        "megatron_core",
+        "peft_version",
+        "qalora_group_size",
+        "revision",
+        "target_modules",
+        "task_type",
+    }
+)
+_CHECKED_FIELDS = frozenset(
+    {
+        "alpha_pattern",
+        "bias",
+        "init_lora_weights",
+        "lora_alpha",
+        "peft_type",
+        "r",
+        "rank_pattern",
+        "use_rslora",
+    }
+)
+# The others (PiSSA, OLoRA, CorDA, LoftQ, LoRA-GA) move a part of the base's weights into the factors.
+_INITS_KEEPING_THE_BASE = ("gaussian", "eva", "orthogonal", "mica")
+
+
+def _is_plain_pattern(value: str) -> bool:
+    # Neither groups nor many repeats: a hostile pattern with them takes years to match.
+    if not matches(r"[\w.^$\\\[\]*+-]{1,256}")(value) or sum(map(value.count, "*+")) > 2:
+        return False
+    try:
+        return bool(re.compile(value))
+    except re.error:
+        return False
+
+
+_FLAG = Rule(lambda value: isinstance(value, bool), "true or false")
+_LORA = Rule(lambda value: value == "LORA", "'LORA', the only kind that can be merged")
+_NO_BIAS = Rule(lambda value: value == "none", "'none', as biases cannot be merged")
+_PATTERN = Rule(_is_plain_pattern, "a layer's name or a pattern with at most two repeats and no groups")
+_TRANSFORMERS_CLASS = Rule(
+    lambda value: (
+        TEXT_BY_NAME.holds(value)
+        and value.keys() == {"base_model_class", "parent_library"}
+        and matches(r"transformers(\.\w+)*")(value["parent_library"])
+    ),
+    "a class of transformers",
+)
+_INIT = Rule(
+    lambda value: value is None or isinstance(value, bool) or value in _INITS_KEEPING_THE_BASE,
+    "one that keeps the base's weights; save the adapter with path_initial_model_for_weight_conversion",
+)
+_MODEL_FIELDS = {"auto_mapping": _TRANSFORMERS_CLASS, "task_type": TEXT, "fan_in_fan_out": _FLAG}
+
+
+@dataclass(frozen=True)
+class Scaling:
+    """Rank and scale of each layer, by PEFT's own rules."""
+
+    rank: int
+    alpha: float
+    rank_pattern: dict[str, int]
+    alpha_pattern: dict[str, float]
+    use_rslora: bool
+
+    def __post_init__(self) -> None:
+        require("r", self.rank, RANK)
+        require("lora_alpha", self.alpha, NUMBER)
+        require("use_rslora", self.use_rslora, _FLAG)
+        _require_pattern("rank_pattern", self.rank_pattern, RANK)
+        _require_pattern("alpha_pattern", self.alpha_pattern, NUMBER)
+
+    def rank_of(self, layer: str) -> int:
+        """r of a layer by PEFT's name for it."""
+        return self.rank_pattern.get(get_pattern_key(list(self.rank_pattern), layer), self.rank)
+
+    def scale_of(self, layer: str) -> float:
+        """s of a layer by PEFT's name for it."""
+        alpha = self.alpha_pattern.get(get_pattern_key(list(self.alpha_pattern), layer), self.alpha)
+        rank = self.rank_of(layer)
+        return alpha / math.sqrt(rank) if self.use_rslora else alpha / rank
+
+
+def model_fields(config: dict[str, Any]) -> dict[str, Any]:
+    """What the config says of its model; PEFT imports the library it names, so nothing but transformers may stand."""
+    return {name: config[name] if rule.holds(config.get(name)) else None for name, rule in _MODEL_FIELDS.items()}
+
+
+def scaling_from(config: dict[str, Any], most_patterns: int = MAX_PATTERNS) -> Scaling:
+    """Rank and scale of each layer from the config.
+
+    Args:
+        config: the object in adapter_config.json.
+        most_patterns: how many layers may be of another rank or α than the rest.
+
+    Raises:
+        InputError: naming a field that is missing or wrong.
+    """
+    if missing := sorted({"r", "lora_alpha"} - config.keys()):
+        raise InputError(f"{missing[0]} is missing; save the adapter with PEFT's save_pretrained")
+    scaling = Scaling(
+        rank=config["r"],
+        alpha=config["lora_alpha"],
+        rank_pattern=config.get("rank_pattern") or {},
+        alpha_pattern=config.get("alpha_pattern") or {},
+        use_rslora=config.get("use_rslora", False),
+    )
+    if max(len(scaling.rank_pattern), len(scaling.alpha_pattern)) > most_patterns:
+        raise InputError(f"more rank or alpha patterns than the base's {most_patterns} linear layers")
+    return scaling
+
+
+def require_plain_lora(config: dict[str, Any]) -> None:
+    """Raises InputError when the config is of anything but ΔW = s·B·A on the base's own weights."""
+    require("peft_type", config.get("peft_type"), _LORA)
+    require("bias", config.get("bias", "none"), _NO_BIAS)
+    require("init_lora_weights", config.get("init_lora_weights", True), _INIT)
+    for name in sorted(config.keys() - _HARMLESS_FIELDS - _CHECKED_FIELDS):
+        if config[name]:
+            raise InputError(
+                f"{short(name)} is {short(config[name])}, but only plain LoRA, ΔW = s·B·A, can be merged; "
+                "train the adapter without it"
+            )
+
+
+def _require_pattern(name: str, pattern: Any, rule: Rule) -> None:
+    require(name, pattern, OBJECT)
+    for key, value in pattern.items():
+        require(f"key of {name}", key, _PATTERN)
+        require(f"{name}[{key!r}]", value, rule)
+
+
+def alpha_of(layer: LoRALayer) -> float:
+    """α of a layer, s·r: what a file states."""
+    return float(layer.scale * layer.rank)
+
+
+def peft_config(layers: Mapping[str, LoRALayer], base: str) -> dict[str, Any]:
+    """The config of an adapter with these layers, but for what it says of the model."""
+    ranks = {name: layer.rank for name, layer in sorted(layers.items())}
+    alphas = {name: _whole(alpha_of(layer)) for name, layer in sorted(layers.items())}
+    rank, alpha = _most_common(ranks.values()), _most_common(alphas.values())
+    config = LoraConfig(
+        base_model_name_or_path=base,
+        inference_mode=True,
+        r=rank,
+        lora_alpha=alpha,
+        rank_pattern={name: value for name, value in ranks.items() if value != rank},
+        alpha_pattern={name: value for name, value in alphas.items() if value != alpha},
+    )
+    # Full names, so that PEFT refuses a model without these layers instead of leaving it as it was.
+    return config.to_dict() | {"target_modules": sorted(layers)}
+
+
+def _whole(value: float) -> int | float:
+    """16 for 16.0, as PEFT writes it."""
+    return int(value) if value.is_integer() else value
+
+
+def _most_common(values: Iterable[Any]) -> Any:
+    return Counter(values).most_common(1)[0][0]

@@ -1,0 +1,90 @@
+"""What values from outside must be, in rules and in words, and how errors call them."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from reprlib import Repr
+from typing import Any, NamedTuple
+
+import torch
+
+from sap_lightning.errors import InputError
+
+MAX_FLOAT32 = torch.finfo(torch.float32).max
+_MAX_RANK = 4096
+
+
+class Rule(NamedTuple):
+    """What a value from outside must be, as a test and in words."""
+
+    holds: Callable[[Any], bool]
+    words: str
+
+
+def matches(pattern: str) -> Callable[[Any], bool]:
+    """The test whether a value is a text of this pattern, in ASCII."""
+    return lambda value: isinstance(value, str) and re.fullmatch(pattern, value, re.ASCII) is not None
+
+
+def is_text(value: Any) -> bool:
+    """Whether a value is one printable line."""
+    return isinstance(value, str) and value.isprintable()
+
+
+def is_integer(value: Any, least: int, most: int = 2**63 - 1) -> bool:
+    """Whether a value is an integer, and no bool, in this range."""
+    return type(value) is int and least <= value <= most
+
+
+TEXT = Rule(is_text, "one line of text")
+TEXT_BY_NAME = Rule(
+    lambda value: isinstance(value, dict) and all(map(is_text, (*value, *value.values()))), "texts by name"
+)
+NUMBER = Rule(lambda value: type(value) in (int, float) and abs(value) < MAX_FLOAT32, "a finite number")
+RANK = Rule(lambda value: is_integer(value, 1, _MAX_RANK), f"an integer from 1 to {_MAX_RANK}")
+OBJECT = Rule(lambda value: isinstance(value, dict), "an object")
+
+
+def require(name: str, value: Any, rule: Rule) -> None:
+    """Raises InputError when a value breaks a rule."""
+    if not rule.holds(value):
+        raise InputError(f"{name} is {short(value)}, expected {rule.words}")
+
+
+def short(value: object) -> str:
+    """A value from outside, escaped and cut to fit into one line."""
+    printer = Repr()
+    printer.maxstring = 120
+    return printer.repr(value)
+
+
+@contextmanager
+def errors_in(place: str | Path) -> Iterator[None]:
+    """Puts the place before what is wrong there."""
+    try:
+        yield
+    except InputError as error:
+        raise InputError(f"{place}: {error}") from None
+
+
+def object_from(content: bytes) -> dict[str, Any]:
+    """The object that JSON text holds.
+
+    Raises:
+        InputError: no JSON, or no object.
+    """
+    try:
+        value = json.loads(content.decode())
+    except (ValueError, RecursionError) as error:
+        raise InputError(f"not valid JSON, {short(str(error))}; save the adapter again") from None
+    require("the file", value, OBJECT)
+    return dict(value)
+
+
+def json_bytes(content: dict[str, Any]) -> bytes:
+    """An object as JSON text; equal ones give equal bytes."""
+    return (json.dumps(content, indent=2, sort_keys=True) + "\n").encode()

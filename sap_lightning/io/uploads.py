@@ -1,0 +1,134 @@
+"""Where uploads come from: folders, the Hugging Face hub, and Lightning checkpoints of our own clients."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+
+import torch
+from huggingface_hub import snapshot_download
+
+from sap_lightning.console import track
+from sap_lightning.errors import InputError, first_line
+from sap_lightning.files import cache_folder
+from sap_lightning.io.adapter import Adapter, PeftConfig, adapter_from, read_adapter
+from sap_lightning.io.factors import Shapes, WeightsInMemory
+from sap_lightning.io.files import MANIFEST_FILE, WEIGHTS_FILE
+from sap_lightning.io.manifest import require_base
+from sap_lightning.io.peft_config import CONFIG_FILE
+from sap_lightning.io.rules import errors_in
+
+HUB_ID = re.compile(r"[\w-][\w.-]*/[\w.-]+")
+
+
+def read_uploads(
+    uploads: Sequence[str | Path],
+    shapes: Shapes | None = None,
+    base_fingerprint: str | None = None,
+    base_shapes: Shapes | None = None,
+) -> list[Adapter]:
+    """Reads and validates uploads, in an order that depends on their content only.
+
+    Args:
+        uploads: PEFT folders, hub ids (user/name), or checkpoints (.ckpt) of this package's clients.
+        shapes: as for `read_adapter`.
+        base_fingerprint: as for `read_adapter`.
+        base_shapes: without `shapes`: of a base whose layers the adapters may name with a prefix more or less, as PEFT
+            does for models with a head; layers that it lacks are left alone if it has others of the same adapter.
+
+    Raises:
+        InputError: when one is faulty, two are the same, or they are of different bases.
+    """
+    found: dict[str, str] = {}
+    adapters = []
+    for upload in track(uploads, "reading uploads"):
+        adapter = _read(upload, shapes, base_fingerprint)
+        if adapter.sha256 in found:
+            raise InputError(f"{upload}: the same adapter as {found[adapter.sha256]}; give each upload once")
+        found[adapter.sha256] = str(upload)
+        adapters.append(adapter)
+    if shapes is None:
+        found_shapes = [(one.name, {name: layer.shape for name, layer in one.layers.items()}) for one in adapters]
+        _require_one_base(found_shapes)
+        for client, layers in found_shapes:
+            _require_base(client, layers, base_shapes or {})
+    return sorted(adapters, key=lambda adapter: adapter.sha256)
+
+
+def _read(upload: str | Path, shapes: Shapes | None, base_fingerprint: str | None) -> Adapter:
+    path = Path(upload)
+    if path.suffix == ".ckpt" and path.is_file():
+        return _read_checkpoint(path, shapes, base_fingerprint)
+    if not path.exists() and HUB_ID.fullmatch(str(upload)):
+        path = _download(str(upload))
+    return read_adapter(path, shapes, base_fingerprint)
+
+
+def _download(hub_id: str) -> Path:
+    folder = cache_folder() / "uploads" / hub_id.replace("/", "--")
+    try:
+        # Into a folder of its own: the hub's cache is made of links, and an upload may not lead outside its folder.
+        snapshot_download(hub_id, local_dir=folder, allow_patterns=[WEIGHTS_FILE, CONFIG_FILE, MANIFEST_FILE])
+    except Exception as error:  # the hub's client raises many kinds
+        raise InputError(f"{hub_id}: no such folder, and not to be had from the hub: {first_line(error)}") from error
+    return folder
+
+
+def _read_checkpoint(path: Path, shapes: Shapes | None, base_fingerprint: str | None) -> Adapter:
+    try:
+        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+        trained_on = checkpoint["base_fingerprint"]
+        settings = checkpoint["hyper_parameters"]
+        config = {"peft_type": "LORA", "r": settings["rank"], "lora_alpha": settings["alpha"]}
+        tensors = {_peft_key(key): value for key, value in checkpoint["state_dict"].items() if "lora_" in key}
+    except Exception as error:  # torch raises whatever a faulty file leads it to
+        raise InputError(f"{path}: no checkpoint of a client of this package; give its upload folder") from error
+    if not tensors:
+        raise InputError(f"{path}: holds no LoRA factors; give a checkpoint of a client")
+    with errors_in(path):
+        require_base(trained_on, base_fingerprint)
+    weights, name = WeightsInMemory(tensors, str(path)), path.absolute().parent.name
+    return adapter_from(weights, PeftConfig(config, str(path)), name, None, shapes)
+
+
+def _peft_key(key: str) -> str:
+    """The key of a checkpoint's tensor as PEFT's adapter files have it."""
+    return key.removeprefix("tower.").replace(".default.weight", ".weight")
+
+
+def _require_base(client: str, layers: Shapes, shapes: Shapes) -> None:
+    found = {name: shape for name in layers for layer, shape in shapes.items() if _same_layer(name, layer)}
+    if shapes and not found:
+        raise InputError(
+            f"upload {client!r}: the base has no layer {next(iter(layers))}, nor any other of its layers;"
+            " set --model.base to the base it was trained on"
+        )
+    for name, shape in found.items():
+        if layers[name] != shape:
+            raise InputError(
+                f"upload {client!r}: {name} is for a weight of shape {layers[name]}, the base has"
+                f" {shape}; set --model.base to the base it was trained on"
+            )
+
+
+def _same_layer(name: str, other: str) -> bool:
+    return name == other or name.endswith(f".{other}") or other.endswith(f".{name}")
+
+
+def _require_one_base(clients: Iterable[tuple[str, Shapes]]) -> None:
+    shapes: dict[str, tuple[tuple[int, ...], str]] = {}
+    for client, layers in clients:
+        for name, own in layers.items():
+            shape, first = shapes.setdefault(name, (own, client))
+            if shape != own:
+                raise InputError(
+                    f"upload {client!r}: {name} is for a weight of shape {own}, in {first!r} it is"
+                    f" {shape}; they were trained on different bases"
+                )
+    for name, (_, first) in shapes.items():
+        if longer := [other for other in shapes if other.endswith(f".{name}")]:
+            raise InputError(
+                f"uploads {first!r} and {shapes[longer[0]][1]!r} call one layer {name} and {longer[0]}; save both from"
+                " the same class of model"
+            )

@@ -1,0 +1,217 @@
+"""What a merge leaves behind: a PEFT adapter or a CLIPModel folder, its record, its model card, a copy on the hub."""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from functools import cached_property
+from pathlib import Path
+from typing import Any, Literal
+
+from huggingface_hub import HfApi, ModelCard, ModelCardData
+from transformers import AutoImageProcessor, AutoTokenizer
+
+from sap_lightning.console import track
+from sap_lightning.errors import InputError, first_line
+from sap_lightning.files import as_json, new_folder, write_json, write_text
+from sap_lightning.functional.lora import LoRALayer, Update, dense, recompress
+from sap_lightning.functional.rescaling import relative_error
+from sap_lightning.io.adapter import Adapter, adapter_files
+from sap_lightning.io.uploads import HUB_ID
+from sap_lightning.merging.method import MergeMethod, Prepared
+from sap_lightning.models.clip import load_clip
+from sap_lightning.models.layers import linear_weight, model_type
+
+log = logging.getLogger(__name__)
+Format = Literal["auto", "adapter", "model"]
+RECORD_FILE = "merge.json"
+CARD_FILE = "README.md"
+EXACT = 1e-5
+"""A relative error that is float32 rounding."""
+
+
+@dataclass(frozen=True)
+class Merged:
+    """A merged update and where it comes from.
+
+    Attributes:
+        base: hub id or folder of the base.
+        method: the merge method.
+        adapters: what was merged.
+        weights: each adapter's share of the whole.
+        prepared: the merge, ready for other sparsities.
+        update: ΔW by layer.
+        rejected: names of clients that were left out as outliers.
+    """
+
+    base: str
+    method: MergeMethod
+    adapters: Sequence[Adapter]
+    weights: Sequence[float]
+    prepared: Prepared = field(repr=False)
+    update: Mapping[str, Update] = field(repr=False)
+    rejected: Sequence[str] = ()
+
+    def at(self, sparsity: float | None) -> Merged:
+        """The same merge at another sparsity, or at the method's own."""
+        return replace(self, update=self.prepared.apply(sparsity))
+
+    @cached_property
+    def base_type(self) -> str:
+        """What the base's config says it is: clip, bert, …"""
+        return model_type(self.base)
+
+    def save(
+        self,
+        folder: str | Path,
+        metrics: Mapping[str, float] | None = None,
+        format: Format = "auto",
+        rank: int | None = None,
+    ) -> Path:
+        """Writes the model, ``merge.json`` and a model card, whole or not at all.
+
+        Args:
+            folder: must not exist.
+            metrics: what was measured of it, by name.
+            format: a PEFT adapter, a full CLIPModel, or (auto) an adapter when the update is of low rank or a rank is
+                given; an adapter for a base other than CLIP.
+            rank: recompress the adapter to this rank; without one it is exact, of full rank where it must.
+
+        Raises:
+            InputError: when the folder already exists, or a full model is asked for of a base other than CLIP.
+        """
+        if not all(dense(layer).isfinite().all() for layer in self.update.values()):
+            raise InputError(f"the merge by {self.method.name} is not finite: {self.record()['settings']}; check these")
+        as_adapter = self._writes_adapter(format, rank)
+        with new_folder(folder) as staging:
+            error = self._save_adapter(staging, rank) if as_adapter else self._save_model(staging)
+            write_json(staging / RECORD_FILE, self.record() | self._outcome(error, metrics or {}))
+            write_text(staging / CARD_FILE, str(self.card("peft" if as_adapter else "transformers", metrics or {})))
+        log.info("merged %s written to %s", "adapter" if as_adapter else "model", folder)
+        return Path(folder)
+
+    def stands_in(self, folder: Path) -> bool:
+        """Whether a folder holds what ``save`` wrote of this very merge."""
+        file = folder / RECORD_FILE
+        if not file.is_file():
+            return False
+        written, record = json.loads(file.read_text(encoding="utf-8")), self.record()
+        return {name: written.get(name) for name in record} == record
+
+    def record(self) -> dict[str, Any]:
+        """What decides the outcome, as JSON knows it."""
+        sources = [
+            {"name": adapter.name, "sha256": adapter.sha256, "weight": weight}
+            for adapter, weight in zip(self.adapters, self.weights, strict=True)
+        ]
+        return as_json({"base": self.base, **of_method(self.method), "sources": sources})
+
+    def _outcome(self, error: float, metrics: Mapping[str, float]) -> dict[str, Any]:
+        return as_json(
+            {
+                "relative_error": error,
+                "findings": dict(self.prepared.findings),
+                "metrics": dict(metrics),
+                "rejected": list(self.rejected),
+            }
+        )
+
+    def card(self, library: str, metrics: Mapping[str, float]) -> ModelCard:
+        """A model card that the hub accepts."""
+        data = ModelCardData(
+            base_model=self.base if HUB_ID.fullmatch(self.base) and not Path(self.base).exists() else None,
+            library_name=library,
+            tags=["merge", "lora", "sap_lightning", self.method.name],
+        )
+        return ModelCard.from_template(
+            data,
+            template_path=str(Path(__file__).with_name("card.md.j2")),
+            method=self.method.name,
+            base=self.base,
+            record=self.record(),
+            findings=as_json(dict(self.prepared.findings)),
+            metrics=metrics,
+        )
+
+    def _writes_adapter(self, format: str, rank: int | None) -> bool:
+        if self.base_type != "clip":
+            if format == "model":
+                raise InputError(
+                    f"merge.format model: {self.base} is a {self.base_type} model; only a CLIPModel can be written"
+                )
+            return True
+        exact = all(isinstance(layer, LoRALayer) for layer in self.update.values())
+        return format == "adapter" or (format == "auto" and (exact or rank is not None))
+
+    def _save_adapter(self, folder: Path, rank: int | None) -> float:
+        names = track(list(self.update), "writing: layers")
+        layers = {name: self._as_lora(self.update[name], rank) for name in names}
+        for name, content in adapter_files(layers, self.base, peft=self._peft()).items():
+            (folder / name).write_bytes(content)
+        error = relative_error(self.update, layers)
+        if error > EXACT:
+            log.info("recompressed with a relative error of %.2e (Frobenius norm)", error)
+        return error
+
+    def _peft(self) -> dict[str, Any] | None:
+        """What all adapters say of the model; for CLIP it is known."""
+        if self.base_type == "clip":
+            return None
+        first, *others = (adapter.peft for adapter in self.adapters)
+        return {name: value if all(one.get(name) == value for one in others) else None for name, value in first.items()}
+
+    def _as_lora(self, layer: Update, rank: int | None) -> LoRALayer:
+        if isinstance(layer, LoRALayer) and (rank is None or rank >= layer.rank):
+            return layer
+        return recompress(layer, rank or min(layer.shape))
+
+    def _save_model(self, folder: Path) -> float:
+        clip = load_clip(self.base)
+        for name, layer in self.update.items():
+            linear_weight(clip, name).add_(dense(layer))
+        clip.save_pretrained(folder)
+        AutoTokenizer.from_pretrained(self.base).save_pretrained(folder)
+        AutoImageProcessor.from_pretrained(self.base).save_pretrained(folder)
+        return 0.0
+
+
+def of_method(method: MergeMethod) -> dict[str, Any]:
+    """What of a method decides a merge."""
+    return {"method": method.name, "code": method.code, "settings": method.settings}
+
+
+def holds(folder: Path, method: MergeMethod, sources: Collection[str]) -> bool:
+    """Whether a folder holds what ``save`` wrote of a merge by this method, at its settings, of these adapters.
+
+    Args:
+        folder: may be missing.
+        method: the method.
+        sources: sha256 of the adapters, from which a merge may have left out outliers.
+    """
+    file = folder / RECORD_FILE
+    if not file.is_file():
+        return False
+    written = json.loads(file.read_text(encoding="utf-8"))
+    merged = {source["sha256"] for source in written["sources"]}
+    return as_json(of_method(method)).items() <= written.items() and (
+        merged == set(sources) or (bool(written["rejected"]) and merged < set(sources))
+    )
+
+
+def push_to_hub(folder: str | Path, repository: str) -> str:
+    """Uploads a merge's folder to a repository on the Hugging Face hub, made if it is not there, and returns its URL.
+
+    Raises:
+        InputError: when the hub refuses it or cannot be reached.
+    """
+    api = HfApi()
+    try:
+        url = api.create_repo(repository, exist_ok=True)
+        api.upload_folder(folder_path=str(folder), repo_id=repository, commit_message="Merge by sap_lightning")
+    except Exception as error:  # the hub's client raises many kinds
+        raise InputError(
+            f"merge.push_to_hub {repository}: {first_line(error)}; the merge itself stands in {folder}"
+        ) from error
+    return str(url)

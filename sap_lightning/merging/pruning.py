@@ -1,0 +1,179 @@
+"""Methods that prune: score × mask × rescale × consensus."""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from sap_lightning.console import track
+from sap_lightning.functional.consensus import Consensus, WeightedSum
+from sap_lightning.functional.lora import LoRALayer, Update, times
+from sap_lightning.functional.masking import Scope, keep_masks
+from sap_lightning.functional.rescaling import Rescale, rescaled
+from sap_lightning.functional.saliency import AnchorLoss
+from sap_lightning.functional.spaces import SPACES, Parameters, Space, SpaceName
+from sap_lightning.io.adapter import Adapter
+from sap_lightning.merging.clients import layer_names, layers_named
+from sap_lightning.merging.method import MergeMethod, Prepared, required
+from sap_lightning.models.probe import AnchorProbe, Answer
+
+NOTHING = Answer({}, float("nan"))
+"""What anchors say that were not asked."""
+
+
+class PruningMethod(MergeMethod):
+    """score × mask × rescale × consensus: each client's parameters are scored, and the lowest share ρ is zeroed.
+
+    Subclasses have a ``sparsity`` and define ``scores``; one that looks at anchors does so in ``examine``, once for
+    every adapter and ``question``: the anchors' probe remembers, in memory that grows with K.
+
+    Attributes:
+        space: what is scored and masked: elements of A and B, elements of ΔW, or singular triplets of ΔW.
+        scope: one threshold for a whole adapter, or one for each layer.
+        rescale: how a pruned adapter is scaled up again, see ``functional.rescaling``.
+        rescale_scope: whether l1 and l2 restore the norm of each layer or of the whole adapter.
+        loss: the anchors' loss that ``examine`` looks at.
+    """
+
+    sparsity: float
+    space: SpaceName = "delta"
+    scope: Scope = "layer"
+    rescale: Rescale = "none"
+    rescale_scope: Scope = "layer"
+    loss: AnchorLoss = "cosine"
+
+    def prepare(
+        self, adapters: Sequence[Adapter], weights: Sequence[float], anchors: AnchorProbe | None = None
+    ) -> Pruning:
+        answers = self._ask(adapters, required(anchors, self)) if self.needs_anchors else {}
+        return Pruning(self, adapters, weights, lambda name, layer: SPACES[self.space](layer), answers)
+
+    def _ask(self, adapters: Sequence[Adapter], anchors: AnchorProbe) -> dict[str, Answer]:
+        return {
+            adapter.sha256: anchors.recall(self.question, adapter.sha256, partial(self.examine, adapter, anchors))
+            for adapter in track(adapters, f"{self.name}: scoring")
+        }
+
+    @property
+    def question(self) -> str:
+        """Names what ``examine`` asks: methods that ask the same share the answer."""
+        settings = {name: value for name, value in self.settings.items() if name != "sparsity"}
+        return f"{type(self).__module__}.{type(self).__qualname__} {settings}"
+
+    def examine(self, adapter: Adapter, anchors: AnchorProbe) -> Answer:
+        """What the anchors say of an adapter, for ``scores``; whatever the sparsity."""
+        raise NotImplementedError(f"{self.name} needs anchors and must say what for")
+
+    @abstractmethod
+    def scores(self, adapter: Adapter, spaces: Mapping[str, Space], answer: Answer) -> Mapping[str, Parameters]:
+        """How much each parameter matters, by layer, for at least the layers in ``spaces``.
+
+        With scope ``layer`` these are one layer at a time, else all layers of the adapter.
+
+        Args:
+            adapter: whose parameters they are.
+            spaces: its layers as parameters.
+            answer: what ``examine`` returned of it; empty without anchors.
+        """
+
+    def masks(self, scores: Mapping[str, Parameters], sparsity: float) -> Mapping[str, Parameters]:
+        """True for the parameters that stay, of the layers whose scores are given (one, or all: see ``scores``)."""
+        return keep_masks(scores, sparsity, self.scope)
+
+    def consensus(self) -> Consensus:
+        """How the clients' pruned updates of one layer become one."""
+        return WeightedSum()
+
+    def factor(self, clients: int) -> float:
+        """What the consensus of this many clients is multiplied by."""
+        return 1.0
+
+    def spaces_on(self, device: torch.device, adapter: Adapter) -> dict[str, Space]:
+        """An adapter's layers as parameters where the anchors are."""
+        return {name: SPACES[self.space](layer.to(device)) for name, layer in adapter.layers.items()}
+
+
+@dataclass(frozen=True)
+class Pruning(Prepared):
+    """Clients that a method is ready to prune, rescale and merge.
+
+    Attributes:
+        method: the method.
+        adapters: the clients'.
+        weights: each one's share of the whole.
+        space_of: a layer, by its name, as parameters.
+        answers: what the anchors said of each adapter, by its sha256.
+        findings: as for any prepared merge.
+    """
+
+    method: PruningMethod
+    adapters: Sequence[Adapter]
+    weights: Sequence[float]
+    space_of: Callable[[str, LoRALayer], Space]
+    answers: Mapping[str, Answer] = field(default_factory=dict, repr=False)
+    findings: Mapping[str, Any] = field(default_factory=dict)
+
+    @property
+    def pruning(self) -> Pruning:
+        return self
+
+    def answer(self, adapter: Adapter) -> Answer:
+        """What the anchors said of an adapter; empty where they were not asked."""
+        return self.answers.get(adapter.sha256, NOTHING)
+
+    def spaces(self, adapter: Adapter, names: Iterable[str] | None = None) -> dict[str, Space]:
+        """An adapter's layers, or those of these names, as parameters."""
+        return {name: self.space_of(name, layer) for name, layer in layers_named(adapter, names).items()}
+
+    def kept(self, adapter: Adapter, sparsity: float | None = None) -> Mapping[str, Parameters]:
+        """The masks of one adapter: True for the parameters that stay."""
+        scores = self.method.scores(adapter, self.spaces(adapter), self.answer(adapter))
+        return self.method.masks(scores, self._sparsity(sparsity))
+
+    def pruned(
+        self, adapter: Adapter, sparsity: float | None = None, names: Iterable[str] | None = None
+    ) -> dict[str, Update]:
+        """One adapter, or its layers of these names, pruned but not yet rescaled."""
+        spaces = self.spaces(adapter, names)
+        scores = self.method.scores(adapter, spaces, self.answer(adapter))
+        masks = self.method.masks({name: scores[name] for name in spaces}, self._sparsity(sparsity))
+        return {name: space.update(masked(space.parameters, masks[name])) for name, space in spaces.items()}
+
+    def apply(self, sparsity: float | None = None) -> dict[str, Update]:
+        names, title = layer_names(self.adapters), self.method.name
+        if "global" in (self.method.scope, self.method.rescale_scope):
+            merged = self._merge_layers(names, self._sparsity(sparsity), f"{title}: clients")
+        else:
+            merged = {}
+            for name in track(names, f"{title}: layers"):
+                merged |= self._merge_layers([name], self._sparsity(sparsity))
+        return times(merged, self.method.factor(len(self.adapters)))
+
+    def _merge_layers(self, names: Sequence[str], sparsity: float, progress: str | None = None) -> dict[str, Update]:
+        """Prunes these layers together and merges them, one client in memory at a time."""
+        method = self.method
+        merged: dict[str, Consensus] = defaultdict(method.consensus)
+        clients = list(zip(self.adapters, self.weights, strict=True))
+        for adapter, weight in track(clients, progress) if progress else clients:
+            pruned: Mapping[str, Update] = self.pruned(adapter, sparsity, names)
+            if method.rescale != "none":
+                whole = layers_named(adapter, names)
+                pruned = rescaled(whole, pruned, method.rescale, method.rescale_scope, sparsity)
+            for name, update in pruned.items():
+                merged[name].add(update, weight)
+        return {name: merged[name].result() for name in names}
+
+    def _sparsity(self, sparsity: float | None) -> float:
+        return self.method.sparsity if sparsity is None else sparsity
+
+
+def masked(parameters: Parameters, masks: Sequence[Tensor]) -> Parameters:
+    """Parameters with zeros where their masks are False."""
+    return tuple(theta * mask for theta, mask in zip(parameters, masks, strict=True))

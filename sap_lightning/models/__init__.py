@@ -1,0 +1,1 @@
+"""What is changed and asked: CLIP taken apart, its layers, base + ΔW, and what anchors say of it."""

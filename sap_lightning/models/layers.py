@@ -1,0 +1,53 @@
+"""The linear layers of a checkpoint, whatever model it is."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+from transformers import AutoConfig, AutoModel
+from transformers.pytorch_utils import Conv1D
+
+from sap_lightning.errors import InputError, first_line
+
+
+def layer_shapes(tower: nn.Module) -> dict[str, tuple[int, ...]]:
+    """Weight shape (d_out, d_in) of every linear layer of a module, by name."""
+    return {name: tuple(layer.weight.shape) for name, layer in tower.named_modules() if isinstance(layer, nn.Linear)}
+
+
+def linear_weight(model: nn.Module, layer: str) -> Tensor:
+    """The weight of a linear layer by its module name, shape (d_out, d_in), to be changed in place."""
+    weight = model.get_submodule(layer).weight
+    assert isinstance(weight, Tensor)
+    return weight.data
+
+
+def model_type(base: str) -> str:
+    """What a checkpoint's config says it is: clip, bert, …
+
+    Raises:
+        InputError: when there is no config.
+    """
+    try:
+        return str(AutoConfig.from_pretrained(base).model_type)
+    except Exception as error:  # transformers raises whatever a faulty file leads it to
+        raise InputError(f"model.base {base!r}: no checkpoint could be loaded: {first_line(error)}") from error
+
+
+def linear_shapes(base: str) -> dict[str, tuple[int, int]]:
+    """Shape (d_out, d_in) of every linear layer of any checkpoint's base model by name, from its config alone.
+
+    Empty for a model of which transformers has no base model.
+    """
+    try:
+        with torch.device("meta"):
+            model = AutoModel.from_config(AutoConfig.from_pretrained(base))
+    except ValueError:
+        return {}
+    shapes = {}
+    for name, module in model.named_modules():
+        if isinstance(module, nn.Linear):
+            shapes[name] = (module.out_features, module.in_features)
+        elif isinstance(module, Conv1D):
+            shapes[name] = (module.nf, module.nx)
+    return shapes

@@ -1,0 +1,1 @@
+"""What is shown of a federation that has measured: table, figures, page."""

@@ -1,0 +1,50 @@
+"""What a command shows of a federation that has measured: the table on the terminal, the report, TensorBoard."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from rich.console import Console
+
+from sap_lightning.callbacks.tensorboard import log_figures, tensorboards
+from sap_lightning.console import on_terminal
+from sap_lightning.federation.one_shot import OneShotFederation
+from sap_lightning.files import write_csv, write_text
+from sap_lightning.reporting.draw import draw
+from sap_lightning.reporting.evidence import Client, collect_evidence
+from sap_lightning.reporting.page import write_report
+from sap_lightning.reporting.table import TableRow, left_out, markdown_table, rich_table, tabulate
+from sap_lightning.results import Results
+
+TABLE_FILE = "table.md"
+LOG_WIDTH = 160
+"""Columns of the table where no terminal sets them."""
+
+
+def show(federation: OneShotFederation, results: Results) -> None:
+    """Prints these results as a table, writes the report, and puts both into TensorBoard."""
+    federation.server.strategy.barrier()
+    folder, unseen = results.folder, federation.unseen
+    rows = tabulate(results, unseen)
+    if federation.server.is_global_zero:
+        print_table(rows, unseen, left_out(results))
+    evidence = collect_evidence(federation)
+    if not federation.server.is_global_zero:
+        return
+    figures, table = draw(results, rows, evidence), markdown_table(rows, unseen)
+    write_csv(folder / "clients.csv", [Client._fields, *evidence.clients])
+    write_text(folder / TABLE_FILE, table)
+    report = write_report(folder, results, rows, unseen, figures, evidence, federation.settings)
+    for board in tensorboards(federation.server):
+        log_figures([board], figures)
+        board.add_text("results", table)
+        board.flush()
+    print(f"Report: {report}\nTable: {results.csv}\nFigures: tensorboard --logdir {folder}")
+
+
+def print_table(rows: Sequence[TableRow], unseen: Sequence[str], sentences: Sequence[str]) -> None:
+    """Prints the table, and sentences below it."""
+    console = Console(width=None if on_terminal() else LOG_WIDTH)
+    console.print(rich_table(rows, unseen))
+    for sentence in sentences:
+        console.print(sentence, highlight=False)

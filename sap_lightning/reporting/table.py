@@ -1,0 +1,161 @@
+"""The table of a run: a row for each model, its accuracy on every unseen domain, and how sure its lead is."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Iterable, Sequence
+from dataclasses import replace
+from typing import NamedTuple
+
+import torch
+from rich.table import Table
+from torch import Tensor
+
+from sap_lightning.functional.statistics import Interval, Spread, bootstrap_difference, mean_and_std
+from sap_lightning.results import AVERAGE, Kind, Result, Results
+
+BEST_CLIENT = "best client"
+
+
+class TableRow(NamedTuple):
+    """A row of the table.
+
+    Attributes:
+        label: what it is called.
+        kind: of the model in it; the best client is a client.
+        model: what the model is called.
+        cells: top-1 accuracy on each unseen domain; None where the model has none.
+        mean: over the unseen domains, its spread over seeds.
+        ece: expected calibration error, mean over domains and seeds.
+        over_average: paired difference to the plain average on the same images, with a 95 % bootstrap interval.
+        over_zero_shot: the same to zero-shot.
+    """
+
+    label: str
+    kind: Kind
+    model: str
+    cells: list[Spread | None]
+    mean: Spread
+    ece: float
+    over_average: Interval | None
+    over_zero_shot: Interval | None
+
+
+def tabulate(results: Results, unseen: Sequence[str]) -> list[TableRow]:
+    """The table's rows in the order of the labels, best client after the clients.
+
+    The best client is for each unseen domain the client that does best there: an upper bound on choosing one, since
+    the choice takes labels of the unseen domain.
+    """
+    rows = [[row for row in results.of(label) if row.unseen in unseen] for label in results.labels]
+    clients = [row for of in rows for row in of if row.kind == "client" and not row.condition]
+    if clients:
+        last = max(index for index, of in enumerate(rows) if of and of[0].kind == "client")
+        rows[last + 1 : last + 1] = _best_clients(clients)
+    every = [row for of in rows for row in of]
+    return [_table_row(results, of, every, unseen) for of in rows if of]
+
+
+def _best_clients(clients: Iterable[Result]) -> list[list[Result]]:
+    best: dict[tuple[str, int, str], Result] = {}
+    for row in clients:
+        place = row.variant_label, row.seed, row.unseen
+        best[place] = max(best.get(place, row), row, key=lambda one: one.metrics["accuracy"])
+    by_label: dict[str, list[Result]] = defaultdict(list)
+    for row in best.values():
+        by_label[f"{BEST_CLIENT}{row.variant_label}"].append(replace(row, model=BEST_CLIENT))
+    return list(by_label.values())
+
+
+def _table_row(results: Results, row: list[Result], every: Sequence[Result], unseen: Sequence[str]) -> TableRow:
+    by_seed: dict[int, list[float]] = defaultdict(list)
+    for result in row:
+        by_seed[result.seed].append(result.metrics["accuracy"])
+    return TableRow(
+        row[0].label,
+        row[0].kind,
+        row[0].model,
+        [_spread([r.metrics["accuracy"] for r in row if r.unseen == domain]) for domain in unseen],
+        Spread(*mean_and_std([sum(values) / len(values) for values in by_seed.values()]), len(by_seed)),
+        sum(result.metrics["ece"] for result in row) / len(row),
+        difference(results, row, [r for r in every if r.model == AVERAGE and r.condition == row[0].condition]),
+        difference(results, row, [r for r in every if r.kind == "zero-shot"]),
+    )
+
+
+def difference(results: Results, row: Sequence[Result], reference: Sequence[Result]) -> Interval | None:
+    """Accuracy of a row over that of a reference, on the images, seeds and variants that both have; None if none."""
+    others = {(r.unseen, r.seed, r.variant_label): r for r in reference}
+    pairs = [(r, others.get((r.unseen, r.seed, r.variant_label))) for r in row]
+    by_domain: dict[str, list[tuple[Tensor, Tensor]]] = defaultdict(list)
+    for own, other in sorted(((o, t) for o, t in pairs if t is not None), key=lambda pair: pair[0].seed):
+        correct = results.correct(own), results.correct(other)
+        by_domain[own.unseen].append(correct)
+    if not by_domain or row[0].model == reference[0].model:
+        return None
+    stacked = [tuple(map(torch.stack, zip(*by_domain[name], strict=True))) for name in sorted(by_domain)]
+    return bootstrap_difference([own for own, _ in stacked], [other for _, other in stacked])
+
+
+def left_out(results: Results) -> list[str]:
+    """Which clients the server left out of which merges, in sentences; none where none stood out."""
+    cases = {
+        (row.unseen, row.seed, f"{row.condition}{row.variant_label}", ", ".join(row.rejected))
+        for row in results.rows
+        if row.rejected
+    }
+    return [
+        f"Left out of the merges for unseen {unseen}, seed {seed} ({condition}): {rejected}."
+        for unseen, seed, condition, rejected in sorted(cases)
+    ]
+
+
+def rich_table(rows: Sequence[TableRow], unseen: Sequence[str]) -> Table:
+    """The table for a terminal, the best of each column in bold; – where a client has seen the domain."""
+    caption = "a client has no accuracy on its own domain, and its mean leaves it out"
+    partial = any(None in row.cells for row in rows)
+    table = Table("model", title="top-1 accuracy on unseen domains", caption=caption if partial else None)
+    for domain in [*unseen, "mean"]:
+        table.add_column(domain, justify="right")
+    best = best_cells(rows)
+    for row in rows:
+        cells = zip([*row.cells, row.mean], best, strict=True)
+        marked = (_marked(cell, top, "[bold]{}[/bold]").replace(" ± 0.", "±.") for cell, top in cells)
+        table.add_row(row.label, *marked)
+    return table
+
+
+def markdown_table(rows: Sequence[TableRow], unseen: Sequence[str]) -> str:
+    """The table for TensorBoard's text tab and for documents, with calibration and paired differences."""
+    head = ["model", *unseen, "mean", "ECE", "over average [95 %]", "over zero-shot [95 %]"]
+    lines = [head, ["---"] + ["---:"] * (len(head) - 1)]
+    best = best_cells(rows)
+    for row in rows:
+        cells = [_marked(cell, top, "**{}**") for cell, top in zip([*row.cells, row.mean], best, strict=True)]
+        differences = [interval_text(value) for value in (row.over_average, row.over_zero_shot)]
+        lines.append([row.label, *cells, f"{row.ece:.3f}", *differences])
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines) + "\n"
+
+
+def best_cells(rows: Sequence[TableRow]) -> list[float]:
+    """The highest value of each unseen domain, and of the means over all of them, as printed."""
+    whole = [row.mean for row in rows if None not in row.cells]
+    columns = [*zip(*(row.cells for row in rows), strict=True), whole]
+    return [max((round(cell.mean, 3) for cell in column if cell), default=0.0) for column in columns]
+
+
+def interval_text(interval: Interval | None) -> str:
+    """A difference in points of accuracy with its interval, such as +1.2 [0.3, 2.1]."""
+    if interval is None:
+        return "–"
+    return f"{100 * interval.difference:+.1f} [{100 * interval.low:.1f}, {100 * interval.high:.1f}]"
+
+
+def _spread(values: Sequence[float]) -> Spread | None:
+    return Spread(*mean_and_std(values), len(values)) if values else None
+
+
+def _marked(cell: Spread | None, best: float, mark: str) -> str:
+    if cell is None:
+        return "–"
+    return mark.format(cell) if round(cell.mean, 3) == best else str(cell)

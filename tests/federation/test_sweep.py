@@ -1,0 +1,462 @@
+"""Sweeps: their checks and names, and the whole of them by the real command."""
+
+from __future__ import annotations
+
+import csv
+import importlib
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+from places import REPOSITORY
+
+from sap_lightning import cli
+from sap_lightning.errors import InputError
+from sap_lightning.federation.sweep import Sweep, folder_of, label_of, options_of
+from sap_lightning.merging import SAP, TIES, Average, MergeMethod, SAPAuto
+from sap_lightning.results import Predictions, Result, Results
+
+UNSEEN = ["photo", "sketch"]
+PLAN = [
+    "--sweep.methods=[average,sap]",
+    "--sweep.sparsities=[0,0.5]",
+    "--sweep.seeds=[0,1]",
+    "--sweep.unseen=[photo,sketch]",
+]
+ONE_SEED = [*PLAN, "--sweep.seeds=[0]"]
+
+
+def lines_of(folder: Path) -> list[dict[str, str]]:
+    with (folder / "results.csv").open() as lines:
+        return list(csv.DictReader(lines))
+
+
+def results_of(folder: Path) -> dict[str, bytes]:
+    return {name: (folder / name).read_bytes() for name in ("results.csv", "results.json")}
+
+
+def files(folder: Path) -> dict[str, bytes]:
+    """Every file by its path in the folder, but for TensorBoard's events, which hold the time."""
+    found = (path for path in folder.rglob("*") if path.is_file() and "tfevents" not in path.name)
+    return {str(path.relative_to(folder)): path.read_bytes() for path in sorted(found)}
+
+
+def times(folder: Path, pattern: str) -> dict[str, int]:
+    """When files that match were written."""
+    return {str(path.relative_to(folder)): path.stat().st_mtime_ns for path in folder.glob(pattern)}
+
+
+@pytest.fixture(scope="module")
+def swept(run, tmp_path_factory) -> Path:
+    """The run folder of a sweep that ran through: 2 methods, 2 sparsities, 2 seeds, 2 unseen domains."""
+    folder = tmp_path_factory.mktemp("swept") / "run"
+    run("sweep", *PLAN, f"--federation.run_dir={folder}")
+    return folder
+
+
+@pytest.fixture
+def copy(finished, tmp_path) -> Path:
+    """A run folder of fit in another place."""
+    return Path(shutil.copytree(finished, tmp_path / "copy"))
+
+
+@pytest.mark.parametrize(
+    ("settings", "refusal"),
+    [
+        ({"methods": []}, r"^sweep\.methods is empty$"),
+        ({"seeds": []}, r"^sweep\.seeds is empty$"),
+        ({"seeds": [-1]}, r"^sweep\.seeds: -1 lies outside \[0, 4294967296\)$"),
+        ({"seeds": [0, 1, 0]}, r"^sweep\.seeds names 0 twice$"),
+        ({"sparsities": [0.5, 0.5]}, r"^sweep\.sparsities names 0\.5 twice$"),
+        ({"over": {"seed_everything": [0, 1]}}, r"^sweep\.over\.seed_everything: that is what sweep\.seeds is for$"),
+        ({"over": {"merge.method": ["ties"]}}, r"^sweep\.over\.merge\.method: that is what sweep\.methods is for$"),
+        ({"unseen": []}, r"^sweep\.unseen is empty$"),
+        ({"sparsities": [0.5, 2.0]}, r"^sweep\.sparsities must lie in \[0, 1\], got 2\.0$"),
+        ({"methods": ["average", "tise"]}, r"^sweep\.methods: no method 'tise'; there are average, fedavg, .*krum$"),
+        ({"over": {"model.rank": []}}, r"^sweep\.over\.model\.rank must be a list of values, got \[\]$"),
+        ({"over": {"model.rank": 4}}, r"^sweep\.over\.model\.rank must be a list of values, got 4$"),
+    ],
+)
+def test_a_faulty_plan_is_refused_in_one_line(settings: dict[str, Any], refusal: str) -> None:
+    with pytest.raises(InputError, match=refusal):
+        Sweep(**settings)
+
+
+def test_variants_are_every_seed_with_every_combination() -> None:
+    sweep = Sweep(seeds=[3, 5], over={"anchors.num_pairs": [4, 8], "anchors.noise": [True]})
+    assert list(sweep.variants()) == [
+        (3, {"anchors.num_pairs": 4, "anchors.noise": True}),
+        (3, {"anchors.num_pairs": 8, "anchors.noise": True}),
+        (5, {"anchors.num_pairs": 4, "anchors.noise": True}),
+        (5, {"anchors.num_pairs": 8, "anchors.noise": True}),
+    ]
+    assert list(Sweep(seeds=[7]).variants()) == [(7, {})]
+
+
+def test_methods_go_by_their_names_and_sap_is_the_one_given() -> None:
+    sap = SAP(sparsity=0.3, rescale="none")
+    ties = TIES(scale=2)
+    methods = Sweep(methods=["average", "sap", "ties", ties]).labelled(sap)
+    assert list(methods) == ["average", "sap", "ties", "ties (scale 2)"]
+    assert methods["sap"] is sap
+    own = methods["ties (scale 2)"]
+    assert own is not ties and own.settings == ties.settings, "what it learns of one variant stays there"
+    assert type(methods["average"]) is Average and methods["ties"].settings == TIES().settings
+
+
+@pytest.mark.parametrize("methods", [["ties", "ties"], ["ties", TIES()], [SAP(), "sap"]])
+def test_two_methods_of_one_name_are_refused(methods: list[MergeMethod | str]) -> None:
+    with pytest.raises(InputError, match=r"^sweep\.methods: (ties|sap) is named twice$"):
+        Sweep(methods=methods).labelled(SAP())
+
+
+class Needy(Average):
+    """A method of one's own without a default for its argument."""
+
+    name = "needy"
+
+    def __init__(self, share: float) -> None:
+        self.share = share
+
+
+@pytest.mark.parametrize(
+    ("method", "label"),
+    [
+        (SAP(), "sap"),
+        (SAP(sparsity=0.1), "sap"),
+        (SAP(space="factor"), "sap (space factor)"),
+        (SAP(rescale="l1", rescale_scope="global"), "sap (rescale l1, rescale_scope global)"),
+        (SAPAuto(sparsities=[0.5]), "sap_auto (sparsities [0.5])"),
+        (Needy(0.5), "needy (share 0.5)"),
+    ],
+    ids=lambda value: value if isinstance(value, str) else "",
+)
+def test_a_label_names_the_settings_but_sparsity_that_are_not_defaults(method: MergeMethod, label: str) -> None:
+    assert label_of(method, SAP()) == label
+
+
+def test_a_label_names_sparsity_where_it_is_not_swept() -> None:
+    assert label_of(SAP(0.9), SAP(), with_sparsity=True) == "sap (sparsity 0.9)"
+    assert label_of(SAP(), SAP(), with_sparsity=True) == "sap"
+
+
+def test_sap_with_settings_of_its_own_is_told_from_what_the_name_stands_for() -> None:
+    configured = SAP(sparsity=0.95, space="factor")
+    plan = Sweep(methods=["sap", SAP(), TIES()])
+    assert list(plan.labelled(configured)) == ["sap", "sap (sparsity 0.8, space delta)", "ties"]
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("anchors.num_pairs", 4),
+        ("anchors.noise", True),
+        ("model.targets", ["q_proj", "v_proj"]),
+        ("model.templates", ["a photo of a {}.", 'a "sketch", of a {}: #1']),
+        ("model.learning_rate", 1e-5),
+        ("federation.clients", ["photo", "sketch"]),
+        ("federation.clients", None),
+        ("federation.poison.domain", "photo"),
+        ("prune.space", "factor"),
+        ("anchors.root", "/data/co co: 1"),
+        ("merge.method", None),
+    ],
+)
+def test_a_value_survives_its_way_through_the_command_line(options: list[str], name: str, value: Any) -> None:
+    parsed = cli.SapCLI(cli.sweep, [*options, *options_of(5, {name: value})]).settings()
+    assert parsed["seed_everything"] == 5
+    for part in name.split("."):
+        parsed = parsed[part]
+    assert parsed == value
+
+
+def test_a_seed_and_settings_of_training_have_a_folder_of_their_own(tmp_path: Path) -> None:
+    assert folder_of("run", 3, {}) == Path("run/seed_3")
+    server = {"anchors.num_pairs": 4, "prune.space": "factor", "merge.rescale": "l1", "federation.clients": ["photo"]}
+    assert folder_of("run", 3, server) == Path("run/seed_3")
+    assert folder_of("run", 3, {"model.rank": 4, **server}) == Path("run/seed_3,model.rank=4")
+    targets = [folder_of(tmp_path, 0, {"model.targets": names}) for names in (["q_proj"], ["q_proj", "v_proj"])]
+    assert targets[0] != targets[1]
+    assert all(folder.parent == tmp_path for folder in targets), "a value is no path"
+    assert folder_of(tmp_path, 0, {"data.root": "/data/../x"}).parent == tmp_path
+
+
+def test_a_folder_s_name_fits_a_file_system_and_tells_long_values_apart() -> None:
+    templates = [["a photo of a {}."] * 12 + [last] for last in ("a sketch of a {}.", "a drawing of a {}.")]
+    names = {folder_of("run", 0, {"model.templates": given}).name for given in templates}
+    assert len(names) == 2 and all(len(name.encode()) < 255 for name in names)
+
+
+def test_values_that_differ_only_in_what_a_folder_s_name_cannot_hold_have_a_folder_each() -> None:
+    names = {folder_of("run", 0, {"model.templates": [given]}).name for given in ("a {}", "a {}?")}
+    assert len(names) == 2
+
+
+def test_a_point_is_known_again_when_it_is_read_back_whatever_the_order_of_the_settings(tmp_path: Path) -> None:
+    plan = Sweep(over={"prune.space": ["delta", "factor"], "prune.scope": ["layer"]})
+    results = Results(tmp_path)
+    points = [
+        Result("sap", "photo", f"{number}", variant=variant) for number, (_, variant) in enumerate(plan.variants())
+    ]
+    for point in points:
+        results.keep_predictions(point.measurement, Predictions(torch.ones(1, 1), torch.zeros(1), torch.zeros(1)))
+        results.add(replace(point, metrics={"accuracy": 1.0, "macro_accuracy": 1.0, "ece": 0.0}))
+    assert all(Results(tmp_path).has(point) for point in points)
+
+
+def test_clients_that_fit_has_trained_are_used_where_they_are(tmp_path: Path) -> None:
+    (tmp_path / "config.yaml").write_text(yaml.safe_dump({"seed_everything": 3}))
+    assert folder_of(tmp_path, 3, {"anchors.num_pairs": 4}) == tmp_path
+    assert folder_of(tmp_path, 4, {}) == tmp_path / "seed_4"
+    assert folder_of(tmp_path, 3, {"model.rank": 4}) == tmp_path / "seed_3,model.rank=4"
+
+
+@pytest.mark.parametrize(
+    ("option", "refusal"),
+    [
+        ("--sweep.methods=[average,tise]", "error: sweep.methods: no method 'tise'; there are average, "),
+        ("--sweep.seeds=[]", "error: sweep.seeds is empty"),
+        ("--sweep.sparsities=[0.5,2]", "error: sweep.sparsities must lie in [0, 1], got 2.0"),
+        ("--sweep.unseen=[clipart]", "error: sweep.unseen clipart: no such domain"),
+        ("--federation.unseen=[photo]", "error: federation.unseen is for fit; name domains in sweep.unseen"),
+    ],
+)
+def test_a_faulty_option_ends_in_one_line_and_exit_code_1(run_in_shell, tmp_path, option, refusal):
+    done = run_in_shell("sweep", option, f"--federation.run_dir={tmp_path}")
+    assert done.returncode == 1
+    assert "Traceback" not in done.stderr
+    assert done.stderr.strip().splitlines()[-1].startswith(refusal)
+    assert not list(tmp_path.rglob("uploads"))
+
+
+def test_the_table_has_a_line_for_every_point(swept):
+    lines = lines_of(swept)
+    points = [(line["model"], line["sparsity"], line["unseen"], line["seed"]) for line in lines]
+    clients = {"photo": ["cartoon", "painting", "sketch"], "sketch": ["cartoon", "painting", "photo"]}
+    expected = [
+        (model, sparsity, unseen, seed)
+        for seed in "01"
+        for unseen in UNSEEN
+        for model, sparsity in [
+            ("zero-shot", ""),
+            *((f"client {name}", "") for name in clients[unseen]),
+            ("average", ""),
+            ("sap", "0.0"),
+            ("sap", "0.5"),
+        ]
+    ]
+    assert sorted(points) == sorted(expected)
+    for line in lines:
+        assert len(line["config"]) == 12 and line["versions"].startswith("lightning ") and line["variant"] == ""
+    assert len({line["config"] for line in lines}) == 2, "a seed is a setting"
+    assert len({line["commit"] for line in lines}) == 1
+    merged = {
+        line["seed"]: line["sources"] for line in lines if (line["model"], line["unseen"]) == ("average", "photo")
+    }
+    assert merged["0"] != merged["1"], "clients of another seed"
+    assert [row.label for row in Results(swept).rows if row.model == "sap"][:2] == ["sap ρ=0", "sap ρ=0.5"]
+
+
+def test_every_seed_has_clients_of_its_own_and_no_merged_models(swept):
+    for seed in (0, 1):
+        home = swept / f"seed_{seed}"
+        assert yaml.safe_load((home / "config.yaml").read_text())["seed_everything"] == seed
+        assert len(list(home.glob("uploads/*"))) == 4
+        assert not (home / "merged").exists()
+        assert not (home / "results.json").exists()
+
+
+def test_a_second_run_measures_nothing_and_changes_no_byte(swept, run):
+    before, predictions = files(swept), times(swept, "predictions/*")
+    checkpoints = times(swept, "seed_*/clients/*/last.ckpt")
+    run("sweep", *PLAN, f"--federation.run_dir={swept}")
+    assert times(swept, "predictions/*") == predictions
+    assert times(swept, "seed_*/clients/*/last.ckpt") == checkpoints
+    assert files(swept) == before
+
+
+def test_killed_in_the_middle_it_continues_to_the_same_bytes(swept, options, run, tmp_path):
+    # The config's hash is in the results, and the run folder in the config: both must bear one name.
+    whole = tmp_path / "whole"
+    swept.rename(whole)
+    try:
+        line = [sys.executable, "-m", "sap_lightning", "sweep", *options, *PLAN, f"--federation.run_dir={swept}"]
+        environment = os.environ | {"OMP_NUM_THREADS": "1"}
+        process = subprocess.Popen(line, cwd=REPOSITORY, env=environment, stderr=subprocess.DEVNULL)
+        while process.poll() is None and not (swept / "seed_1" / "clients" / "painting" / "last.ckpt").exists():
+            time.sleep(0.01)
+        process.send_signal(signal.SIGKILL)
+        process.wait()
+        known = len(json.loads((swept / "results.json").read_text()))
+        assert 0 < known < len(json.loads((whole / "results.json").read_text())), "it should have been killed midway"
+        first = times(swept, "seed_0/clients/*/last.ckpt") | times(swept, "predictions/*")
+        run("sweep", *PLAN, f"--federation.run_dir={swept}")
+        now = times(swept, "seed_0/clients/*/last.ckpt") | times(swept, "predictions/*")
+        assert {name: now[name] for name in first} == first, "what was done is not done again"
+        assert results_of(swept) == results_of(whole)
+    finally:
+        shutil.rmtree(swept, ignore_errors=True)
+        whole.rename(swept)
+
+
+def test_points_of_fit_are_known_and_its_clients_not_trained_again(copy, finished, run):
+    checkpoints, measured = times(copy, "clients/*/last.ckpt"), times(copy, "predictions/*")
+    run("sweep", *ONE_SEED, "--sweep.sparsities=[0.95,0.5]", f"--federation.run_dir={copy}")
+    assert times(copy, "clients/*/last.ckpt") == checkpoints
+    assert not list(copy.glob("seed_*"))
+    now = times(copy, "predictions/*")
+    assert {name: now[name] for name in measured} == measured
+    assert len(now) - len(measured) == len(UNSEEN), "sap at 0.5 is all that is new"
+    before, after = lines_of(finished), lines_of(copy)
+    assert [line for line in after if line in before] == before, "rows of fit stay"
+    (swept,) = [line for line in after if (line["model"], line["sparsity"], line["unseen"]) == ("sap", "0.5", "photo")]
+    assert swept["config"] != before[0]["config"] or swept["commit"]
+    by_name = {(row.label, row.unseen): row for row in Results(copy).rows}
+    assert by_name["sap ρ=0.95", "photo"].metrics == by_name["sap", "photo"].metrics
+
+
+def test_a_setting_of_the_server_trains_nothing_anew(copy, run):
+    checkpoints = times(copy, "**/last.ckpt")
+    over = ["--sweep.methods=[average,sap]", "--sweep.unseen=[photo]", '--sweep.over={"anchors.num_pairs": [4, 8]}']
+    run("sweep", *over, f"--federation.run_dir={copy}")
+    assert times(copy, "**/last.ckpt") == checkpoints
+    rows = {row.label: row for row in Results(copy).rows if row.unseen == "photo"}
+    assert {"average, num_pairs=4", "average, num_pairs=8", "sap, num_pairs=4", "sap, num_pairs=8"} <= rows.keys()
+    assert rows["average, num_pairs=4"].measurement == rows["average"].measurement, "it looks at no anchors"
+    assert rows["sap, num_pairs=8"].measurement == rows["sap"].measurement, "fit had 8 pairs too"
+    assert rows["sap, num_pairs=4"].measurement != rows["sap"].measurement
+    assert rows["sap, num_pairs=4"].settings["anchors"]["num_pairs"] == 4
+    assert rows["sap, num_pairs=4"].variant == {"anchors.num_pairs": 4}
+
+
+def test_a_setting_of_training_has_clients_of_its_own(copy, run):
+    checkpoints = times(copy, "clients/*/last.ckpt")
+    over = ["--sweep.methods=[average]", "--sweep.unseen=[photo]", '--sweep.over={"model.rank": [2]}']
+    run("sweep", *over, f"--federation.run_dir={copy}")
+    assert times(copy, "clients/*/last.ckpt") == checkpoints
+    own = copy / "seed_0,model.rank=2"
+    configs = [json.loads(file.read_text()) for file in own.glob("uploads/*/adapter_config.json")]
+    assert [config["r"] for config in configs] == [2, 2, 2], "photo is not trained where it is unseen"
+    rows = {row.label: row for row in Results(copy).rows if row.unseen == "photo"}
+    assert not set(rows["average, rank=2"].sources) & set(rows["average"].sources)
+
+
+def test_sap_that_prunes_nothing_and_does_not_rescale_is_the_average(copy, run):
+    nothing = ["--sweep.methods=[average,sap]", "--sweep.sparsities=[0]", "--merge.rescale=none"]
+    run("sweep", *nothing, "--sweep.unseen=[sketch]", f"--federation.run_dir={copy}")
+    results = Results(copy)
+    (average,) = [row for row in results.of("average") if row.unseen == "sketch"]
+    (sap,) = results.of("sap ρ=0")
+    assert sap.measurement != average.measurement
+    one, other = (results.predictions(row) for row in (average, sap))
+    assert (one.probabilities - other.probabilities).abs().max() < 1e-5
+    assert one.images.tolist() == other.images.tolist()
+
+
+def test_a_method_with_settings_of_its_own_has_a_row_of_its_own(copy, run):
+    own = {"class_path": "sap_lightning.merging.SAP", "init_args": {"rescale": "none"}}
+    methods = [f"--sweep.methods={json.dumps(['sap', own])}", "--sweep.sparsities=[0.5]", "--sweep.unseen=[sketch]"]
+    run("sweep", *methods, f"--federation.run_dir={copy}")
+    rows = {row.label: row.settings for row in Results(copy).rows}
+    assert rows["sap ρ=0.5"]["rescale"] == "l2"
+    assert rows["sap (rescale none) ρ=0.5"]["rescale"] == "none"
+
+
+def test_other_settings_of_training_are_refused_in_a_folder_of_clients(copy, run):
+    with pytest.raises(InputError, match=r"was started with other settings: model\.rank was 8, is 4"):
+        run("sweep", *ONE_SEED, "--model.rank=4", f"--federation.run_dir={copy}")
+
+
+def test_values_that_the_table_would_show_alike_are_refused() -> None:
+    with pytest.raises(InputError, match=r"^sweep\.over\.anchors\.root: two values are root=coco in the table"):
+        Sweep(over={"anchors.root": ["/a/coco", "/b/coco"]})
+
+
+def test_fit_after_a_sweep_in_its_folder_leaves_the_merged_models_too(tmp_path, run) -> None:
+    folder = f"--federation.run_dir={tmp_path / 'run'}"
+    run("fit", "--federation.unseen=sketch", folder)
+    shutil.rmtree(tmp_path / "run" / "merged")
+    run("sweep", "--sweep.unseen=[sketch]", "--sweep.methods=[average,krum]", folder)
+    assert not (tmp_path / "run" / "merged").exists()
+    run("fit", "--federation.unseen=sketch", folder)
+    assert {path.name for path in (tmp_path / "run" / "merged" / "sketch").iterdir()} == {"average", "sap"}
+
+
+def test_noise_for_anchors_is_scored_anew_by_a_method_with_settings(tmp_path, run) -> None:
+    method = json.dumps(
+        [{"class_path": "sap_lightning.merging.SAP", "init_args": {"scope": "layer", "sparsity": 0.95}}]
+    )
+    for name, noise in (("both", [False, True]), ("alone", [True])):
+        over = json.dumps({"anchors.noise": noise})
+        (tmp_path / name).mkdir()
+        if name == "alone":
+            (tmp_path / name / "seed_0").symlink_to(tmp_path / "both" / "seed_0")
+        options = [f"--sweep.methods={method}", f"--sweep.over={over}", "--sweep.unseen=[sketch]"]
+        run("sweep", *options, f"--federation.run_dir={tmp_path / name}")
+    label = "sap (scope layer), noise=True"
+    both, alone = (Results(tmp_path / name) for name in ("both", "alone"))
+    (together,), (apart,) = both.of(label), alone.of(label)
+    assert torch.equal(both.predictions(together).probabilities, alone.predictions(apart).probabilities)
+
+
+def test_a_faulty_value_is_refused_before_anything_is_trained(tmp_path, run_in_shell) -> None:
+    over = json.dumps({"prune.space": ["delta", "foo"]})
+    done = run_in_shell("sweep", f"--sweep.over={over}", f"--federation.run_dir={tmp_path / 'run'}")
+    assert done.returncode != 0 and "foo" in done.stderr and "Traceback" not in done.stderr
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_fault_in_the_last_variant_is_found_before_the_first_is_measured(copy, run) -> None:
+    run("sweep", *ONE_SEED, f"--federation.run_dir={copy}")
+    before = files(copy)
+    over = json.dumps({"anchors.num_pairs": [4, 100_000]})
+    with pytest.raises(InputError, match="num_pairs is 100000"):
+        run("sweep", *ONE_SEED, f"--sweep.over={over}", f"--federation.run_dir={copy}")
+    assert files(copy) == before
+
+
+def test_a_method_of_one_s_own_is_measured_again_when_its_code_has_changed(copy, run, tmp_path, monkeypatch) -> None:
+    monkeypatch.syspath_prepend(tmp_path)
+    module = tmp_path / "my_scaled_method.py"
+    text = (
+        "from sap_lightning.functional.consensus import weighted_sum\n"
+        "from sap_lightning.merging import LayerwiseMethod\n\n"
+        "class Scaled(LayerwiseMethod):\n"
+        "    def merge_layer(self, layers, weights):\n"
+        "        return weighted_sum(layers, [{scale} * w for w in weights])\n"
+    )
+    own = ["--sweep.methods=[{class_path: my_scaled_method.Scaled}]", "--sweep.unseen=[sketch]"]
+
+    def accuracy(scale: float) -> float:
+        module.write_text(text.format(scale=scale))
+        sys.modules.pop("my_scaled_method", None)
+        importlib.invalidate_caches()
+        run("sweep", *own, f"--federation.run_dir={copy}")
+        return [row for row in Results(copy).rows if row.model == "Scaled"][-1].metrics["accuracy"]
+
+    assert accuracy(0.0) != accuracy(-50.0)
+    sys.modules.pop("my_scaled_method", None)
+
+
+def test_points_of_other_settings_stay_known(copy, run) -> None:
+    def measured() -> int:
+        return len([row for row in Results(copy).rows if row.model == "sap" and row.unseen == "sketch"])
+
+    own = ["--sweep.unseen=[sketch]", "--sweep.methods=[average,sap]", f"--federation.run_dir={copy}"]
+    run("sweep", *own)
+    known = measured()
+    run("sweep", *own, "--anchors.num_pairs=4")
+    assert measured() == known + 1
+    before = times(copy, "predictions/*")
+    run("sweep", *own)
+    assert times(copy, "predictions/*") == before and measured() == known + 1

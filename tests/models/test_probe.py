@@ -1,0 +1,416 @@
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from copy import deepcopy
+from functools import partial
+from typing import Any, NamedTuple
+
+import pytest
+import torch
+from references import REDUCTIONS, TINY_VISION
+from torch import Tensor, nn
+from torch.func import functional_call
+from torch.nn.functional import cosine_similarity, normalize
+from torch.testing import assert_close
+from transformers import CLIPVisionModelWithProjection
+
+from sap_lightning.functional.lora import LoRALayer, Update, dense
+from sap_lightning.functional.saliency import AnchorLoss, Reduction, saliency
+from sap_lightning.functional.spaces import SPACES, Parameters, Space, SpaceName
+from sap_lightning.models.probe import AnchorProbe
+
+ANCHORS, LOGIT_SCALE = 6, 5.0
+EACH_SPACE = pytest.mark.parametrize("space", list(SPACES))
+EACH_REDUCTION = pytest.mark.parametrize("reduction", list(REDUCTIONS))
+Tower = CLIPVisionModelWithProjection
+Layers = dict[str, LoRALayer]
+
+
+def randn(seed: int, *shape: int) -> Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
+
+
+IMAGES, CAPTIONS = randn(0, ANCHORS, 3, 16, 16), normalize(randn(1, ANCHORS, 16), dim=1)
+
+
+@pytest.fixture(scope="module")
+def base() -> Tower:
+    tower = Tower(TINY_VISION).eval().requires_grad_(False)
+    for index, weight in enumerate(tower.parameters()):
+        # Large enough for attention to look somewhere, which CLIP's own initialisation is not.
+        weight.copy_(0.2 * randn(100 + index, *weight.shape) + (1 if weight.ndim == 1 else 0))
+    return tower
+
+
+@pytest.fixture(scope="module")
+def layers(base: Tower) -> Layers:
+    """An adapter on every linear layer: q, k, v, out, fc1, fc2 and the projection."""
+    linears = {name: layer.weight for name, layer in base.named_modules() if isinstance(layer, nn.Linear)}
+    return {
+        name: LoRALayer(0.1 * randn(200 + i, 4, weight.shape[1]), 0.1 * randn(300 + i, weight.shape[0], 4), 2.0)
+        for i, (name, weight) in enumerate(linears.items())
+    }
+
+
+def batches(sizes: Sequence[int] = (ANCHORS,)) -> list[tuple[Tensor, Tensor]]:
+    return list(zip(IMAGES.split(sizes), torch.arange(ANCHORS).split(sizes), strict=True))
+
+
+def probe_of(base: Tower, sizes: Sequence[int] = (ANCHORS,), **parts: Any) -> AnchorProbe:
+    """A probe on a copy of the base."""
+    tower = deepcopy(base)
+
+    def wear(update: Mapping[str, Update]) -> None:
+        tower.load_state_dict(base.state_dict())
+        for name, layer in update.items():
+            tower.get_submodule(name).weight.add_(dense(layer))
+
+    given: dict[str, Any] = {
+        "tower": tower,
+        "wear": wear,
+        "image_features": lambda images: normalize(tower(images).image_embeds, dim=-1),
+        "batches": lambda: batches(sizes),
+        "captions": CAPTIONS,
+        "logit_scale": LOGIT_SCALE,
+    }
+    return AnchorProbe(**given | parts)
+
+
+class Scores(NamedTuple):
+    saliency: dict[str, Parameters]
+    loss: float
+
+
+def scored(probe: AnchorProbe, layers: Layers, space: SpaceName, reduction: Reduction) -> Scores:
+    spaces = {name: SPACES[space](layer) for name, layer in layers.items()}
+    of, loss = probe.gradients(layers, spaces, reduction)
+    return Scores({name: saliency(spaces[name].parameters, of[name], reduction) for name in of}, loss)
+
+
+def double(layer: LoRALayer) -> LoRALayer:
+    return layer._replace(A=layer.A.double(), B=layer.B.double())
+
+
+def cosine(features: Tensor, index: int) -> Tensor:
+    return 1 - cosine_similarity(features, CAPTIONS.double()[[index]]).sum()
+
+
+def contrastive(features: Tensor, index: int) -> Tensor:
+    logits = LOGIT_SCALE * CAPTIONS.double() @ (features[0] / features[0].norm())
+    return logits.exp().sum().log() - logits[index]
+
+
+LOSSES: dict[AnchorLoss, Callable[[Tensor, int], Tensor]] = {"cosine": cosine, "contrastive": contrastive}
+"""Loss of an anchor from its image's features, shape (1, d), by definition."""
+
+
+def reference_gradients(
+    base: Tower, layers: Layers, space: SpaceName, loss: AnchorLoss = "cosine"
+) -> tuple[dict[str, Parameters], Tensor]:
+    """∂Lᵢ/∂θ, shape (ANCHORS, *θ), and Lᵢ, by autograd in float64, one anchor after another."""
+    spaces: dict[str, Space] = {name: SPACES[space](double(layer)) for name, layer in layers.items()}
+    theta = {name: tuple(p.clone().requires_grad_() for p in layer.parameters) for name, layer in spaces.items()}
+    leaves = [parameter for layer in theta.values() for parameter in layer]
+    precise = deepcopy(base).double()
+    weights = {
+        f"{name}.weight": precise.get_submodule(name).weight + dense(spaces[name].update(theta[name])) for name in theta
+    }
+    gradients, losses = [], []
+    for index, image in enumerate(IMAGES.double()):
+        losses.append(LOSSES[loss](functional_call(precise, weights, (image[None],)).image_embeds, index))
+        gradients.append(torch.autograd.grad(losses[-1], leaves, retain_graph=True))
+    stacked = iter([torch.stack(anchors) for anchors in zip(*gradients, strict=True)])
+    return {name: tuple(next(stacked) for _ in layer) for name, layer in theta.items()}, torch.stack(losses).detach()
+
+
+def reference(base: Tower, layers: Layers, space: SpaceName) -> tuple[dict[str, Parameters], Tensor]:
+    """θ·∂Lᵢ/∂θ, shape (ANCHORS, *θ), and Lᵢ."""
+    gradients, losses = reference_gradients(base, layers, space)
+    theta = {name: SPACES[space](double(layer)).parameters for name, layer in layers.items()}
+    terms = {name: tuple(p * g for p, g in zip(theta[name], of, strict=True)) for name, of in gradients.items()}
+    return terms, losses
+
+
+def assert_scores_close(actual: dict[str, Parameters], expected: dict[str, Parameters], rtol: float) -> None:
+    assert actual.keys() == expected.keys()
+    for name, parameters in expected.items():
+        for got, want in zip(actual[name], parameters, strict=True):
+            assert got.shape == want.shape
+            assert torch.linalg.vector_norm(got - want) <= rtol * torch.linalg.vector_norm(want), name
+
+
+def ranks(values: Tensor) -> Tensor:
+    return values.argsort().argsort().double()
+
+
+@EACH_SPACE
+@EACH_REDUCTION
+def test_scores_are_autograds_on_a_real_tower(
+    base: Tower, layers: Layers, space: SpaceName, reduction: Reduction
+) -> None:
+    taylor, _ = reference(base, layers, space)
+    expected = {name: tuple(map(REDUCTIONS[reduction], terms)) for name, terms in taylor.items()}
+    assert_scores_close(scored(probe_of(base), layers, space, reduction).saliency, expected, rtol=1e-5)
+
+
+@pytest.mark.parametrize("loss", list(LOSSES))
+@EACH_REDUCTION
+def test_gradients_are_autograds_of_every_anchor_s_own_loss(
+    base: Tower, layers: Layers, loss: AnchorLoss, reduction: Reduction
+) -> None:
+    gradients, losses = reference_gradients(base, layers, "delta", loss)
+    reduce = {"mean_then_abs": lambda g: g.mean(0)}.get(reduction, REDUCTIONS[reduction])
+    spaces = {name: SPACES["delta"](layer) for name, layer in layers.items()}
+    of, mean = probe_of(base, (4, 2)).gradients(layers, spaces, reduction, loss)
+    assert_scores_close(of, {name: tuple(map(reduce, parameters)) for name, parameters in gradients.items()}, rtol=1e-4)
+    assert mean == pytest.approx(float(losses.mean()), rel=1e-5)
+
+
+def test_gradients_are_at_the_update_that_is_worn_not_at_the_one_that_is_scored(base: Tower, layers: Layers) -> None:
+    spaces = {name: SPACES["delta"](layer) for name, layer in layers.items()}
+    nothing = {name: layer._replace(B=torch.zeros_like(layer.B)) for name, layer in layers.items()}
+    at_base, losses = reference_gradients(base, nothing, "delta")
+    of, mean = probe_of(base).gradients({}, spaces, "mean_then_abs")
+    assert_scores_close(of, {name: (terms.mean(0),) for name, (terms,) in at_base.items()}, rtol=1e-4)
+    assert mean == pytest.approx(float(losses.mean()), rel=1e-5)
+
+
+def test_loss_of_the_gradients_is_the_mean_over_all_anchors(base: Tower, layers: Layers) -> None:
+    _, losses = reference(base, layers, "delta")
+    for sizes in [(ANCHORS,), (5, 1)]:
+        loss = scored(probe_of(base, sizes), layers, "delta", "square").loss
+        assert loss == pytest.approx(float(losses.mean()), rel=1e-6)
+
+
+@EACH_SPACE
+@EACH_REDUCTION
+def test_scores_do_not_depend_on_how_the_anchors_are_batched(
+    base: Tower, layers: Layers, space: SpaceName, reduction: Reduction
+) -> None:
+    whole = scored(probe_of(base), layers, space, reduction).saliency
+    for sizes in [(1,) * ANCHORS, (4, 2)]:
+        assert_scores_close(scored(probe_of(base, sizes), layers, space, reduction).saliency, whole, rtol=1e-5)
+
+
+def two_processes(base: Tower, ask: Callable[[AnchorProbe], Any]) -> Any:
+    """The second one's answer, where each has a share of the anchors and what both have is added up."""
+    sent: list[Tensor] = []
+
+    def send(tensor: Tensor) -> Tensor:
+        sent.append(tensor.clone())
+        return tensor
+
+    first, second = batches((4, 2))
+    ask(probe_of(base, batches=lambda: [first], sum_over_processes=send))
+    return ask(probe_of(base, batches=lambda: [second], sum_over_processes=lambda tensor: tensor + sent.pop(0)))
+
+
+@EACH_REDUCTION
+def test_scores_of_two_processes_that_share_the_anchors_are_those_of_one(
+    base: Tower, layers: Layers, reduction: Reduction
+) -> None:
+    together = two_processes(base, lambda probe: scored(probe, layers, "factor", reduction))
+    alone = scored(probe_of(base), layers, "factor", reduction)
+    assert_scores_close(together.saliency, alone.saliency, rtol=1e-5)
+    assert together.loss == pytest.approx(alone.loss, rel=1e-6)
+
+
+def test_what_two_processes_see_is_what_one_does(base: Tower, layers: Layers) -> None:
+    alone = probe_of(base)
+    assert_close(two_processes(base, lambda probe: probe.grams(layers)), alone.grams(layers))
+    assert_close(two_processes(base, lambda probe: probe.features(layers)), alone.features(layers))
+    assert two_processes(base, lambda probe: probe.loss(layers)) == pytest.approx(alone.loss(layers), rel=1e-6)
+
+
+def test_the_same_anchors_give_the_same_bits(base: Tower, layers: Layers) -> None:
+    first, second = (scored(probe_of(base), layers, "delta", "abs_then_mean") for _ in range(2))
+    assert_close(first.saliency, second.saliency, atol=0, rtol=0)
+
+
+QUESTIONS: list[Callable[[AnchorProbe, Layers], Any]] = [
+    lambda probe, layers: scored(probe, layers, "delta", "square"),
+    lambda probe, layers: probe.grams(layers),
+    lambda probe, layers: probe.features(layers),
+]
+EACH_QUESTION = pytest.mark.parametrize("ask", QUESTIONS, ids=["gradients", "grams", "features"])
+
+
+@EACH_QUESTION
+def test_a_question_leaves_no_hooks_and_no_gradients(
+    base: Tower, layers: Layers, ask: Callable[[AnchorProbe, Layers], Any]
+) -> None:
+    images, indices = IMAGES.clone(), torch.arange(ANCHORS)
+    probe = probe_of(base, batches=lambda: [(images, indices)])
+    ask(probe, layers)
+    assert not any(module._forward_hooks for module in probe.tower.modules())
+    assert all(weight.grad is None for weight in probe.tower.parameters())
+    assert images.grad is None and not images.requires_grad
+    for name, weight in probe.tower.state_dict().items():
+        layer = layers.get(name.removesuffix(".weight"))
+        worn = base.state_dict()[name] + (0 if layer is None else layer.delta())
+        assert_close(weight, worn, atol=0, rtol=0)
+
+
+@EACH_QUESTION
+def test_hooks_go_even_when_an_anchor_cannot_be_read(
+    base: Tower, layers: Layers, ask: Callable[[AnchorProbe, Layers], Any]
+) -> None:
+    def anchors() -> Iterator[tuple[Tensor, Tensor]]:
+        yield from batches()
+        raise OSError("unreadable image")
+
+    probe = probe_of(base, batches=anchors)
+    with pytest.raises(OSError, match="unreadable"):
+        ask(probe, layers)
+    assert not any(module._forward_hooks for module in probe.tower.modules())
+
+
+@EACH_QUESTION
+def test_a_question_may_be_asked_in_inference_mode_as_in_a_trainer_s_validation(
+    base: Tower, layers: Layers, ask: Callable[[AnchorProbe, Layers], Any]
+) -> None:
+    probe = probe_of(base)
+    with torch.inference_mode():
+        answer = ask(probe, layers)
+    assert_close(answer, ask(probe_of(base), layers))
+
+
+@EACH_SPACE
+@EACH_REDUCTION
+def test_scores_in_bfloat16_rank_parameters_as_float32_does(
+    base: Tower, layers: Layers, space: SpaceName, reduction: Reduction
+) -> None:
+    precise = probe_of(base)
+
+    def image_features(images: Tensor) -> Tensor:
+        with torch.autocast("cpu", torch.bfloat16):
+            return precise.image_features(images)
+
+    rough_probe = probe_of(base, tower=precise.tower, wear=precise.wear, image_features=image_features)
+    rough = scored(rough_probe, layers, space, reduction)
+    exact = scored(precise, layers, space, reduction)
+    assert rough.loss == pytest.approx(exact.loss, rel=0.02)
+    flat = [torch.cat([s.flatten() for p in scores.saliency.values() for s in p]) for scores in (rough, exact)]
+    assert all(tensor.dtype == torch.float32 for tensor in flat)
+    assert torch.corrcoef(torch.stack([ranks(values) for values in flat]))[0, 1] > 0.95
+
+
+@torch.no_grad()
+def adapted(base: Tower, layers: Layers) -> Tower:
+    """The base with the adapter added to its weights, in float64."""
+    tower = deepcopy(base).double()
+    for name, layer in layers.items():
+        tower.get_submodule(name).weight.add_(double(layer).delta())
+    return tower
+
+
+@torch.no_grad()
+def reference_features(base: Tower, layers: Layers) -> Tensor:
+    features = adapted(base, layers)(IMAGES.double()).image_embeds
+    return features / features.norm(dim=1, keepdim=True)
+
+
+@torch.no_grad()
+def reference_grams(base: Tower, layers: Layers, chosen: Sequence[int] = range(ANCHORS)) -> dict[str, Tensor]:
+    """XᵀX / tokens from the inputs that every layer is called with."""
+    tower, inputs = adapted(base, layers), {}
+    for name in layers:
+        layer = tower.get_submodule(name)
+        layer.forward = partial(keep_and_call, inputs, name, layer.forward)
+    tower(IMAGES[list(chosen)].double())
+    return {name: sum(torch.outer(x, x) for x in rows) / len(rows) for name, rows in inputs.items()}
+
+
+def keep_and_call(inputs: dict[str, Tensor], name: str, forward: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
+    inputs[name] = x.reshape(-1, x.shape[-1])
+    return forward(x)
+
+
+def test_grams_are_the_mean_outer_products_of_every_layer_s_inputs(base: Tower, layers: Layers) -> None:
+    expected = reference_grams(base, layers)
+    for sizes in [(ANCHORS,), (4, 2), (1,) * ANCHORS]:
+        grams = probe_of(base, sizes).grams(layers)
+        assert_scores_close({name: (gram,) for name, gram in grams.items()},
+                            {name: (gram,) for name, gram in expected.items()}, rtol=1e-5)  # fmt: skip
+
+
+def test_grams_are_of_the_layers_that_the_update_changes_with_the_update_worn(base: Tower, layers: Layers) -> None:
+    last = list(layers)[-2:]
+    some = {name: layers[name] for name in last}
+    grams, of_all = probe_of(base).grams(some), probe_of(base).grams(layers)
+    assert list(grams) == last
+    assert_close(
+        grams, {name: gram.float() for name, gram in reference_grams(base, some).items()}, rtol=1e-4, atol=1e-4
+    )
+    assert any((grams[name] - of_all[name]).abs().max() > 1e-2 for name in last), "earlier layers were not adapted"
+
+
+def test_features_are_normalised_and_in_the_order_of_the_pairs(base: Tower, layers: Layers) -> None:
+    order = torch.tensor([3, 0, 5, 1, 4, 2])
+    shuffled = list(zip(IMAGES[order].split((4, 2)), order.split((4, 2)), strict=True))
+    for probe in (probe_of(base), probe_of(base, batches=lambda: shuffled)):
+        assert_close(probe.features(layers), reference_features(base, layers).float(), atol=1e-5, rtol=0)
+        assert_close(probe.features({}), reference_features(base, {}).float(), atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize("loss", list(LOSSES))
+def test_the_loss_is_its_definition(base: Tower, layers: Layers, loss: AnchorLoss) -> None:
+    for update in (layers, {}):
+        features = reference_features(base, update)
+        expected = sum(float(LOSSES[loss](features[[i]], i)) for i in range(ANCHORS)) / ANCHORS
+        assert probe_of(base).loss(update, loss) == pytest.approx(expected, rel=1e-5)
+        assert probe_of(base, (4, 2)).loss(update, loss) == pytest.approx(expected, rel=1e-5)
+
+
+def test_the_loss_is_cosine_unless_it_is_said(base: Tower, layers: Layers) -> None:
+    assert probe_of(base).loss(layers) == probe_of(base).loss(layers, "cosine") != probe_of(base).loss({}, "cosine")
+
+
+CHOSEN = [1, 4, 5]
+
+
+@pytest.mark.parametrize("loss", list(LOSSES))
+@pytest.mark.parametrize("sizes", [(ANCHORS,), (1, 3, 2), (1,) * ANCHORS])
+def test_only_the_chosen_pairs_are_looked_at(
+    base: Tower, layers: Layers, loss: AnchorLoss, sizes: Sequence[int]
+) -> None:
+    probe = probe_of(base, sizes, chosen=CHOSEN)
+    gradients, losses = reference_gradients(base, layers, "delta", loss)
+    spaces = {name: SPACES["delta"](layer) for name, layer in layers.items()}
+    of, mean = probe.gradients(layers, spaces, "abs_then_mean", loss)
+    expected = {name: (terms[CHOSEN].abs().mean(0),) for name, (terms,) in gradients.items()}
+    assert_scores_close(of, expected, rtol=1e-4)
+    assert mean == pytest.approx(float(losses[CHOSEN].mean()), rel=1e-5)
+    assert probe.loss(layers, loss) == pytest.approx(mean, rel=1e-5)
+    assert_close(probe.features(layers), reference_features(base, layers)[CHOSEN].float(), atol=1e-5, rtol=0)
+    grams = {name: gram.float() for name, gram in reference_grams(base, layers, CHOSEN).items()}
+    assert_close(probe.grams(layers), grams, rtol=1e-4, atol=1e-4)
+
+
+def test_halves_are_disjoint_and_together_all(base: Tower, layers: Layers) -> None:
+    probe = probe_of(base, (4, 2))
+    for chosen in (None, CHOSEN):
+        one, other = probe_of(base, chosen=chosen).halves()
+        assert not set(one.chosen) & set(other.chosen)
+        assert sorted([*one.chosen, *other.chosen]) == (chosen or list(range(ANCHORS)))
+        assert abs(len(one.chosen) - len(other.chosen)) <= 1
+    one, other = probe.halves()
+    assert one.tower is other.tower is probe.tower
+    assert (one.loss(layers) + other.loss(layers)) / 2 == pytest.approx(probe.loss(layers), rel=1e-6)
+    assert one.loss(layers) != other.loss(layers)
+
+
+def test_halves_have_all_captions_as_negatives_and_add_up_over_processes(base: Tower, layers: Layers) -> None:
+    one, other = probe_of(base).halves()
+    whole = probe_of(base).loss(layers, "contrastive")
+    assert (one.loss(layers, "contrastive") + other.loss(layers, "contrastive")) / 2 == pytest.approx(whole, rel=1e-5)
+    together = two_processes(base, lambda probe: probe.halves()[0].loss(layers))
+    assert together == pytest.approx(one.loss(layers), rel=1e-6)
+
+
+def test_the_weight_of_a_layer_is_the_one_that_is_worn(base: Tower, layers: Layers) -> None:
+    probe, name = probe_of(base), next(iter(layers))
+    assert_close(probe.weight(name), base.get_submodule(name).weight, atol=0, rtol=0)
+    probe.wear(layers)
+    assert_close(probe.weight(name), base.get_submodule(name).weight + layers[name].delta(), atol=0, rtol=0)
+    assert not probe.weight(name).requires_grad
