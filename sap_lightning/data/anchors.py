@@ -18,7 +18,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from sap_lightning.data.cache import load_pixels
 from sap_lightning.data.images import SUFFIXES, Picture, file_picture
-from sap_lightning.data.loaders import eval_sampler, make_loader, process_of, images_per_process
+from sap_lightning.data.loaders import eval_sampler, images_per_process, make_loader, process_of
 from sap_lightning.data.preprocess import Preprocess
 from sap_lightning.data.sources import images_in, subfolders
 from sap_lightning.data.tables import image_column, is_table, load_table, table_fingerprint, table_pictures

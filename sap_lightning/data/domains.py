@@ -21,9 +21,9 @@ from sap_lightning.data.loaders import (
     Batch,
     PixelDataset,
     eval_sampler,
+    images_per_process,
     make_loader,
     process_of,
-    images_per_process,
     train_sampler,
 )
 from sap_lightning.data.preprocess import Preprocess

@@ -88,7 +88,8 @@ class Merged:
         with new_folder(folder) as staging:
             error = self._save_adapter(staging, rank) if as_adapter else self._save_model(staging)
             write_json(staging / RECORD_FILE, self.record() | self._outcome(error, metrics or {}))
-            write_text(staging / CARD_FILE, str(self.card("peft" if as_adapter else "transformers", metrics or {})))
+            card = self.card("peft" if as_adapter else "transformers", metrics or {})
+            write_text(staging / CARD_FILE, f"{card}\n")
         log.info("merged %s written to %s", "adapter" if as_adapter else "model", folder)
         return Path(folder)
 

@@ -32,13 +32,13 @@ def show(federation: OneShotFederation, results: Results) -> None:
     if not federation.server.is_global_zero:
         return
     figures, table = draw(results, rows, evidence), markdown_table(rows, unseen)
-    write_csv(folder / "clients.csv", [Client._fields, *evidence.clients])
-    write_text(folder / TABLE_FILE, table)
-    report = write_report(folder, results, rows, unseen, figures, evidence, federation.settings)
     for board in tensorboards(federation.server):
         log_figures([board], figures)
         board.add_text("results", table)
         board.flush()
+    write_csv(folder / "clients.csv", [Client._fields, *evidence.clients])
+    write_text(folder / TABLE_FILE, table)
+    report = write_report(folder, results, rows, unseen, figures, evidence, federation.settings)
     print(f"Report: {report}\nTable: {results.csv}\nFigures: tensorboard --logdir {folder}")
 
 

@@ -10,10 +10,9 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from places import SHAPES_CLIP
 from torch.nn import functional as F
 from transformers import AutoImageProcessor, AutoTokenizer, CLIPModel
-
-from places import SHAPES_CLIP
 
 from sap_lightning.data.shapes import world as shapes
 from sap_lightning.data.shapes.pretrain import pretrain, train_tokenizer

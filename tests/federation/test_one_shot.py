@@ -20,8 +20,8 @@ from places import REPOSITORY
 from safetensors.torch import load_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from sap_lightning.federation import client as federation
 from sap_lightning.errors import InputError
+from sap_lightning.federation import client as federation
 from sap_lightning.functional.traffic import sparse_upload
 from sap_lightning.io.adapter import read_adapter, sha256_of, write_adapter
 from sap_lightning.merging import TIES

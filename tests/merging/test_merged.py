@@ -14,10 +14,10 @@ from peft import PeftModel
 from places import SHAPES_CLIP
 from transformers import CLIPModel, CLIPVisionModelWithProjection
 
-from sap_lightning.merging import merged as output
 from sap_lightning.errors import InputError
 from sap_lightning.functional.lora import LoRALayer
 from sap_lightning.io.adapter import Adapter, sha256_of
+from sap_lightning.merging import merged as output
 from sap_lightning.merging.average import Average
 from sap_lightning.merging.dare import DARE
 from sap_lightning.merging.median import Median
