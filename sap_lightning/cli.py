@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import argparse
 import copy
 from collections.abc import Mapping, Sequence
-from functools import cached_property
 from typing import Any
 
 import lightning as L
 import yaml
-from jsonargparse import SUPPRESS
+from jsonargparse import SUPPRESS, ActionConfigFile
 from lightning.pytorch.callbacks import ProgressBar
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 
@@ -113,6 +111,31 @@ class Predict:
         self.output = output
 
 
+class CommandParser(LightningArgumentParser):
+    """A parser that knows every setting, since a config file may hold it, and whose help shows what a command takes."""
+
+    def __init__(self, *args: Any, command: str | None = None, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.command = command
+
+    def format_help(self, *args: Any) -> str:
+        if self.command is None:  # jsonargparse makes more of this class, of a merge method's settings
+            return str(super().format_help(*args))
+        groups: Any = self._action_groups
+        before = groups[:], [(action, action.help) for action in self._actions]
+        try:
+            for action in self._actions:
+                if not any(is_taken(option.lstrip("-"), self.command) for option in action.option_strings):
+                    action.help = SUPPRESS
+            # The title of a group of which nothing is shown would stand there.
+            groups[:] = [group for group in groups if any(a.help != SUPPRESS for a in group._group_actions)]
+            return str(super().format_help(*args))
+        finally:
+            groups[:] = before[0]
+            for action, text in before[1]:
+                action.help = text
+
+
 class SapCLI(LightningCLI):
     """LightningCLI with the groups anchors, prune, merge and federation beside model, data and trainer.
 
@@ -124,9 +147,15 @@ class SapCLI(LightningCLI):
         args: the command line after it.
         description: what the command does, for its help.
 
+    Attributes:
+        merge: the server's module; it merges by SAP, as the group prune says, where no method is named.
+
     Raises:
-        InputError: for an option of other commands.
+        InputError: for an option of other commands, a faulty setting, or settings of SAP in merge.method beside those
+            of the group prune.
     """
+
+    merge: MergeModule
 
     def __init__(self, command: str, args: Sequence[str], description: str | None = None) -> None:
         self.command = command
@@ -143,6 +172,11 @@ class SapCLI(LightningCLI):
             auto_configure_optimizers=False,
             load_from_checkpoint_support=False,
         )
+
+    def init_parser(self, **kwargs: Any) -> LightningArgumentParser:
+        parser = CommandParser(command=self.command, **kwargs)
+        parser.add_argument("-c", "--config", action=ActionConfigFile, help="configuration file, or several in turn")
+        return parser
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         parser.add_class_arguments(AnchorDataModule, "anchors")
@@ -165,35 +199,17 @@ class SapCLI(LightningCLI):
         if self.command in TAKEN_BY["uploads"]:
             parser.add_argument("--uploads", nargs="+", default=[], help=UPLOADS)
 
-    def setup_parser(self, *args: Any, **kwargs: Any) -> None:
-        super().setup_parser(*args, **kwargs)
-        groups: Any = self.parser._action_groups
-        for group in list(groups):
-            hidden = [action for action in group._group_actions if not self._takes(action)]
-            for action in hidden:
-                action.help = SUPPRESS
-            if len(hidden) == len(group._group_actions):
-                groups.remove(group)  # or its title would stand there
-
-    def _takes(self, action: argparse.Action) -> bool:
-        return any(is_taken(option.lstrip("-"), self.command) for option in action.option_strings)
-
     def instantiate_classes(self) -> None:
         """Makes the parts; what one of them says of bad input is said as it is, not as jsonargparse wraps it."""
         try:
             super().instantiate_classes()
+            self.merge = self._merge_module()
         except ValueError as error:
             if isinstance(error.__cause__, InputError):
                 raise error.__cause__ from None
             raise
 
-    @cached_property
-    def merge(self) -> MergeModule:
-        """The server's module as configured; it merges by SAP, as the group prune says, where no method is named.
-
-        Raises:
-            InputError: when settings of SAP stand in merge.method, beside those of the group prune.
-        """
+    def _merge_module(self) -> MergeModule:
         settings = {name: value for name, value in self.config_init.merge.items() if name not in MERGE_COMMAND}
         method = settings.pop("method")
         if isinstance(method, SAP):
@@ -234,7 +250,6 @@ class SapCLI(LightningCLI):
     def varied(self, settings: Mapping[str, Any]) -> SapCLI:
         """The same command with other values for some settings, by name such as ``model.rank``."""
         other = copy.copy(self)
-        vars(other).pop("merge", None)
         other.config = self.parser.parse_object(nested(settings), cfg_base=self.config)
         other._set_seed()
         other.before_instantiate_classes()
@@ -249,7 +264,7 @@ class SapCLI(LightningCLI):
 
 def takers(option: str) -> tuple[str, ...] | None:
     """The commands that take an option, by its name without dashes; None where there is no such option or group."""
-    parts = option.split(".")
+    parts = option.removesuffix("+").split(".")
     names = [".".join(parts[:length]) for length in range(len(parts), 0, -1)]
     return next((TAKEN_BY[name] for name in names if name in TAKEN_BY), None)
 

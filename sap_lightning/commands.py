@@ -124,7 +124,7 @@ def test(args: Sequence[str]) -> None:
 def predict(args: Sequence[str]) -> None:
     """Classify a folder (--predict.images DIR --data.class_names [a,b]) by zero-shot or --uploads DIR; writes a CSV."""
     cli = SapCLI("predict", args, predict.__doc__)
-    options, class_names = cli.config_init.predict, cli.config_init.data.class_names
+    options, class_names = cli.config_init.predict, cli.config.data.class_names
     if class_names is None:
         raise InputError("data.class_names is not set; name the classes to choose from")
     refuse_existing(options.output)

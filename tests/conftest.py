@@ -12,17 +12,9 @@ import pytest
 import rich
 from places import REPOSITORY, SHAPES_CLIP
 
-from sap_lightning import cli
+from sap_lightning.cli import is_taken
+from sap_lightning.commands import COMMANDS
 from sap_lightning.data.shapes.world import draw_world
-
-COMMANDS = {
-    "fit": cli.fit,
-    "sweep": cli.sweep,
-    "client": cli.client,
-    "merge": cli.merge,
-    "test": cli.test,
-    "predict": cli.predict,
-}
 
 
 @pytest.fixture(scope="session")
@@ -47,12 +39,17 @@ def options(world) -> list[str]:
     ]
 
 
+def taken(options: list[str], command: str) -> list[str]:
+    """Those of the options that a command takes."""
+    return [option for option in options if is_taken(option.partition("=")[0].removeprefix("--"), command)]
+
+
 @pytest.fixture(scope="session")
 def run(options):
     """Runs a command in this process."""
 
     def run_command(command: str, *more: str) -> None:
-        COMMANDS[command]([*options, *more])
+        COMMANDS[command]([*taken(options, command), *more])
 
     return run_command
 
@@ -62,7 +59,7 @@ def run_in_shell(options):
     """Runs a command as a person does, and returns what became of it."""
 
     def run_command(command: str, *more: str, **kwargs) -> subprocess.CompletedProcess[str]:
-        line = [sys.executable, "-m", "sap_lightning", command, *options, *more]
+        line = [sys.executable, "-m", "sap_lightning", command, *taken(options, command), *more]
         return subprocess.run(
             line, capture_output=True, text=True, cwd=REPOSITORY, env=os.environ | {"OMP_NUM_THREADS": "1"}, **kwargs
         )

@@ -23,7 +23,7 @@ from transformers import (
     ViTModel,
 )
 
-from sap_lightning import cli
+from sap_lightning import commands
 from sap_lightning.errors import InputError
 
 SIZES = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 48}
@@ -103,7 +103,7 @@ def upload(kind: str, base: Path, folder: Path, seed: int, **config: Any) -> Pat
 
 
 def merge(base: Path, output: Path, uploads: Sequence[Path], *options: str) -> None:
-    cli.merge([f"--model.base={base}", f"--merge.output={output}", *options, "--uploads", *map(str, uploads)])
+    commands.merge([f"--model.base={base}", f"--merge.output={output}", *options, "--uploads", *map(str, uploads)])
 
 
 def change(kind: str, base: Path, adapter: Path) -> dict[str, Tensor]:

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-import inspect
 import json
 import logging
 import re
+import subprocess
 import sys
 import warnings
 from collections.abc import Iterator
+from importlib.metadata import version
+from pathlib import Path
 from typing import Any
 
 import lightning as L
@@ -18,47 +20,49 @@ from lightning.pytorch.callbacks import ProgressBar, Timer
 from lightning.pytorch.loggers import CSVLogger
 from places import REPOSITORY
 
+import sap_lightning
 from sap_lightning import __main__, cli
 from sap_lightning.callbacks.progress import TitledProgressBar
+from sap_lightning.commands import COMMANDS
 from sap_lightning.errors import InputError
-from sap_lightning.federation.one_shot import UNTRAINED
-from sap_lightning.merging import METHODS, MergeMethod
+from sap_lightning.federation.client import UNTRAINED
+from sap_lightning.merging import METHODS, SAP, MergeMethod
 
-COMMANDS = {
-    "fit": cli.fit,
-    "sweep": cli.sweep,
-    "client": cli.client,
-    "merge": cli.merge,
-    "test": cli.test,
-    "predict": cli.predict,
-}
 GROUPS = ("model", "data", "anchors", "prune", "merge", "federation")
-CONTRACT = [
-    "--model.base",
-    "--model.rank",
-    "--model.alpha",
-    "--data.root",
-    "--data.domain",
-    "--data.class_names",
-    "--anchors.root",
-    "--anchors.num_pairs",
-    "--prune.sparsity",
-    "--prune.space",
-    "--prune.scope",
-    "--prune.reduction",
-    "--prune.loss",
-    "--prune.sign_aware",
-    "--merge.method",
-    "--merge.rescale",
-    "--merge.weights",
-    "--merge.output",
-    "--merge.report",
-    "--merge.push_to_hub",
-    "--federation.unseen",
-    "--federation.run_dir",
-    "--trainer.max_epochs",
-    "--seed_everything",
-]
+EVERYWHERE = {"--config", "--print_config", "--model.base", "--trainer.precision", "--trainer.accelerator"}
+OWN = {
+    "fit": {
+        "--seed_everything", "--model.rank", "--model.templates", "--data.root", "--data.class_names", "--anchors.root",
+        "--anchors.num_pairs", "--prune.sparsity", "--prune.space", "--prune.scope", "--prune.reduction",
+        "--prune.rescale", "--prune.rescale_scope", "--prune.scale", "--prune.loss", "--prune.sign_aware",
+        "--merge.method", "--merge.weights", "--merge.reject_outliers", "--merge.format", "--merge.rank",
+        "--federation.unseen", "--federation.run_dir", "--federation.poison.domain", "--trainer.max_epochs",
+    },
+    "sweep": {
+        "--model.rank", "--data.root", "--anchors.root", "--prune.sparsity", "--merge.weights", "--federation.run_dir",
+        "--federation.clients", "--sweep.methods", "--sweep.seeds", "--trainer.max_epochs",
+    },
+    "client": {
+        "--seed_everything", "--model.rank", "--data.root", "--data.domain", "--data.augment", "--federation.run_dir",
+        "--trainer.max_epochs",
+    },
+    "merge": {
+        "--uploads", "--anchors.root", "--prune.sparsity", "--prune.rescale", "--merge.method", "--merge.output",
+        "--merge.report", "--merge.push_to_hub", "--merge.rank", "--federation.run_dir", "--trainer.devices",
+    },
+    "test": {"--uploads", "--model.templates", "--data.root", "--data.domain", "--data.batch_size"},
+    "predict": {"--uploads", "--predict.images", "--predict.output", "--data.class_names", "--data.batch_size"},
+}  # fmt: skip
+"""What each command takes; what only others take it neither shows nor accepts."""
+FOREIGN = {
+    "fit": ["--uploads", "--merge.output", "--data.domain", "--sweep.seeds", "--predict.output"],
+    "sweep": ["--seed_everything", "--merge.method", "--merge.rank", "--federation.unseen", "--data.domain"],
+    "client": ["--anchors.root", "--prune.sparsity", "--merge.method", "--federation.unseen", "--uploads"],
+    "merge": ["--data.root", "--model.rank", "--model.templates", "--federation.clients", "--trainer.max_epochs"],
+    "test": ["--anchors.root", "--merge.weights", "--data.augment", "--federation.run_dir", "--predict.images"],
+    "predict": ["--data.root", "--prune.space", "--merge.output", "--trainer.devices", "--trainer.max_epochs"],
+}
+ONCE = [(name, option) for name, options in FOREIGN.items() for option in options]
 
 
 @pytest.fixture
@@ -79,8 +83,8 @@ def main(monkeypatch) -> Iterator[Any]:
 
 @pytest.fixture
 def parsed(options):
-    def parse(*more: str, command: str = "fit", **extra: Any) -> cli.SapCLI:
-        return cli.SapCLI(COMMANDS[command], [*options, *more], **extra)
+    def parse(*more: str, command: str = "fit") -> cli.SapCLI:
+        return cli.SapCLI(command, [*options, *more])
 
     return parse
 
@@ -117,27 +121,63 @@ def test_a_faulty_setting_ends_in_one_line(main, options):
     assert main("fit", *options, "--model.rank=0") == "error: model.rank must be at least 1, got 0"
 
 
-@pytest.mark.parametrize(
-    ("command", "own"),
-    [
-        ("fit", set()),
-        ("client", set()),
-        ("merge", {"--uploads"}),
-        ("test", {"--adapter"}),
-        ("predict", {"--adapter", "--images", "--class_names", "--output"}),
-    ],
-)
-def test_every_command_explains_itself_and_has_the_contract_s_options(capsys, command, own):
+def test_the_version_is_said(main, capsys):
+    assert main("--version") == 0
+    assert capsys.readouterr().out == f"sap-lightning {version('sap-lightning')}\n"
+
+
+def test_the_console_script_is_the_same_program():
+    script = Path(sys.executable).with_name("sap-lightning")
+    said = subprocess.run([script, "--version"], capture_output=True, text=True, check=True).stdout
+    assert said == f"sap-lightning {sap_lightning.__version__}\n"
+
+
+def shown_by(command: str, capsys: pytest.CaptureFixture[str]) -> str:
     with pytest.raises(SystemExit) as end:
         COMMANDS[command](["--help"])
-    shown = capsys.readouterr().out
     assert end.value.code == 0
+    return capsys.readouterr().out
+
+
+@pytest.mark.parametrize("command", OWN)
+def test_a_command_explains_itself_and_shows_its_own_options_and_no_more(capsys, command):
+    shown = shown_by(command, capsys)
     assert f"python -m sap_lightning {command}" in shown
     assert " ".join(COMMANDS[command].__doc__.split()) in " ".join(shown.split())
-    for option in [*CONTRACT, *own]:
-        assert re.search(rf"{re.escape(option)}\b", shown), option
-    for foreign in {"--uploads", "--adapter", "--images"} - own:
-        assert not re.search(rf"  {foreign} ", shown)
+    options = set(re.findall(r"^  (?:-\w[^,]*, )?(--[\w.]+)", shown, re.MULTILINE))
+    assert OWN[command] | EVERYWHERE <= options
+    assert {option for option in options if not cli.is_taken(option.removeprefix("--"), command)} == set()
+    assert not options & set(FOREIGN[command])
+    titles = re.findall(r"^(?! )(?!usage)(.+):$", shown, re.MULTILINE)
+    assert all(re.search(rf"^{re.escape(title)}:\n +\S", shown, re.MULTILINE) for title in titles), "an empty group"
+
+
+@pytest.mark.parametrize("form", ["{}=1", "{} 1"])
+@pytest.mark.parametrize(("command", "option"), ONCE)
+def test_an_option_that_a_command_would_ignore_is_refused_with_those_that_take_it(main, command, option, form):
+    error = main(command, *form.format(option).split())
+    takers = ", ".join(cli.takers(option.removeprefix("--")))
+    assert error == f"error: {option}: {command} would ignore it; it is an option of {takers}"
+
+
+def test_settings_that_the_commands_make_themselves_are_refused(main):
+    assert main("fit", "--trainer.enable_checkpointing=false") == (
+        "error: --trainer.enable_checkpointing: fit would ignore it; it is set by the commands themselves"
+    )
+
+
+def test_every_option_in_the_table_of_takers_is_one(capsys):
+    shown = {command: shown_by(command, capsys) for command in OWN}
+    for option, commands in cli.TAKEN_BY.items():
+        for command in commands:
+            assert option == "h" or re.search(rf"--{re.escape(option)}\b", shown[command]), (option, command)
+
+
+def test_a_config_file_is_for_all_commands(parsed, options):
+    for command in OWN:
+        kept = [option for option in options if cli.is_taken(option.partition("=")[0].removeprefix("--"), command)]
+        more = ["--predict.images=photos"] if command == "predict" else []
+        assert cli.SapCLI(command, [*kept, *more]).config_init.merge.weights == "uniform"
 
 
 def test_the_seed_reaches_model_and_data(parsed):
@@ -149,8 +189,8 @@ def test_the_base_and_the_templates_reach_every_part(parsed):
     fit = parsed('--model.templates=["a {} drawn"]')
     base = fit.model.base
     assert base.endswith("shapes_clip")
-    assert fit.datamodule.base == fit.config_init.anchors.base == fit.config_init.merge.base == base
-    assert fit.model.templates == fit.config_init.merge.templates == ["a {} drawn"]
+    assert fit.datamodule.base == fit.config_init.anchors.base == fit.merge.base == base
+    assert fit.model.templates == fit.merge.templates == ["a {} drawn"]
 
 
 def test_a_linked_setting_has_no_option_of_its_own(parsed, capsys):
@@ -161,7 +201,7 @@ def test_a_linked_setting_has_no_option_of_its_own(parsed, capsys):
 
 def methods_settings(method: type[MergeMethod]) -> dict[str, Any]:
     """The constructor's arguments and their defaults, as a config has them."""
-    return {name: json.loads(json.dumps(p.default)) for name, p in inspect.signature(method).parameters.items()}
+    return method().settings
 
 
 OTHERS = sorted(METHODS.keys() - {"sap"})
@@ -172,7 +212,7 @@ FIRST_SETTINGS = [(name, setting) for name in OTHERS for setting in list(methods
 @pytest.mark.parametrize("name", OTHERS)
 def test_a_merge_method_is_known_by_its_name(parsed, name, line):
     fit = parsed(*(part.format(name) for part in line))
-    assert type(fit.config_init.merge.method) is METHODS[name]
+    assert type(fit.merge.method) is METHODS[name]
     assert fit.settings()["merge"]["method"].get("init_args", {}) == methods_settings(METHODS[name])
 
 
@@ -182,22 +222,62 @@ def test_a_merge_method_s_settings_are_options_of_their_own(parsed, name, settin
     other = default[:1] if isinstance(default, list) else default / 2 if isinstance(default, float) else default
     fit = parsed(f"--merge.method={name}", f"--merge.method.{setting}={json.dumps(other)}")
     assert fit.settings()["merge"]["method"]["init_args"] == methods_settings(METHODS[name]) | {setting: other}
-    assert getattr(fit.config_init.merge.method, setting) == other
+    assert getattr(fit.merge.method, setting) == other
 
 
 def test_every_setting_of_a_merge_method_reaches_it(parsed):
     options = ["sparsity=0.5", "scale=2", "variant=mergekit", "majority=frequency"]
     fit = parsed("--merge.method=ties", *(f"--merge.method.{option}" for option in options))
     settings = {"sparsity": 0.5, "scale": 2.0, "variant": "mergekit", "majority": "frequency"}
-    assert fit.config_init.merge.method.settings == settings
+    assert fit.merge.method.settings == settings
 
 
 def test_no_merge_method_is_sap_as_the_group_prune_says(parsed):
     for line in ([], ["--merge.method", "sap"], ["--merge.method=ties", "--merge.method=sap"], ["--merge.method=null"]):
-        fit = parsed(*line, "--prune.sparsity=0.3", "--merge.rescale=l1")
-        assert fit.config_init.merge.method is None
-        method = fit.config_init.prune.method_for(fit.config_init.merge)
-        assert (method.name, method.sparsity, method.rescale) == ("sap", 0.3, "l1")
+        fit = parsed(*line, "--prune.sparsity=0.3", "--prune.rescale=l1")
+        assert fit.merge.method == SAP(sparsity=0.3, rescale="l1")
+
+
+def test_sap_s_config_file_is_sap_as_the_group_prune_says(parsed):
+    file = REPOSITORY / "configs" / "merge" / "sap.yaml"
+    assert parsed(f"--config={file}", "--prune.space=singular").merge.method == SAP(space="singular")
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        ["--merge.method.class_path=sap_lightning.merging.SAP"],
+        ["--merge.method=sap_lightning.merging.SAP", "--prune.sparsity=0.95"],
+        ["--merge.method.class_path=sap_lightning.merging.SAP", "--merge.method.init_args.sparsity=0.8"],
+        ["--merge.method=sap", "--merge.method.sparsity=0.9"],
+        ["--merge.method", "SAP"],
+    ],
+)
+@pytest.mark.parametrize("command", ["fit", "merge"])
+def test_settings_of_sap_stand_in_the_group_prune_alone(run, tmp_path, command, line):
+    rest = ["--uploads", "/nowhere"] if command == "merge" else []
+    with pytest.raises(InputError, match=r"merge\.method: the settings of sap have their place in the group prune"):
+        run(command, *line, f"--federation.run_dir={tmp_path / 'run'}", *rest)
+    assert not list(tmp_path.glob("run/*"))
+
+
+def test_a_variation_changes_what_it_names_and_all_that_is_linked_to_it(parsed):
+    whole = parsed("--prune.sparsity=0.3", command="sweep")
+    other = whole.varied({"seed_everything": 5, "model.rank": 2, "anchors.num_pairs": 4, "model.targets": ["v_proj"]})
+    assert (other.model.rank, other.model.targets, other.config_init.anchors.num_pairs) == (2, ["v_proj"], 4)
+    assert other.model.seed == other.datamodule.seed == 5
+    assert other.merge.method.sparsity == 0.3
+    assert (whole.model.rank, whole.model.seed, whole.config_init.anchors.num_pairs) == (8, 0, 8)
+    expected = whole.settings()
+    expected["seed_everything"], expected["anchors"]["num_pairs"] = 5, 4
+    expected["model"] |= {"rank": 2, "targets": ["v_proj"]}
+    assert other.settings() == expected
+
+
+def test_an_unknown_setting_cannot_be_varied(parsed, capsys):
+    with pytest.raises(SystemExit):
+        parsed(command="sweep").varied({"model.rnak": 2})
+    assert "rnak" in capsys.readouterr().err
 
 
 def test_a_merge_method_of_one_s_own_is_named_by_its_class_path(parsed, tmp_path, monkeypatch):
@@ -208,7 +288,7 @@ def test_a_merge_method_of_one_s_own_is_named_by_its_class_path(parsed, tmp_path
         "        self.share = share\n"
     )
     monkeypatch.syspath_prepend(tmp_path)
-    method = parsed("--merge.method=own_merge.Half", "--merge.method.share=0.25").config_init.merge.method
+    method = parsed("--merge.method=own_merge.Half", "--merge.method.share=0.25").merge.method
     assert (method.name, method.settings) == ("Half", {"share": 0.25})
 
 
@@ -228,6 +308,14 @@ def test_a_misspelled_setting_of_a_merge_method_is_refused_by_name(parsed, capsy
 def test_a_faulty_setting_of_a_merge_method_ends_in_one_line(main, options):
     error = main("fit", *options, "--merge.method=ties", "--merge.method.sparsity=2")
     assert error == "error: merge.method.sparsity must lie in [0, 1], got 2.0"
+
+
+@pytest.mark.parametrize(("name", "setting"), FIRST_SETTINGS)
+def test_a_setting_of_a_merge_method_of_another_type_is_refused_by_name(parsed, capsys, name, setting):
+    with pytest.raises(SystemExit) as end:
+        parsed(f"--merge.method={name}", f"--merge.method.{setting}=three")
+    assert end.value.code == 2
+    assert setting in capsys.readouterr().err
 
 
 def test_a_misspelled_option_is_refused_by_name(parsed, capsys):
@@ -261,7 +349,7 @@ def test_configured_callbacks_and_logger_stay_beside_the_command_s_own(parsed, t
 
 
 def test_a_trial_with_few_batches_trains_on_few_and_measures_all(parsed):
-    few = ["--trainer.limit_train_batches=2", "--trainer.limit_test_batches=1", "--trainer.limit_val_batches=1"]
+    few = ["--trainer.limit_train_batches=2", "--trainer.limit_val_batches=1"]
     cli = parsed(*few)
     assert cli.make_trainer().limit_train_batches == 2
     trainer = cli.make_trainer(**UNTRAINED)
@@ -284,18 +372,32 @@ def test_a_merge_without_an_output_is_refused_before_anything_is_read(run):
         run("merge", "--uploads", "/nowhere")
 
 
-@pytest.mark.parametrize("name", ["pacs", "shapes"])
-def test_a_config_names_every_setting(capsys, name):
-    file = REPOSITORY / "configs" / f"{name}.yaml"
+def printed(*args: str, capsys: pytest.CaptureFixture[str]) -> dict[str, Any]:
     with pytest.raises(SystemExit):
-        cli.fit([f"--config={file}", "--print_config"])
-    printed = yaml.safe_load(capsys.readouterr().out)
-    assert settings_in(yaml.safe_load(file.read_text())) == settings_in(printed)
+        COMMANDS["fit"]([*args, "--print_config"])
+    config = yaml.safe_load(capsys.readouterr().out)
+    return {name: value for name, value in config.items() if name != "config"}
 
 
-@pytest.mark.parametrize("name", ["pacs", "shapes"])
-def test_a_config_explains_every_group_or_its_keys(name):
-    lines = (REPOSITORY / "configs" / f"{name}.yaml").read_text().splitlines()
+def test_the_main_config_names_every_setting_at_its_default(capsys):
+    file = REPOSITORY / "configs" / "pacs.yaml"
+    written, defaults = yaml.safe_load(file.read_text()), printed(capsys=capsys)
+    assert settings_in(written) == settings_in(defaults)
+    assert printed(f"--config={file}", capsys=capsys) == defaults | {
+        "federation": defaults["federation"] | {"run_dir": "runs/pacs"}
+    }
+
+
+def test_an_overlay_says_only_what_is_other_than_the_defaults(capsys):
+    overlay = yaml.safe_load((REPOSITORY / "configs" / "shapes.yaml").read_text())
+    defaults = printed(capsys=capsys)
+    for group, settings in overlay.items():
+        for name, value in settings.items():
+            assert name in defaults[group] and defaults[group][name] != value
+
+
+def test_the_main_config_explains_every_group_or_its_keys():
+    lines = (REPOSITORY / "configs" / "pacs.yaml").read_text().splitlines()
     assert lines[0].startswith("# ")
     for group in (*GROUPS, "trainer"):
         at = next(number for number, line in enumerate(lines) if line.startswith(f"{group}:"))

@@ -13,7 +13,7 @@ from places import REPOSITORY
 
 from sap_lightning.functional.lora import dense
 from sap_lightning.io.adapter import read_adapter
-from sap_lightning.merging import METHODS
+from sap_lightning.merging import METHODS, SAP
 
 DOCUMENT = (REPOSITORY / "docs" / "merging.md").read_text(encoding="utf-8")
 
@@ -23,12 +23,17 @@ def test_every_method_is_in_the_table_and_nothing_else():
     assert {name for row in rows for name in re.findall(r"`(\w+)`", row)} == set(METHODS)
 
 
-@pytest.mark.parametrize("name", METHODS)
+@pytest.mark.parametrize("name", sorted(METHODS.keys() - {"sap"}))
 def test_every_method_has_a_config_that_names_each_of_its_settings_at_its_default(name):
     config = yaml.safe_load((REPOSITORY / "configs" / "merge" / f"{name}.yaml").read_text(encoding="utf-8"))
     method = config["merge"]["method"]
     assert method["class_path"] == f"sap_lightning.merging.{METHODS[name].__name__}"
     assert method.get("init_args", {}) == METHODS[name]().settings
+
+
+def test_sap_s_config_names_each_setting_of_the_group_prune_at_its_default():
+    config = yaml.safe_load((REPOSITORY / "configs" / "merge" / "sap.yaml").read_text(encoding="utf-8"))
+    assert config == {"merge": {"method": "sap"}, "prune": SAP().settings}
 
 
 def test_the_example_of_a_method_of_one_s_own_runs_as_it_is_written(finished, run, request, tmp_path, monkeypatch):

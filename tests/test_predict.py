@@ -28,8 +28,8 @@ def photos(world, tmp_path) -> Path:
 
 
 def predicted(run, photos: Path, output: Path, *options: str) -> list[dict[str, str]]:
-    names = f"--class_names=[{','.join(NAMES)}]"
-    run("predict", f"--images={photos}", names, f"--output={output}", *options)
+    names = f"--data.class_names=[{','.join(NAMES)}]"
+    run("predict", f"--predict.images={photos}", names, f"--predict.output={output}", *options)
     with output.open(encoding="utf-8", newline="") as file:
         return list(csv.DictReader(file))
 
@@ -60,13 +60,13 @@ def test_the_bare_base_predicts_what_clip_does(run, photos, tmp_path):
 
 def test_a_merged_model_predicts_what_clip_does_with_its_weights(run, finished, photos, tmp_path):
     merged = finished / "merged" / "photo" / "sap"
-    options = [f"--adapter={merged}", '--model.templates=["a photo of a {}."]']
+    options = [f"--uploads={merged}", '--model.templates=["a photo of a {}."]']
     assert_agrees(predicted(run, photos, tmp_path / "out.csv", *options), clip_probabilities(merged, photos))
 
 
 def test_an_upload_changes_the_prediction(run, finished, photos, tmp_path):
     plain = predicted(run, photos, tmp_path / "plain.csv")
-    worn = predicted(run, photos, tmp_path / "worn.csv", f"--adapter={finished / 'uploads' / 'sketch'}")
+    worn = predicted(run, photos, tmp_path / "worn.csv", f"--uploads={finished / 'uploads' / 'sketch'}")
     assert [row["image"] for row in worn] == [row["image"] for row in plain]
     assert worn != plain
 
@@ -87,7 +87,8 @@ def test_a_picture_that_is_none_is_refused_by_name(run, photos, tmp_path):
 @pytest.mark.parametrize("names", ["[boat]", "[boat,boat]"])
 def test_fewer_than_two_different_classes_are_refused(run, photos, tmp_path, names):
     with pytest.raises(InputError, match="at least two classes, each once"):
-        run("predict", f"--images={photos}", f"--class_names={names}", f"--output={tmp_path / 'out.csv'}")
+        output = f"--predict.output={tmp_path / 'out.csv'}"
+        run("predict", f"--predict.images={photos}", f"--data.class_names={names}", output)
 
 
 def test_a_standing_file_is_not_overwritten(run, photos, tmp_path):
@@ -100,3 +101,14 @@ def test_a_standing_file_is_not_overwritten(run, photos, tmp_path):
 def test_an_output_in_a_folder_that_is_not_there_is_refused_at_once(run, photos, tmp_path):
     with pytest.raises(InputError, match=r"nowhere/out\.csv: there is no such folder"):
         predicted(run, photos, tmp_path / "nowhere" / "out.csv")
+
+
+def test_classes_that_are_not_named_are_asked_for(run, photos, tmp_path):
+    with pytest.raises(InputError, match=r"data\.class_names is not set; name the classes to choose from"):
+        run("predict", f"--predict.images={photos}", f"--predict.output={tmp_path / 'out.csv'}")
+
+
+def test_two_uploads_are_to_be_merged_first(run, finished, photos, tmp_path):
+    uploads = [str(finished / "uploads" / domain) for domain in ("photo", "sketch")]
+    with pytest.raises(InputError, match="--uploads: predict takes one, got 2; merge them first"):
+        predicted(run, photos, tmp_path / "out.csv", "--uploads", *uploads)

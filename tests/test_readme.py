@@ -13,18 +13,12 @@ import yaml
 from places import REPOSITORY
 
 from sap_lightning import cli
+from sap_lightning.commands import COMMANDS
 from sap_lightning.merging import Average
 
 README = (REPOSITORY / "README.md").read_text(encoding="utf-8")
-COMMANDS = {
-    "fit": cli.fit,
-    "sweep": cli.sweep,
-    "client": cli.client,
-    "merge": cli.merge,
-    "test": cli.test,
-    "predict": cli.predict,
-}
 LINES = [" ".join(line.split()) for line in re.findall(r"python -m sap_lightning ([^`]+?)(?=\n[^-\s]|\n\n|`)", README)]
+LINES = [line for line in LINES if "--help" not in line]
 BLOCKS = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
 
 
@@ -68,11 +62,15 @@ def test_a_command_line_is_understood(line, capsys, monkeypatch):
 def test_an_option_in_the_text_is_understood(option, capsys, monkeypatch, my_methods):
     monkeypatch.chdir(REPOSITORY)
     if " " in option:
-        printed(f"fit --config configs/pacs.yaml {option}", capsys)
+        command, *_ = cli.takers(option.split()[0].removeprefix("--"))
+        printed(f"{command} --config configs/pacs.yaml {option}", capsys)
     else:
-        with pytest.raises(SystemExit):
-            cli.fit(["--help"])
-        assert re.search(rf"{re.escape(option)}\b", capsys.readouterr().out)
+        shown = ""
+        for command in COMMANDS:
+            with pytest.raises(SystemExit):
+                COMMANDS[command](["--help"])
+            shown += capsys.readouterr().out
+        assert re.search(rf"{re.escape(option)}\b", shown)
 
 
 def test_the_python_examples_run_as_they_are_written(finished, world, tmp_path, monkeypatch):

@@ -12,17 +12,15 @@ from typing import NamedTuple
 import datasets
 import numpy as np
 import torch
-from lightning.pytorch import LightningDataModule
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from sap_lightning.data.cache import load_pixels
 from sap_lightning.data.images import SUFFIXES, Picture, file_picture
-from sap_lightning.data.loaders import eval_sampler, images_per_process, make_loader, process_of
-from sap_lightning.data.preprocess import Preprocess
+from sap_lightning.data.pixels import PixelDataModule
 from sap_lightning.data.sources import images_in, subfolders
 from sap_lightning.data.tables import image_column, is_table, load_table, table_fingerprint, table_pictures
-from sap_lightning.errors import InputError
+from sap_lightning.errors import InputError, check_at_least
 from sap_lightning.fingerprints import digest, file_fingerprint
 
 CAPTION_COLUMNS = ("captions", "caption", "sentences", "text")
@@ -68,7 +66,7 @@ class Pairs(NamedTuple):
     fingerprint: str
 
 
-class AnchorDataModule(LightningDataModule):
+class AnchorDataModule(PixelDataModule):
     """The first image–caption pairs of a public collection, for `trainer.validate`.
 
     For ablations, a folder of labelled images is a collection too, and noise can stand in for the images.
@@ -98,15 +96,10 @@ class AnchorDataModule(LightningDataModule):
         cache: bool = True,
         noise: bool = False,
     ) -> None:
-        super().__init__()
-        if num_pairs < 2:
-            raise InputError(f"num_pairs must be at least 2, got {num_pairs}")
-        if batch_size < 1:
-            raise InputError(f"batch_size must be at least 1, got {batch_size}")
+        super().__init__(base, batch_size)
+        check_at_least("num_pairs", num_pairs, 2)
         self.root = root
         self.num_pairs = num_pairs
-        self.base = base
-        self.batch_size = batch_size
         self.cache = cache
         self.noise = noise
 
@@ -140,15 +133,7 @@ class AnchorDataModule(LightningDataModule):
 
     def val_dataloader(self) -> DataLoader[AnchorBatch]:
         """The anchors in order, each once over all processes."""
-        world_size, rank = process_of(self.trainer)
-        sampler = eval_sampler(self._anchors, world_size, rank, f"{self.root}: anchors")
-        return make_loader(self._anchors, sampler, images_per_process(self.batch_size, world_size))
-
-    def on_after_batch_transfer(self, batch: AnchorBatch, dataloader_idx: int) -> AnchorBatch:
-        """Normalise, on the device."""
-        assert self.trainer is not None
-        normalised = batch._replace(images=self._preprocess.normalise(batch.images))
-        return self.trainer.precision_plugin.convert_input(normalised)
+        return self._in_order(self._anchors, f"{self.root}: anchors")
 
     @cached_property
     def _pairs(self) -> Pairs:
@@ -156,10 +141,6 @@ class AnchorDataModule(LightningDataModule):
         if folder.is_dir() and not is_table(folder):
             return pairs_in_folder(folder, self.num_pairs)
         return pairs_in_table(load_table(self.root, self.num_pairs), self.root, self.num_pairs)
-
-    @cached_property
-    def _preprocess(self) -> Preprocess:
-        return Preprocess(self.base)
 
     def _load(self) -> AnchorSet:
         pictures, _, fingerprint = self._pairs

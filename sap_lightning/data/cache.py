@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
+from lightning.pytorch.utilities import rank_zero_only
 
 from sap_lightning.data.images import Picture, decode
 from sap_lightning.data.preprocess import Preprocess
@@ -30,6 +31,9 @@ logger = logging.getLogger(__name__)
 
 FORMAT = 1
 """Part of every cache key: raise it when the same inputs are to give other pixels."""
+
+MAX_CORRUPT = 0.01
+"""Share of the images of a domain that may be passed over."""
 
 _BLOCK = 256
 _THREADS = min(8, os.cpu_count() or 1)
@@ -68,6 +72,27 @@ def load_pixels(pictures: Sequence[Picture], fingerprint: str, preprocess: Prepr
     except OSError as error:
         logger.warning("cannot keep decoded images in %s (%s): decoding to memory", path.parent, error)
         return _decode_to_memory(pictures, preprocess)
+
+
+def report_corrupt(pictures: Sequence[Picture], pixels: Pixels, where: str) -> None:
+    """Log the images that are passed over because they cannot be decoded.
+
+    Raises:
+        InputError: more than one in a hundred.
+    """
+    if not pixels.corrupt:
+        return
+    listed = [f"{pictures[position].name} ({reason})" for position, reason in list(pixels.corrupt.items())[:5]]
+    listed += ["…"] * (len(pixels.corrupt) > 5)
+    message = f"{where}: {len(pixels.corrupt)} of {len(pictures)} images cannot be decoded: {', '.join(listed)}"
+    if len(pixels.corrupt) > MAX_CORRUPT * len(pictures):
+        raise InputError(f"{message}; more than {MAX_CORRUPT:.0%}: replace or remove them")
+    _log_skipped(message)
+
+
+@rank_zero_only
+def _log_skipped(message: str) -> None:
+    logger.warning("%s; skipped", message)
 
 
 def _decode_to_memory(pictures: Sequence[Picture], preprocess: Preprocess) -> Pixels:

@@ -3,40 +3,32 @@
 from __future__ import annotations
 
 import copy
-import logging
 from collections.abc import Callable
 from functools import cached_property
 
 import numpy as np
 import torch
-from lightning.pytorch import LightningDataModule
-from lightning.pytorch.utilities import rank_zero_only
 from torch import Tensor
 from torch.utils.data import DataLoader
 
 from sap_lightning.data.augment import epoch_crops, resized_crop
-from sap_lightning.data.cache import Pixels, load_pixels
-from sap_lightning.data.images import Picture
+from sap_lightning.data.cache import load_pixels, report_corrupt
 from sap_lightning.data.loaders import (
     Batch,
     PixelDataset,
-    eval_sampler,
     images_per_process,
     make_loader,
     process_of,
     train_sampler,
 )
-from sap_lightning.data.preprocess import Preprocess
+from sap_lightning.data.pixels import PixelDataModule
 from sap_lightning.data.sources import Source, open_source
 from sap_lightning.errors import InputError
 
-logger = logging.getLogger(__name__)
-
-MAX_CORRUPT = 0.01
 Relabel = Callable[[Tensor, int], Tensor]
 
 
-class DomainDataModule(LightningDataModule):
+class DomainDataModule(PixelDataModule):
     """The images of one domain: train and validation parts for its client, the whole of it for testing.
 
     Args:
@@ -71,15 +63,11 @@ class DomainDataModule(LightningDataModule):
         label_column: str = "label",
         seed: int = 0,
     ) -> None:
-        super().__init__()
-        if batch_size < 1:
-            raise InputError(f"batch_size must be at least 1, got {batch_size}")
+        super().__init__(base, batch_size)
         if not 0 <= val_fraction < 1:
             raise InputError(f"val_fraction must be at least 0 and below 1, got {val_fraction}")
         self.root = root
         self.domain = domain
-        self.base = base
-        self.batch_size = batch_size
         self.val_fraction = val_fraction
         self.augment = augment
         self.cache = cache
@@ -168,16 +156,15 @@ class DomainDataModule(LightningDataModule):
         return self._eval_loader(self._test)
 
     def on_after_batch_transfer(self, batch: Batch, dataloader_idx: int) -> Batch:
-        """Augment while training, then normalise; on the device."""
+        """Augments while training, then normalises; on the device."""
         assert self.trainer is not None
-        images = batch.images.float()
         if self.augment and self.trainer.training:
+            images = batch.images.float()
             crops = epoch_crops(len(self._labels), self.seed, self.trainer.current_epoch)
             boxes, flips = (part.to(images.device)[batch.indices] for part in crops)
-            images = resized_crop(images, boxes, flips)
-        normalised = batch._replace(images=self._preprocess.normalise(images))
-        # The loader's bytes passed the trainer's precision untouched; the floats made of them must not.
-        return self.trainer.precision_plugin.convert_input(normalised)
+            batch = batch._replace(images=resized_crop(images, boxes, flips))
+        normalised: Batch = super().on_after_batch_transfer(batch, dataloader_idx)
+        return normalised
 
     @cached_property
     def _source(self) -> Source:
@@ -186,10 +173,6 @@ class DomainDataModule(LightningDataModule):
     @cached_property
     def _classes(self) -> tuple[list[str], dict[str, int]]:
         return match_classes(self._source.classes, self._given_names)
-
-    @cached_property
-    def _preprocess(self) -> Preprocess:
-        return Preprocess(self.base)
 
     def _load(self) -> None:
         if self.domain not in self.domains:
@@ -215,9 +198,7 @@ class DomainDataModule(LightningDataModule):
         return PixelDataset(self._pixels.images, labels, rows)
 
     def _eval_loader(self, part: PixelDataset) -> DataLoader[Batch]:
-        world_size, rank = process_of(self.trainer)
-        sampler = eval_sampler(part, world_size, rank, f"{self.root}: domain {self.domain!r}")
-        return make_loader(part, sampler, images_per_process(self.batch_size, world_size))
+        return self._in_order(part, f"{self.root}: domain {self.domain!r}")
 
 
 def match_classes(found: list[str], given: list[str] | None) -> tuple[list[str], dict[str, int]]:
@@ -267,24 +248,3 @@ def _check_positional(found: list[str], given: list[str]) -> None:
 
 def _key(name: str) -> str:
     return name.replace("_", " ").casefold()
-
-
-def report_corrupt(pictures: list[Picture], pixels: Pixels, where: str) -> None:
-    """Log the images that are passed over because they cannot be decoded.
-
-    Raises:
-        InputError: more than one in a hundred.
-    """
-    if not pixels.corrupt:
-        return
-    listed = [f"{pictures[position].name} ({reason})" for position, reason in list(pixels.corrupt.items())[:5]]
-    listed += ["…"] * (len(pixels.corrupt) > 5)
-    message = f"{where}: {len(pixels.corrupt)} of {len(pictures)} images cannot be decoded: {', '.join(listed)}"
-    if len(pixels.corrupt) > MAX_CORRUPT * len(pictures):
-        raise InputError(f"{message}; more than {MAX_CORRUPT:.0%}: replace or remove them")
-    _log_skipped(message)
-
-
-@rank_zero_only
-def _log_skipped(message: str) -> None:
-    logger.warning("%s; skipped", message)

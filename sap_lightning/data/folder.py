@@ -6,18 +6,16 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import torch
-from lightning.pytorch import LightningDataModule
 from torch.utils.data import DataLoader
 
-from sap_lightning.data.cache import load_pixels
-from sap_lightning.data.domains import report_corrupt
+from sap_lightning.data.cache import load_pixels, report_corrupt
 from sap_lightning.data.images import SUFFIXES, file_picture
-from sap_lightning.data.loaders import Batch, PixelDataset, eval_sampler, make_loader, process_of
-from sap_lightning.data.preprocess import Preprocess
+from sap_lightning.data.loaders import Batch, PixelDataset
+from sap_lightning.data.pixels import PixelDataModule
 from sap_lightning.errors import InputError
 
 
-class ImageFolderDataModule(LightningDataModule):
+class ImageFolderDataModule(PixelDataModule):
     """All images below a folder in the order of their paths, for `trainer.predict`.
 
     Args:
@@ -43,13 +41,11 @@ class ImageFolderDataModule(LightningDataModule):
         base: str = "openai/clip-vit-base-patch16",
         batch_size: int = 64,
     ) -> None:
-        super().__init__()
+        super().__init__(base, batch_size)
         if len(class_names) < 2 or len(set(class_names)) < len(class_names):
             raise InputError(f"class_names must name at least two classes, each once, got {list(class_names)}")
         self.folder = Path(folder)
         self.class_names = list(class_names)
-        self.base = base
-        self.batch_size = batch_size
 
     def setup(self, stage: str | None = None) -> None:
         """Decodes the images."""
@@ -57,7 +53,6 @@ class ImageFolderDataModule(LightningDataModule):
         if not files:
             raise InputError(f"{self.folder}: no images; give a folder with {', '.join(sorted(SUFFIXES))} files")
         pictures = [file_picture(file, self.folder) for file in files]
-        self._preprocess = Preprocess(self.base)
         pixels = load_pixels(pictures, "", self._preprocess, cache=False)
         report_corrupt(pictures, pixels, str(self.folder))
         rows = [row for row in range(len(pictures)) if row not in pixels.corrupt]
@@ -67,11 +62,4 @@ class ImageFolderDataModule(LightningDataModule):
 
     def predict_dataloader(self) -> DataLoader[Batch]:
         """Every image once, in order."""
-        sampler = eval_sampler(self._images, *process_of(self.trainer), str(self.folder))
-        return make_loader(self._images, sampler, self.batch_size)
-
-    def on_after_batch_transfer(self, batch: Batch, dataloader_idx: int) -> Batch:
-        """Normalises on the device."""
-        assert self.trainer is not None
-        normalised = batch._replace(images=self._preprocess.normalise(batch.images))
-        return self.trainer.precision_plugin.convert_input(normalised)
+        return self._in_order(self._images, str(self.folder))

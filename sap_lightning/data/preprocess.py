@@ -8,7 +8,7 @@ from PIL import Image
 from torch import Tensor
 from transformers import AutoImageProcessor
 
-from sap_lightning.errors import InputError
+from sap_lightning.errors import InputError, first_line
 
 _NORMALISATION = ("do_rescale", "rescale_factor", "do_normalize", "image_mean", "image_std")
 
@@ -34,8 +34,9 @@ class Preprocess:
             # Always PIL: whether torchvision is installed must not change a pixel.
             self._processor = AutoImageProcessor.from_pretrained(base, backend="pil")
         except Exception as error:  # a malformed config can fail anywhere in transformers
-            reason = (str(error) or type(error).__name__).splitlines()[0]
-            raise InputError(f"{base}: cannot load the checkpoint's preprocessor config: {reason}") from error
+            raise InputError(
+                f"{base}: cannot load the checkpoint's preprocessor config: {first_line(error)}"
+            ) from error
         settings = self._processor.to_dict()
         self.geometry = {key: value for key, value in settings.items() if key not in _NORMALISATION}
         self.shape = self._one_shape(base)

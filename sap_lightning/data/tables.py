@@ -10,7 +10,7 @@ import datasets
 import pyarrow.compute as pc
 
 from sap_lightning.data.images import Picture
-from sap_lightning.errors import InputError
+from sap_lightning.errors import InputError, first_line
 from sap_lightning.fingerprints import digest, file_fingerprint
 
 
@@ -44,9 +44,10 @@ def load_table(root: str, rows: int | None = None) -> datasets.Dataset:
             return datasets.concatenate_datasets(list(loaded.values()))
         return loaded
     except Exception as error:  # the library raises its own, pyarrow's, the hub client's and the file system's
-        reason = (str(error) or type(error).__name__).splitlines()[0]
         here = "" if folder.is_dir() else f" (there is no {folder.absolute()})"
-        raise InputError(f"{root}: neither a folder of images{here} nor a readable dataset: {reason}") from error
+        raise InputError(
+            f"{root}: neither a folder of images{here} nor a readable dataset: {first_line(error)}"
+        ) from error
 
 
 def first_rows(stream: datasets.IterableDataset, rows: int) -> datasets.Dataset:

@@ -19,7 +19,7 @@ from sap_lightning.errors import InputError
 from sap_lightning.federation.client import UNTRAINED, TrainerFactory, train_client
 from sap_lightning.federation.evaluation import Evaluation
 from sap_lightning.federation.points import Plan, Points, Sent
-from sap_lightning.federation.poison import Poison
+from sap_lightning.federation.poison import HONEST, Poison
 from sap_lightning.federation.provenance import provenance
 from sap_lightning.federation.run_folder import FREE_SETTINGS, RunFolder, config_file, hold_to
 from sap_lightning.files import as_json, write_text
@@ -76,7 +76,7 @@ class OneShotFederation:
         run_dir: str = "runs/federation",
         unseen: list[str] | str | None = None,
         clients: list[str] | None = None,
-        poison: Poison | None = None,
+        poison: Poison = HONEST,
         plan: Plan | None = None,
         results: Results | None = None,
         config: Mapping[str, Any] | None = None,
@@ -93,7 +93,7 @@ class OneShotFederation:
         self.make_trainer = make_trainer
         self.folder = RunFolder(run_dir)
         self.clients = chosen_domains("federation.clients", clients, data.domains)
-        self.poison = poison if poison and poison.domain else None
+        self.poison = poison if poison.domain else None
         self.unseen = self._unseen(unseen)
         self.plan = plan or Plan({method.name: method for method in (Average(), merge.method or SAP())})
         self.results = results or Results(self.folder.path)

@@ -98,6 +98,10 @@ class Poison:
         return write_adapter(folder, layers, manifest.base, manifest, adapter.peft)
 
 
+HONEST = Poison()
+"""Nobody is poisoned."""
+
+
 def wrong_classes(labels: Tensor, num_classes: int, fraction: float, seed: int) -> Tensor:
     """Labels (n,) with round(fraction·n) of them y → C − 1 − y, or y + 1 where that is y itself; C ≥ 2 classes.
 

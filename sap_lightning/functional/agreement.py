@@ -11,7 +11,21 @@ from sap_lightning.functional.spaces import Parameters
 
 
 def share_kept(masks: Mapping[str, Parameters]) -> dict[str, float]:
-    """For each layer the share of its parameters that pruning left."""
+    """For each layer the share of its parameters that pruning left: parameters kept / all parameters.
+
+    Args:
+        masks: for each layer the masks of its tensors, bool of any shape, True where a parameter is kept.
+
+    Returns:
+        In [0, 1] for each layer.
+
+    Example:
+        >>> import torch
+        >>> from sap_lightning.functional.agreement import share_kept
+        >>> A, B = torch.tensor([[True, False]]), torch.tensor([[True], [True]])
+        >>> share_kept({"q_proj": (A, B)})
+        {'q_proj': 0.75}
+    """
     return {
         name: sum(int(mask.sum()) for mask in layer) / sum(mask.numel() for mask in layer)
         for name, layer in masks.items()
@@ -29,6 +43,14 @@ def overlap(one: Mapping[str, Parameters], other: Mapping[str, Parameters]) -> f
 
     Returns:
         In [0, 1]; 0 when neither keeps anything.
+
+    Example:
+        >>> import torch
+        >>> from sap_lightning.functional.agreement import overlap
+        >>> one = {"q_proj": (torch.tensor([True, True, False, False]),)}
+        >>> other = {"q_proj": (torch.tensor([True, False, True, True]),)}
+        >>> overlap(one, other)  # one kept by both of four kept by either
+        0.25
     """
     both = sum(
         _kept_by_both(a, b) for name in one.keys() & other.keys() for a, b in zip(one[name], other[name], strict=True)
@@ -52,6 +74,13 @@ def sign_conflict(updates: Sequence[Tensor]) -> float:
 
     Returns:
         In [0, 1]; 0 when no element is changed by two clients.
+
+    Example:
+        >>> import torch
+        >>> from sap_lightning.functional.agreement import sign_conflict
+        >>> one, other = torch.tensor([[1.0, -1.0, 2.0]]), torch.tensor([[3.0, 1.0, 0.0]])
+        >>> sign_conflict([one, other])  # both change the first two elements, and disagree on the second
+        0.5
     """
     up = sum(((update > 0).int() for update in updates), torch.tensor(0))
     down = sum(((update < 0).int() for update in updates), torch.tensor(0))
@@ -69,6 +98,13 @@ def principal_components(features: Tensor) -> Tensor:
 
     Returns:
         float64 (n, 2); zeros along a component that there is not, as n or d is too small.
+
+    Example:
+        >>> import torch
+        >>> from sap_lightning.functional.agreement import principal_components
+        >>> corners = torch.tensor([[20.0, 16.0], [12.0, 22.0], [8.0, 0.0], [0.0, 6.0]])  # of a tilted rectangle
+        >>> principal_components(corners).round(decimals=3).tolist()  # 20 long, 10 wide, upright and centred
+        [[10.0, 5.0], [10.0, -5.0], [-10.0, 5.0], [-10.0, -5.0]]
     """
     centred = features.double() - features.double().mean(0)
     _, _, components = torch.linalg.svd(centred, full_matrices=False)

@@ -19,7 +19,19 @@ _BLOCK_ELEMENTS = 2**21
 
 
 class Consensus(ABC):
-    """A running merge of one layer's updates."""
+    """A running merge of one layer's updates, each in factor form or dense of shape (d_out, d_in).
+
+    Example:
+        >>> import torch
+        >>> from sap_lightning.functional.consensus import ElectedMean, WeightedSum
+        >>> one, other = torch.tensor([[4.0, 1.0]]), torch.tensor([[-2.0, 3.0]])
+        >>> for consensus in (WeightedSum(), ElectedMean()):
+        ...     consensus.add(one, weight=0.5)
+        ...     consensus.add(other, weight=0.5)
+        ...     print(consensus.result().tolist())
+        [[1.0, 2.0]]
+        [[4.0, 2.0]]
+    """
 
     @abstractmethod
     def add(self, update: Update, weight: float) -> None:
@@ -31,7 +43,25 @@ class Consensus(ABC):
 
 
 class WeightedSum(Consensus):
-    """Σ w_k·ΔW_k, stacked in factor form while that takes less memory than the dense sum, else dense."""
+    """Σ w_k·ΔW_k, stacked in factor form while that takes no more memory than the dense sum, else dense.
+
+    That is while (Σ r_k)·(d_out + d_in) ≤ d_out·d_in and every update is in factor form.
+
+    Example:
+        >>> import torch
+        >>> from sap_lightning.functional.consensus import WeightedSum
+        >>> from sap_lightning.functional.lora import LoRALayer
+        >>> layer = LoRALayer(A=torch.ones(1, 4), B=torch.ones(4, 1))
+        >>> total = WeightedSum()
+        >>> for _ in range(3):
+        ...     total.add(layer, weight=0.5)
+        ...     print(type(total.result()).__name__)
+        LoRALayer
+        LoRALayer
+        Tensor
+        >>> total.result()[0].tolist()  # the first of four equal rows
+        [1.5, 1.5, 1.5, 1.5]
+    """
 
     def __init__(self) -> None:
         self.factors: list[LoRALayer] = []
@@ -70,12 +100,24 @@ class ElectedMean(Consensus):
     """TIES: each element takes the sign of the larger mass, and the mean of the updates of that sign.
 
     Yadav et al. 2023, arXiv:2306.01708. An element whose masses cancel exactly counts as positive, as in PEFT and
-    mergekit (the authors give it the sign that most elements have).
+    mergekit (the authors give it the sign that most elements have). The result is dense, shape (d_out, d_in).
 
     Args:
         majority: the mass of a sign is the sum of its updates (total) or their number (frequency).
         by_count: elect before weighting and divide by the number of updates that agree, as PEFT does; else elect after
             weighting and divide by their weights, as mergekit does. The same for weights that are all 1.
+
+    Example:
+        >>> import torch
+        >>> from sap_lightning.functional.consensus import ElectedMean
+        >>> updates = torch.tensor([[5.0, 1.0]]), torch.tensor([[-1.0, 3.0]]), torch.tensor([[-1.0, 0.0]])
+        >>> for majority in ("total", "frequency"):
+        ...     elected = ElectedMean(majority)
+        ...     for update in updates:
+        ...         elected.add(update, weight=1.0)
+        ...     print(elected.result().tolist())  # 5 outweighs -1 and -1, but they are two
+        [[5.0, 2.0]]
+        [[-1.0, 2.0]]
     """
 
     def __init__(self, majority: Majority = "total", by_count: bool = False) -> None:
@@ -107,7 +149,21 @@ class ElectedMean(Consensus):
 
 
 def weighted_sum(updates: Iterable[Update], weights: Iterable[float]) -> Update:
-    """Σ w_k·ΔW_k of one layer; updates are looked at one at a time."""
+    """Σ w_k·ΔW_k of one layer; updates are looked at one at a time.
+
+    Args:
+        updates: the K updates ΔW_k, in factor form or dense of shape (d_out, d_in).
+        weights: the K weights w_k.
+
+    Returns:
+        In factor form or dense, as `WeightedSum` has it.
+
+    Example:
+        >>> import torch
+        >>> from sap_lightning.functional.consensus import weighted_sum
+        >>> weighted_sum([torch.tensor([[4.0, 0.0]]), torch.tensor([[0.0, 8.0]])], [0.75, 0.25]).tolist()
+        [[3.0, 2.0]]
+    """
     total = WeightedSum()
     for update, weight in zip(updates, weights, strict=True):
         total.add(update, weight)
@@ -120,6 +176,14 @@ def coordinatewise(merge: Callable[[Tensor], Tensor], layers: Iterable[LoRALayer
     Args:
         merge: from (K, rows, d_in) to (rows, d_in).
         layers: the K updates of one layer.
+
+    Example:
+        >>> import torch
+        >>> from sap_lightning.functional.consensus import coordinatewise, median
+        >>> from sap_lightning.functional.lora import LoRALayer
+        >>> layers = [LoRALayer(A=torch.tensor([[a, 1.0]]), B=torch.ones(1, 1)) for a in (2.0, 3.0, 100.0)]
+        >>> coordinatewise(median, layers).tolist()  # of [[2, 1]], [[3, 1]] and [[100, 1]]
+        [[3.0, 1.0]]
     """
     clients = list(layers)
     d_out, d_in = clients[0].shape
@@ -132,13 +196,31 @@ def coordinatewise(merge: Callable[[Tensor], Tensor], layers: Iterable[LoRALayer
 
 
 def median(stacked: Tensor) -> Tensor:
-    """Median over the first dimension of (K, ...); of an even K the mean of the two middle values."""
+    """Median over the first dimension of (K, ...), shape (...); of an even K the mean of the two middle values.
+
+    Example:
+        >>> import torch
+        >>> from sap_lightning.functional.consensus import median
+        >>> median(torch.tensor([[1.0, 5.0], [100.0, 6.0], [2.0, 7.0], [4.0, 8.0]])).tolist()
+        [3.0, 6.5]
+    """
     ordered = _ordered(stacked)
     return (ordered[(len(ordered) - 1) // 2] + ordered[len(ordered) // 2]) / 2
 
 
 def trimmed_mean(stacked: Tensor, trim: float) -> Tensor:
-    """Mean over the first dimension of (K, ...) without the ⌊trim·K⌋ smallest and as many largest, trim < 0.5."""
+    """Mean over the first dimension of (K, ...) without the ⌊trim·K⌋ smallest and as many largest, shape (...).
+
+    Args:
+        stacked: shape (K, ...).
+        trim: in [0, 0.5).
+
+    Example:
+        >>> import torch
+        >>> from sap_lightning.functional.consensus import trimmed_mean
+        >>> trimmed_mean(torch.tensor([[-100.0], [1.0], [5.0], [70.0]]), trim=0.25).tolist()  # the mean of 1 and 5
+        [3.0]
+    """
     cut = int(trim * len(stacked))
     return _ordered(stacked)[cut : len(stacked) - cut].mean(0)
 
@@ -149,13 +231,42 @@ def _ordered(stacked: Tensor) -> Tensor:
 
 
 def balanced_factors(layer: LoRALayer) -> tuple[Tensor, Tensor]:
-    """A and B with B·A = ΔW: each takes the root of the scale's size, and A its sign, as in PEFT's ``linear``."""
+    """A' = sign(s)·√|s|·A and B' = √|s|·B with B'·A' = ΔW, the scale s shared as in PEFT's ``linear``.
+
+    Returns:
+        A' (r, d_in) and B' (d_out, r).
+
+    Example:
+        >>> import torch
+        >>> from sap_lightning.functional.consensus import balanced_factors
+        >>> from sap_lightning.functional.lora import LoRALayer
+        >>> layer = LoRALayer(A=torch.tensor([[1.0, 2.0]]), B=torch.tensor([[3.0]]), scale=-4.0)
+        >>> A, B = balanced_factors(layer)
+        >>> A.tolist(), B.tolist()
+        ([[-2.0, -4.0]], [[6.0]])
+        >>> (B @ A).tolist() == layer.delta().tolist()
+        True
+    """
     root = math.sqrt(abs(layer.scale))
     return math.copysign(root, layer.scale) * layer.A, root * layer.B
 
 
 def padded_sum(total: Tensor, term: Tensor) -> Tensor:
-    """The sum of two matrices, each padded with rows and columns of zeros to the other's size."""
+    """The sum of two matrices, each padded with rows and columns of zeros to the other's size.
+
+    Args:
+        total: shape (m, n).
+        term: shape (p, q).
+
+    Returns:
+        Shape (max(m, p), max(n, q)), of the dtype of `term`.
+
+    Example:
+        >>> import torch
+        >>> from sap_lightning.functional.consensus import padded_sum
+        >>> padded_sum(torch.tensor([[1.0, 2.0]]), torch.tensor([[10.0], [20.0]])).tolist()
+        [[11.0, 2.0], [20.0, 0.0]]
+    """
     result = term.new_zeros([max(sizes) for sizes in zip(total.shape, term.shape, strict=True)])
     for part in (total, term):
         result[: part.shape[0], : part.shape[1]] += part

@@ -16,6 +16,15 @@ class LoRALayer(NamedTuple):
         A: down projection, shape (r, d_in).
         B: up projection, shape (d_out, r).
         scale: s, usually alpha / r.
+
+    Example:
+        >>> import torch
+        >>> from sap_lightning.functional.lora import LoRALayer
+        >>> layer = LoRALayer(A=torch.tensor([[1.0, 2.0]]), B=torch.tensor([[4.0], [6.0]]), scale=0.5)
+        >>> layer.rank, layer.shape
+        (1, (2, 2))
+        >>> layer.delta().tolist()
+        [[2.0, 4.0], [3.0, 6.0]]
     """
 
     A: Tensor
@@ -46,24 +55,64 @@ Update = LoRALayer | Tensor
 
 
 def dense(update: Update) -> Tensor:
-    """ΔW of shape (d_out, d_in), whatever form the update has."""
+    """ΔW of shape (d_out, d_in), whatever form the update has.
+
+    Example:
+        >>> import torch
+        >>> from sap_lightning.functional.lora import LoRALayer, dense
+        >>> layer = LoRALayer(A=torch.tensor([[1.0, 2.0]]), B=torch.tensor([[3.0]]))
+        >>> dense(layer).tolist()
+        [[3.0, 6.0]]
+        >>> dense(torch.tensor([[3.0, 6.0]])).tolist()
+        [[3.0, 6.0]]
+    """
     return update.delta() if isinstance(update, LoRALayer) else update
 
 
 def scaled(update: Update, factor: float) -> Update:
-    """factor · ΔW in the form it came in."""
+    """factor · ΔW in the form it came in, in factor form or dense of shape (d_out, d_in).
+
+    Example:
+        >>> import torch
+        >>> from sap_lightning.functional.lora import LoRALayer, scaled
+        >>> scaled(torch.tensor([[3.0, 6.0]]), 2.0).tolist()
+        [[6.0, 12.0]]
+        >>> scaled(LoRALayer(A=torch.ones(1, 2), B=torch.ones(2, 1), scale=0.5), 2.0).scale
+        1.0
+    """
     if isinstance(update, LoRALayer):
         return update._replace(scale=update.scale * factor)
     return factor * update
 
 
 def times(updates: Mapping[str, Update], factor: float) -> dict[str, Update]:
-    """factor · ΔW of every layer."""
+    """factor · ΔW of every layer, each in the form it came in.
+
+    Example:
+        >>> import torch
+        >>> from sap_lightning.functional.lora import times
+        >>> doubled = times({"q_proj": torch.tensor([[1.0, 2.0]]), "v_proj": torch.tensor([[3.0]])}, 2.0)
+        >>> {name: update.tolist() for name, update in doubled.items()}
+        {'q_proj': [[2.0, 4.0]], 'v_proj': [[6.0]]}
+    """
     return {name: scaled(update, factor) for name, update in updates.items()}
 
 
 def inner(one: LoRALayer, other: LoRALayer) -> float:
-    """⟨ΔW₁, ΔW₂⟩ = Σ (B₁ᵀB₂ ⊙ A₁A₂ᵀ)·s₁s₂ in float64, from r×r products instead of the dense updates."""
+    """⟨ΔW₁, ΔW₂⟩ = s₁s₂·Σ (B₁ᵀB₂ ⊙ A₁A₂ᵀ) in float64, from r₁×r₂ products instead of the dense updates.
+
+    Args:
+        one: ΔW₁ of shape (d_out, d_in) and rank r₁.
+        other: ΔW₂ of the same shape and rank r₂.
+
+    Example:
+        >>> import torch
+        >>> from sap_lightning.functional.lora import LoRALayer, inner
+        >>> one = LoRALayer(A=torch.tensor([[1.0, 2.0]]), B=torch.tensor([[1.0]]))
+        >>> other = LoRALayer(A=torch.tensor([[3.0, 4.0]]), B=torch.tensor([[1.0]]), scale=2.0)
+        >>> inner(one, other)  # 1·6 + 2·8
+        22.0
+    """
     products = (one.B.double().T @ other.B.double()) * (one.A.double() @ other.A.double().T)
     return one.scale * other.scale * float(products.sum())
 
@@ -73,6 +122,16 @@ def singular_triplets(update: Update) -> tuple[Tensor, Tensor, Tensor]:
 
     Returns:
         U (d_out, k), σ (k,) in descending order, V (k, d_in), where k = min(d_in, d_out), in factor form at most r.
+
+    Example:
+        >>> import torch
+        >>> from sap_lightning.functional.lora import singular_triplets
+        >>> update = torch.tensor([[2.0, 1.0], [1.0, 2.0]])
+        >>> U, sigma, V = singular_triplets(update)
+        >>> sigma.round(decimals=3).tolist()
+        [3.0, 1.0]
+        >>> torch.allclose((U * sigma) @ V, update)
+        True
     """
     if isinstance(update, Tensor):
         return torch.linalg.svd(update, full_matrices=False)
@@ -85,7 +144,23 @@ def singular_triplets(update: Update) -> tuple[Tensor, Tensor, Tensor]:
 def stack(layers: Sequence[LoRALayer], weights: Sequence[float]) -> LoRALayer:
     """The exact weighted sum Σ w_k·ΔW_k as one layer of rank Σ r_k.
 
-    Stacking keeps the ΔW_k apart; averaging A and B apart would add cross terms B_j·A_k.
+    A = [A_1; ...; A_K] one below the other, B = [w_1·s_1·B_1, ..., w_K·s_K·B_K] side by side. Stacking keeps the ΔW_k
+    apart; averaging A and B apart would add cross terms B_j·A_k.
+
+    Args:
+        layers: the K updates, all of shape (d_out, d_in).
+        weights: the K weights w_k.
+
+    Example:
+        >>> import torch
+        >>> from sap_lightning.functional.lora import LoRALayer, stack
+        >>> one = LoRALayer(A=torch.tensor([[1.0, 2.0]]), B=torch.tensor([[1.0], [0.0]]))
+        >>> other = LoRALayer(A=torch.tensor([[3.0, 4.0]]), B=torch.tensor([[0.0], [1.0]]))
+        >>> both = stack([one, other], [1.0, 10.0])
+        >>> both.rank
+        2
+        >>> both.delta().tolist()
+        [[1.0, 2.0], [30.0, 40.0]]
     """
     A = torch.cat([layer.A for layer in layers])
     B = torch.cat([w * layer.scale * layer.B for layer, w in zip(layers, weights, strict=True)], dim=1)
@@ -93,7 +168,21 @@ def stack(layers: Sequence[LoRALayer], weights: Sequence[float]) -> LoRALayer:
 
 
 def recompress(update: Update, rank: int) -> LoRALayer:
-    """The best approximation of ΔW of at most this rank (Eckart–Young), singular values shared by A and B."""
+    """The best approximation of ΔW of at most this rank (Eckart–Young), singular values shared by A and B.
+
+    With ΔW = U·diag(σ)·V cut to the largest σ, A = √σ·V and B = U·√σ.
+
+    Args:
+        update: ΔW in factor form, or dense of shape (d_out, d_in).
+        rank: of the result, less where ΔW has fewer triplets.
+
+    Example:
+        >>> import torch
+        >>> from sap_lightning.functional.lora import recompress
+        >>> update = torch.tensor([[2.0, 1.0], [1.0, 2.0]])  # singular values 3 and 1
+        >>> recompress(update, rank=1).delta().round(decimals=3).tolist()
+        [[1.5, 1.5], [1.5, 1.5]]
+    """
     U, sigma, V = singular_triplets(update)
     root = sigma[:rank].sqrt()
     return LoRALayer(root[:, None] * V[:rank], U[:, :rank] * root)

@@ -23,6 +23,15 @@ def keep_mask(scores: Tensor, sparsity: float) -> Tensor:
 
     Raises:
         ValueError: when ρ is outside [0, 1] or a score is NaN.
+
+    Example:
+        >>> import torch
+        >>> from sap_lightning.functional.masking import keep_mask
+        >>> scores = torch.tensor([3.0, 1.0, 2.0, 1.0])
+        >>> keep_mask(scores, sparsity=0.5).tolist()
+        [True, False, True, False]
+        >>> keep_mask(scores, sparsity=0.25).tolist()
+        [True, False, True, True]
     """
     if not 0 <= sparsity <= 1:
         raise ValueError(f"sparsity must lie in [0, 1], got {sparsity}")
@@ -40,7 +49,18 @@ def keep_mask(scores: Tensor, sparsity: float) -> Tensor:
 
 
 def smallest(values: Tensor, k: int) -> float:
-    """The k-th smallest of a flat tensor."""
+    """The k-th smallest of a flat tensor.
+
+    Args:
+        values: shape (n,).
+        k: from 1, the smallest, to n.
+
+    Example:
+        >>> import torch
+        >>> from sap_lightning.functional.masking import smallest
+        >>> smallest(torch.tensor([30.0, 10.0, 20.0]), k=2)
+        20.0
+    """
     if values.device.type == "cpu":
         # Three times as quick as kthvalue.
         return float(np.partition(values.numpy(), k - 1)[k - 1])
@@ -48,14 +68,47 @@ def smallest(values: Tensor, k: int) -> float:
 
 
 def keep_in_rows(scores: Tensor, sparsity: float) -> Tensor:
-    """True where a score is kept; every row (d_out, d_in) loses its round(sparsity·d_in) lowest, first ones first."""
+    """True where a score is kept; every row loses its round(sparsity·d_in) lowest, of equal scores the first first.
+
+    Args:
+        scores: shape (d_out, d_in).
+        sparsity: ρ in [0, 1].
+
+    Returns:
+        bool (d_out, d_in).
+
+    Example:
+        >>> import torch
+        >>> from sap_lightning.functional.masking import keep_in_rows
+        >>> keep_in_rows(torch.tensor([[1.0, 2.0], [40.0, 30.0]]), sparsity=0.5).tolist()
+        [[False, True], [True, False]]
+    """
     drop = round(sparsity * scores.shape[-1])
     lowest = scores.sort(dim=-1, stable=True).indices[:, :drop]
     return torch.ones_like(scores, dtype=torch.bool).scatter_(-1, lowest, False)
 
 
 def keep_masks(scores: Mapping[str, Parameters], sparsity: float, scope: Scope) -> dict[str, Parameters]:
-    """Masks of a whole adapter, with one threshold (``global``) or one for each layer (``layer``)."""
+    """Masks of a whole adapter, with one threshold (``global``) or one for each layer (``layer``).
+
+    Args:
+        scores: for each layer the scores of its tensors, of any shape.
+        sparsity: ρ in [0, 1].
+        scope: what the round(ρ·N) lowest are looked for in, N its elements.
+
+    Returns:
+        For each layer the masks of its tensors, bool of their shapes, True where a score is kept.
+
+    Example:
+        >>> import torch
+        >>> from sap_lightning.functional.masking import keep_masks
+        >>> scores = {"q_proj": (torch.tensor([1.0, 2.0]),), "v_proj": (torch.tensor([3.0, 4.0]),)}
+        >>> for scope in ("global", "layer"):
+        ...     masks = keep_masks(scores, sparsity=0.5, scope=scope)
+        ...     print(masks["q_proj"][0].tolist(), masks["v_proj"][0].tolist())
+        [False, False] [True, True]
+        [False, True] [False, True]
+    """
     if scope == "global":
         return _keep_together(scores, sparsity)
     masks: dict[str, Parameters] = {}

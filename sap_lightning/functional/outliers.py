@@ -29,6 +29,15 @@ def robust_z_scores(values: Tensor) -> Tensor:
     Returns:
         float64 (n,); zeros for fewer than three finite values, of which none can be called the odd one, and for equal
         ones; inf for a value that is no finite number, which counts among no others.
+
+    Example:
+        >>> import torch
+        >>> from sap_lightning.functional.outliers import OUTLIER, robust_z_scores
+        >>> scores = robust_z_scores(torch.tensor([1.0, 2.0, 3.0, 4.0, 100.0]))  # median 3, MAD 1
+        >>> scores.round(decimals=2).tolist()
+        [-1.35, -0.67, 0.0, 0.67, 65.43]
+        >>> (scores.abs() > OUTLIER).tolist()
+        [False, False, False, False, True]
     """
     values = values.double()
     if not values.isfinite().all():

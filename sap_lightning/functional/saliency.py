@@ -18,20 +18,40 @@ AnchorLoss = Literal["cosine", "contrastive"]
 
 
 def alignment_loss(image_features: Tensor, caption_features: Tensor) -> Tensor:
-    """1 − cos(image_i, caption_i) of every anchor pair, shape (n,), from features of shape (n, d)."""
+    """1 − cos(image_i, caption_i) of every anchor pair, shape (n,), from features of shape (n, d).
+
+    Example:
+        >>> import torch
+        >>> from sap_lightning.functional.saliency import alignment_loss
+        >>> images = torch.tensor([[1.0, 0.0], [0.0, 1.0], [3.0, 4.0]])
+        >>> captions = torch.tensor([[2.0, 0.0], [1.0, 0.0], [1.0, 0.0]])  # parallel, at right angles, cos 3/5
+        >>> [round(x, 3) for x in alignment_loss(images, captions).tolist()]
+        [0.0, 1.0, 0.4]
+    """
     return 1 - cosine_similarity(image_features, caption_features, dim=-1)
 
 
 def contrastive_loss(image_features: Tensor, captions: Tensor, indices: Tensor, logit_scale: float) -> Tensor:
     """InfoNCE from image to text of every anchor (van den Oord et al. 2018, arXiv:1807.03748), shape (n,).
 
-    Every caption but its own is a negative, also those of other batches, so each image has a loss of its own.
+    −log softmax_j(scale · ⟨image_i, caption_j⟩) at j the image's own caption. Every other caption is a negative, also
+    those of other batches, so each image has a loss of its own.
 
     Args:
         image_features: normalised, shape (n, d).
         captions: normalised features of all m captions, shape (m, d).
         indices: for each image the index of its caption, shape (n,).
         logit_scale: the base's inverse temperature.
+
+    Example:
+        >>> import math
+        >>> import torch
+        >>> from sap_lightning.functional.saliency import contrastive_loss
+        >>> captions = torch.tensor([[1.0, 0.0], [0.0, 1.0]])
+        >>> images = torch.tensor([[1.0, 0.0], [0.0, 1.0]])  # the second looks like the other's caption
+        >>> losses = contrastive_loss(images, captions, torch.tensor([0, 0]), logit_scale=math.log(3))
+        >>> [round(p, 3) for p in (-losses).exp().tolist()]  # softmax of their own caption: 3/(3 + 1) and 1/(1 + 3)
+        [0.75, 0.25]
     """
     return cross_entropy(logit_scale * image_features @ captions.T, indices, reduction="none")
 
@@ -41,6 +61,26 @@ class GradientSum:
 
     With g_i the gradient of anchor i's own loss: ``mean_then_abs`` gathers mean g_i, ``abs_then_mean`` mean |g_i|, and
     ``square`` mean g_i², the diagonal Fisher information.
+
+    Args:
+        space: the layer's.
+        reduction: which of the three.
+
+    Example:
+        >>> import torch
+        >>> from sap_lightning.functional.lora import LoRALayer
+        >>> from sap_lightning.functional.saliency import GradientSum
+        >>> from sap_lightning.functional.spaces import DeltaSpace
+        >>> space = DeltaSpace(LoRALayer(A=torch.ones(1, 2), B=torch.ones(1, 1)))
+        >>> x = torch.tensor([[[4.0, 2.0]], [[2.0, 2.0]]])  # two anchors of one token
+        >>> g = torch.tensor([[[1.0]], [[-1.0]]])  # so their gradients are [[4, 2]] and [[-2, -2]]
+        >>> for reduction in ("mean_then_abs", "abs_then_mean", "square"):
+        ...     total = GradientSum(space, reduction)
+        ...     total.add(x, g)
+        ...     print(reduction, total.mean(anchors=2)[0].tolist())
+        mean_then_abs [[1.0, 0.0]]
+        abs_then_mean [[3.0, 2.0]]
+        square [[10.0, 4.0]]
     """
 
     def __init__(self, space: Space, reduction: Reduction) -> None:
@@ -68,12 +108,45 @@ class GradientSum:
 
 
 def saliency(parameters: Parameters, gradients: Parameters, reduction: Reduction) -> Parameters:
-    """|θ·mean g_i|, mean |θ·g_i| or mean (θ·g_i)² from gradients reduced in the same way."""
+    """|θ·mean g_i|, mean |θ·g_i| or mean (θ·g_i)² from gradients reduced in the same way.
+
+    Args:
+        parameters: θ, tensors of any shape.
+        gradients: mean g_i, mean |g_i| or mean g_i², each of its parameter's shape.
+        reduction: how the gradients were reduced.
+
+    Returns:
+        The scores, each of its parameter's shape.
+
+    Example:
+        >>> import torch
+        >>> from sap_lightning.functional.saliency import saliency
+        >>> theta, gradient = torch.tensor([2.0, -3.0]), torch.tensor([1.0, 2.0])
+        >>> saliency((theta,), (gradient,), "mean_then_abs")[0].tolist()
+        [2.0, 6.0]
+        >>> saliency((theta,), (gradient,), "square")[0].tolist()  # 4·1 and 9·2
+        [4.0, 18.0]
+    """
     if reduction == "square":
         return tuple(theta.square() * g for theta, g in zip(parameters, gradients, strict=True))
     return tuple((theta * g).abs() for theta, g in zip(parameters, gradients, strict=True))
 
 
 def loss_reduction(parameters: Parameters, gradients: Parameters) -> Parameters:
-    """−θ·mean g_i: by how much a parameter lowers the loss; below 0 it raises it (sign-aware saliency)."""
+    """−θ·mean g_i: by how much a parameter lowers the loss; below 0 it raises it (sign-aware saliency).
+
+    Args:
+        parameters: θ, tensors of any shape.
+        gradients: mean g_i, each of its parameter's shape.
+
+    Returns:
+        The scores, each of its parameter's shape.
+
+    Example:
+        >>> import torch
+        >>> from sap_lightning.functional.saliency import loss_reduction
+        >>> theta, gradient = torch.tensor([2.0, -3.0]), torch.tensor([1.0, 2.0])
+        >>> loss_reduction((theta,), (gradient,))[0].tolist()
+        [-2.0, 6.0]
+    """
     return tuple(-theta * g for theta, g in zip(parameters, gradients, strict=True))

@@ -21,7 +21,19 @@ SpaceName = Literal["factor", "delta", "singular"]
 
 
 class Space(ABC):
-    """One adapted layer seen as parameters that can be scored and masked."""
+    """One adapted layer seen as parameters that can be scored and masked.
+
+    Example:
+        >>> import torch
+        >>> from sap_lightning.functional.lora import LoRALayer
+        >>> from sap_lightning.functional.spaces import SPACES
+        >>> layer = LoRALayer(A=torch.ones(2, 3), B=torch.ones(4, 2))
+        >>> for name, space in SPACES.items():
+        ...     print(name, [tuple(parameter.shape) for parameter in space(layer).parameters])
+        factor [(2, 3), (4, 2)]
+        delta [(4, 3)]
+        singular [(2,)]
+    """
 
     parameters: Parameters
 
@@ -35,7 +47,20 @@ class Space(ABC):
 
 
 class FactorSpace(Space):
-    """θ: the elements of A and B. ∂L/∂A = s·BᵀG and ∂L/∂B = s·GAᵀ."""
+    """θ: the elements of A (r, d_in) and B (d_out, r). ∂L/∂A = s·BᵀG and ∂L/∂B = s·GAᵀ.
+
+    Example:
+        >>> import torch
+        >>> from sap_lightning.functional.lora import LoRALayer
+        >>> from sap_lightning.functional.spaces import FactorSpace
+        >>> space = FactorSpace(LoRALayer(A=torch.tensor([[3.0, 4.0]]), B=torch.tensor([[5.0]]), scale=2.0))
+        >>> x, g = torch.tensor([[1.0, 2.0]]), torch.tensor([[1.0]])  # one token, so G = [[1, 2]]
+        >>> [gradient.tolist() for gradient in space.gradients(x, g)]
+        [[[10.0, 20.0]], [[22.0]]]
+        >>> A, B = space.parameters
+        >>> space.update((A * torch.tensor([[0.0, 1.0]]), B)).delta().tolist()
+        [[0.0, 40.0]]
+    """
 
     def __init__(self, layer: LoRALayer) -> None:
         self.layer = layer
@@ -51,7 +76,20 @@ class FactorSpace(Space):
 
 
 class DeltaSpace(Space):
-    """θ: the elements of ΔW. ∂L/∂ΔW = G."""
+    """θ: the elements of ΔW (d_out, d_in). ∂L/∂ΔW = G.
+
+    Example:
+        >>> import torch
+        >>> from sap_lightning.functional.lora import LoRALayer
+        >>> from sap_lightning.functional.spaces import DeltaSpace
+        >>> space = DeltaSpace(LoRALayer(A=torch.tensor([[3.0, 4.0]]), B=torch.tensor([[5.0]]), scale=2.0))
+        >>> (delta,) = space.parameters
+        >>> delta.tolist()
+        [[30.0, 40.0]]
+        >>> x, g = torch.tensor([[1.0, 2.0], [3.0, 4.0]]), torch.tensor([[1.0], [10.0]])  # two tokens
+        >>> space.gradients(x, g)[0].tolist()
+        [[31.0, 42.0]]
+    """
 
     def __init__(self, layer: LoRALayer) -> None:
         self.parameters = (layer.delta(),)
@@ -64,7 +102,20 @@ class DeltaSpace(Space):
 
 
 class SingularSpace(Space):
-    """θ: the singular values σ_k of ΔW, whole triplets kept or dropped. ∂L/∂σ_k = u_kᵀ G v_k."""
+    """θ: the singular values σ_k of ΔW, whole triplets kept or dropped. ∂L/∂σ_k = u_kᵀ G v_k.
+
+    Example:
+        >>> import torch
+        >>> from sap_lightning.functional.lora import LoRALayer
+        >>> from sap_lightning.functional.spaces import SingularSpace
+        >>> space = SingularSpace(LoRALayer(A=torch.tensor([[2.0, 1.0], [1.0, 2.0]]), B=torch.eye(2)))
+        >>> (sigma,) = space.parameters
+        >>> sigma.round(decimals=3).tolist()
+        [3.0, 1.0]
+        >>> first_only = sigma * torch.tensor([1.0, 0.0])
+        >>> space.update((first_only,)).delta().round(decimals=3).tolist()
+        [[1.5, 1.5], [1.5, 1.5]]
+    """
 
     def __init__(self, layer: LoRALayer) -> None:
         self.U, sigma, self.V = singular_triplets(layer)
@@ -85,5 +136,14 @@ SPACES: dict[SpaceName, Callable[[LoRALayer], Space]] = {
 
 
 def magnitudes(spaces: Mapping[str, Space]) -> dict[str, Parameters]:
-    """|θ| of every parameter by layer."""
+    """|θ| of every parameter by layer, each of its parameter's shape.
+
+    Example:
+        >>> import torch
+        >>> from sap_lightning.functional.lora import LoRALayer
+        >>> from sap_lightning.functional.spaces import FactorSpace, magnitudes
+        >>> space = FactorSpace(LoRALayer(A=torch.tensor([[3.0, -4.0]]), B=torch.tensor([[-5.0]])))
+        >>> [theta.tolist() for theta in magnitudes({"q_proj": space})["q_proj"]]
+        [[[3.0, 4.0]], [[5.0]]]
+    """
     return {name: tuple(theta.abs() for theta in space.parameters) for name, space in spaces.items()}

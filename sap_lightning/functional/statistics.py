@@ -12,7 +12,14 @@ from torch import Tensor
 
 
 class Interval(NamedTuple):
-    """A difference of accuracies with its 95 % confidence interval, all as shares in [-1, 1]."""
+    """A difference of accuracies with its 95 % confidence interval, all as shares in [-1, 1].
+
+    Example:
+        >>> from sap_lightning.functional.statistics import Interval
+        >>> interval = Interval(difference=0.02, low=-0.01, high=0.05)
+        >>> interval.low > 0  # other test images might turn this gain into a loss
+        False
+    """
 
     difference: float
     low: float
@@ -20,7 +27,15 @@ class Interval(NamedTuple):
 
 
 class Spread(NamedTuple):
-    """Mean and sample standard deviation over seeds, and their number."""
+    """Mean and sample standard deviation over seeds, and their number.
+
+    Example:
+        >>> from sap_lightning.functional.statistics import Spread
+        >>> print(Spread(mean=0.75, std=0.125, seeds=3))
+        0.750 ± 0.125
+        >>> print(Spread(mean=0.75, std=0.0, seeds=1))
+        0.750
+    """
 
     mean: float
     std: float
@@ -35,6 +50,13 @@ def mean_and_std(values: Sequence[float]) -> tuple[float, float]:
 
     Raises:
         ValueError: there are no values.
+
+    Example:
+        >>> from sap_lightning.functional.statistics import mean_and_std
+        >>> mean_and_std([2.0, 4.0, 6.0])  # √((4 + 0 + 4) / 2)
+        (4.0, 2.0)
+        >>> mean_and_std([2.0])
+        (2.0, 0.0)
     """
     return statistics.fmean(values), statistics.stdev(values) if len(values) > 1 else 0.0
 
@@ -58,6 +80,14 @@ def bootstrap_difference(
     Raises:
         ValueError: no domains, not the same number of them, or tensors that are not bool, not of the same two
             dimensions or empty.
+
+    Example:
+        >>> import torch
+        >>> from sap_lightning.functional.statistics import bootstrap_difference
+        >>> correct = torch.tensor([[True, True, True, False]])  # one seed, four images
+        >>> reference = torch.tensor([[True, True, False, False]])
+        >>> bootstrap_difference([correct], [reference])  # the third is drawn 0 to 3 times in most drawings
+        Interval(difference=0.25, low=0.0, high=0.75)
     """
     if not correct or len(correct) != len(reference):
         raise ValueError(f"need the same domains of both, at least one, got {len(correct)} and {len(reference)}")

@@ -18,6 +18,15 @@ def sparse_bytes(kept: int, total: int, value_bytes: int = _VALUE_BYTES) -> int:
 
     Raises:
         ValueError: kept lies outside [0, total].
+
+    Example:
+        >>> from sap_lightning.functional.traffic import sparse_bytes
+        >>> sparse_bytes(kept=10, total=80)  # 10 values and a bitmap: 40 + 10
+        50
+        >>> sparse_bytes(kept=1, total=80)  # one value and its index: 4 + 4
+        8
+        >>> sparse_bytes(kept=80, total=80)  # all 80 values
+        320
     """
     if not 0 <= kept <= total:
         raise ValueError(f"kept must lie in [0, {total}], got {kept}")
@@ -31,6 +40,14 @@ def sparse_upload(masks: Mapping[str, Sequence[Tensor]]) -> int:
 
     Args:
         masks: for each layer the masks of its tensors, bool of any shape, True where an element is kept.
+
+    Example:
+        >>> import torch
+        >>> from sap_lightning.functional.traffic import sparse_upload
+        >>> A = torch.tensor([[True, True, False, False, True, False, False, True]])
+        >>> B = torch.tensor([[True], [True]])
+        >>> sparse_upload({"q_proj": (A, B)})  # 4 values and a bitmap of one byte, and 2 values: 17 + 8
+        25
     """
     return sum(sparse_bytes(int(mask.sum()), mask.numel()) for layer in masks.values() for mask in layer)
 
@@ -41,6 +58,15 @@ def triplets_upload(masks: Mapping[str, Sequence[Tensor]], shapes: Mapping[str, 
     Args:
         masks: for each layer the mask of its singular values, True where a triplet is kept.
         shapes: (d_out, d_in) of each layer.
+
+    Returns:
+        Σ 4·kept·(d_out + d_in) over layers.
+
+    Example:
+        >>> import torch
+        >>> from sap_lightning.functional.traffic import triplets_upload
+        >>> triplets_upload({"q_proj": (torch.tensor([True, True, False]),)}, {"q_proj": (10, 20)})  # 4·2·30
+        240
     """
     return sum(_VALUE_BYTES * int(masks[name][0].sum()) * sum(shapes[name]) for name in masks)
 
@@ -50,6 +76,14 @@ def one_shot_bytes(upload_bytes: Sequence[int]) -> int:
 
     Args:
         upload_bytes: size of each client's adapter.
+
+    Returns:
+        Their sum.
+
+    Example:
+        >>> from sap_lightning.functional.traffic import one_shot_bytes
+        >>> one_shot_bytes([100, 200])
+        300
     """
     return sum(upload_bytes)
 
@@ -62,5 +96,13 @@ def fedavg_bytes(upload_bytes: Sequence[int], rounds: int) -> int:
     Args:
         upload_bytes: size of each client's adapter.
         rounds: R, the number of rounds.
+
+    Returns:
+        2·R times the sum of the sizes.
+
+    Example:
+        >>> from sap_lightning.functional.traffic import fedavg_bytes
+        >>> fedavg_bytes([100, 200], rounds=5)
+        3000
     """
     return 2 * rounds * sum(upload_bytes)

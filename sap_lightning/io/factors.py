@@ -15,7 +15,7 @@ from torch import Tensor
 
 from sap_lightning.errors import InputError
 from sap_lightning.functional.lora import LoRALayer
-from sap_lightning.io.peft_config import CONFIG_FILE, Scaling
+from sap_lightning.io.peft_config import Scaling
 from sap_lightning.io.rules import MAX_FLOAT32, errors_in, short
 
 Shapes = Mapping[str, tuple[int, ...]]
@@ -211,8 +211,8 @@ def _read_factor(tensors: OpenWeights, key: str, shape: tuple[int, int]) -> Tens
         raise InputError(f"{key} has dtype {stated.dtype}, expected one of {', '.join(_DTYPE_NAMES)}")
     if stated.shape != shape:
         raise InputError(
-            f"{key} has shape {stated.shape}, expected {shape} by the base and the rank in "
-            f"{CONFIG_FILE}; train the adapter on this base"
+            f"{key} has shape {stated.shape}, expected {shape} by the base and the adapter's rank; train the adapter on"
+            " this base"
         )
     # A copy, since what is read keeps the whole file mapped for as long as it lives.
     return tensors.tensor(key).to(torch.float32, copy=True)

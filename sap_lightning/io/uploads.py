@@ -81,7 +81,7 @@ def _read_checkpoint(path: Path, shapes: Shapes | None, base_fingerprint: str | 
         trained_on = checkpoint["base_fingerprint"]
         settings = checkpoint["hyper_parameters"]
         config = {"peft_type": "LORA", "r": settings["rank"], "lora_alpha": settings["alpha"]}
-        tensors = {_peft_key(key): value for key, value in checkpoint["state_dict"].items() if "lora_" in key}
+        tensors = {_peft_key(key): value.detach() for key, value in checkpoint["state_dict"].items() if "lora_" in key}
     except Exception as error:  # torch raises whatever a faulty file leads it to
         raise InputError(f"{path}: no checkpoint of a client of this package; give its upload folder") from error
     if not tensors:

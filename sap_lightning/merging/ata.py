@@ -7,7 +7,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -41,7 +40,7 @@ class ATA(MergeMethod):
         InputError: when an upload does not say its number of samples, or no upload has the client's name.
     """
 
-    name: ClassVar[str] = "ata"
+    name = "ata"
 
     neighbours: int = 3
     client: str | None = None

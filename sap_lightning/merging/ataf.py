@@ -10,7 +10,6 @@ from __future__ import annotations
 import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -46,8 +45,8 @@ class ATAF(MergeMethod):
         InputError: when there are fewer than two adapters.
     """
 
-    name: ClassVar[str] = "ataf"
-    needs_anchors: ClassVar[bool] = True
+    name = "ataf"
+    needs_anchors = True
 
     steps: int = 11
 

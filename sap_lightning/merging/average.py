@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any
 
 from sap_lightning.functional.consensus import weighted_sum
 from sap_lightning.functional.lora import LoRALayer, Update
@@ -17,7 +17,7 @@ from sap_lightning.merging.method import LayerwiseMethod, PreparedLayers
 class Average(LayerwiseMethod):
     """Σ w_k·ΔW_k: exact, of the products ΔW and not of A and B apart."""
 
-    name: ClassVar[str] = "average"
+    name = "average"
 
     def merge_layer(self, layers: Sequence[LoRALayer], weights: Sequence[float]) -> Update:
         return weighted_sum(layers, weights)

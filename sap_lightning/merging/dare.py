@@ -8,7 +8,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import ClassVar, Literal
+from typing import Literal
 
 import torch
 
@@ -34,7 +34,7 @@ class DARE(PruningMethod):
         rescale: inverse_keep: by 1 / (1 − ρ), the authors'. l1: to each layer's l1 norm, mergekit's.
     """
 
-    name: ClassVar[str] = "dare"
+    name = "dare"
 
     sparsity: float = 0.9
     seed: int = 0

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import ClassVar
 
 import torch
 
@@ -26,7 +25,7 @@ class FedAvg(LayerwiseMethod):
     2024, arXiv:2401.06432).
     """
 
-    name: ClassVar[str] = "fedavg"
+    name = "fedavg"
 
     def merge_layer(self, layers: Sequence[LoRALayer], weights: Sequence[float]) -> LoRALayer:
         mean_A = mean_B = torch.zeros(0, 0)

@@ -8,7 +8,6 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -39,8 +38,8 @@ class Fisher(MergeMethod):
         floor: that share, above 0.
     """
 
-    name: ClassVar[str] = "fisher"
-    needs_anchors: ClassVar[bool] = True
+    name = "fisher"
+    needs_anchors = True
 
     floor: float = 1e-6
 

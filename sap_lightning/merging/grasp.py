@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import ClassVar, Literal
+from typing import Literal
 
 from torch import Tensor
 
@@ -32,8 +32,8 @@ class GRASP(PruningMethod):
         score: the paper's score or the code's.
     """
 
-    name: ClassVar[str] = "grasp"
-    needs_anchors: ClassVar[bool] = True
+    name = "grasp"
+    needs_anchors = True
     space = "singular"
 
     sparsity: float = 0.5

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -38,7 +37,7 @@ class KnOTS(PruningMethod):
         majority: the sign of the larger sum (total) or of more clients (frequency).
     """
 
-    name: ClassVar[str] = "knots"
+    name = "knots"
     scope = "global"
 
     sparsity: float = 0.8

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import ClassVar
 
 from sap_lightning.errors import InputError, check_at_least
 from sap_lightning.io.adapter import Adapter
@@ -30,7 +29,7 @@ class Krum(MergeMethod):
         InputError: when a setting is out of range or there are too few clients for it.
     """
 
-    name: ClassVar[str] = "krum"
+    name = "krum"
 
     byzantine: int = 0
     multi: int = 1

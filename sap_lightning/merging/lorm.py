@@ -7,7 +7,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -39,8 +38,8 @@ class LoRM(MergeMethod):
         off_diagonal: factor in [0, 1] of the off-diagonal elements of G_k; 1 leaves them as they are.
     """
 
-    name: ClassVar[str] = "lorm"
-    needs_anchors: ClassVar[bool] = True
+    name = "lorm"
+    needs_anchors = True
 
     rank: int | None = None
     sweeps: int = 10

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import ClassVar
 
 from sap_lightning.errors import check_share
 from sap_lightning.functional.masking import Scope
@@ -27,7 +26,7 @@ class Magnitude(PruningMethod):
         space: what is pruned: elements of A and B, elements of ΔW, or singular triplets of ΔW.
     """
 
-    name: ClassVar[str] = "magnitude"
+    name = "magnitude"
 
     sparsity: float = 0.8
     scope: Scope = "layer"

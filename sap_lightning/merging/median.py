@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import ClassVar
 
 from torch import Tensor
 
@@ -20,7 +19,7 @@ class Median(LayerwiseMethod):
     Clients count alike whatever their weights.
     """
 
-    name: ClassVar[str] = "median"
+    name = "median"
 
     def merge_layer(self, layers: Sequence[LoRALayer], weights: Sequence[float]) -> Tensor:
         return coordinatewise(median, layers)

@@ -15,7 +15,7 @@ import sys
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Any
 
 from sap_lightning.console import track
 from sap_lightning.errors import InputError
@@ -50,14 +50,16 @@ class Prepared(ABC):
 class MergeMethod(ABC):
     """K adapters → one update of the base. Holds settings only; a frozen dataclass is the shortest way to write one.
 
+    What is no setting has no annotation in a subclass, or the dataclass would take it for one.
+
     Attributes:
         name: what tables and the command line call it; the class's name if not given.
         needs_anchors: whether ``prepare`` looks at the server's anchors.
         sparsity: ρ, the share of parameters set to zero; None where nothing is pruned.
     """
 
-    name: ClassVar[str]
-    needs_anchors: ClassVar[bool] = False
+    name = ""
+    needs_anchors = False
     sparsity: float | None = None
 
     def __init_subclass__(cls, **kwargs: Any) -> None:

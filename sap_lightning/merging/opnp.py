@@ -7,7 +7,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import ClassVar
 
 import torch
 
@@ -32,8 +31,8 @@ class OPNP(PruningMethod):
         scope: thresholds over the whole adapter or over each layer.
     """
 
-    name: ClassVar[str] = "opnp"
-    needs_anchors: ClassVar[bool] = True
+    name = "opnp"
+    needs_anchors = True
 
     sparsity: float = 0.5
     largest: float = 0.01

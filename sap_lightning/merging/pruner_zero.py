@@ -7,7 +7,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import ClassVar
 
 from torch import Tensor
 
@@ -30,8 +29,8 @@ class PrunerZero(PruningMethod):
         sparsity: ρ, the share of every row that is dropped.
     """
 
-    name: ClassVar[str] = "pruner_zero"
-    needs_anchors: ClassVar[bool] = True
+    name = "pruner_zero"
+    needs_anchors = True
 
     sparsity: float = 0.5
 

@@ -34,20 +34,37 @@ class PruningMethod(MergeMethod):
     Subclasses have a ``sparsity`` and define ``scores``; one that looks at anchors does so in ``examine``, once for
     every adapter and ``question``: the anchors' probe remembers, in memory that grows with K.
 
-    Attributes:
-        space: what is scored and masked: elements of A and B, elements of ΔW, or singular triplets of ΔW.
-        scope: one threshold for a whole adapter, or one for each layer.
-        rescale: how a pruned adapter is scaled up again, see ``functional.rescaling``.
-        rescale_scope: whether l1 and l2 restore the norm of each layer or of the whole adapter.
-        loss: the anchors' loss that ``examine`` looks at.
+    Each property is a setting of the subclasses that have it as one.
     """
 
     sparsity: float
-    space: SpaceName = "delta"
-    scope: Scope = "layer"
-    rescale: Rescale = "none"
-    rescale_scope: Scope = "layer"
-    loss: AnchorLoss = "cosine"
+
+    # Properties, and no annotations: these the command line's parser would look up in the modules of subclasses.
+
+    @property
+    def space(self) -> SpaceName:
+        """What is scored and masked: elements of A and B, elements of ΔW, or singular triplets of ΔW."""
+        return "delta"
+
+    @property
+    def scope(self) -> Scope:
+        """One threshold for a whole adapter, or one for each layer."""
+        return "layer"
+
+    @property
+    def rescale(self) -> Rescale:
+        """How a pruned adapter is scaled up again, see ``functional.rescaling``."""
+        return "none"
+
+    @property
+    def rescale_scope(self) -> Scope:
+        """Whether l1 and l2 restore the norm of each layer or of the whole adapter."""
+        return "layer"
+
+    @property
+    def loss(self) -> AnchorLoss:
+        """The anchors' loss that ``examine`` looks at."""
+        return "cosine"
 
     def prepare(
         self, adapters: Sequence[Adapter], weights: Sequence[float], anchors: AnchorProbe | None = None

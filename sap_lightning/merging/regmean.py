@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import ClassVar, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -41,8 +41,8 @@ class RegMean(MergeMethod):
         off_diagonal: factor in [0, 1] of the off-diagonal elements of G_k.
     """
 
-    name: ClassVar[str] = "regmean"
-    needs_anchors: ClassVar[bool] = True
+    name = "regmean"
+    needs_anchors = True
 
     off_diagonal: float = 0.9
 

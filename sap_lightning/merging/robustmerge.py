@@ -7,7 +7,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -40,7 +39,7 @@ class RobustMerge(MergeMethod):
         scale: λ, on both A and B.
     """
 
-    name: ClassVar[str] = "robustmerge"
+    name = "robustmerge"
 
     sparsity: float = 0.8
     scale: float = 2.0

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import ClassVar
 
 from sap_lightning.errors import InputError, check_positive, check_share
 from sap_lightning.functional.masking import Scope
@@ -41,8 +40,8 @@ class SAP(PruningMethod):
         InputError: when a setting is out of range, or for a combination that is not defined.
     """
 
-    name: ClassVar[str] = "sap"
-    needs_anchors: ClassVar[bool] = True
+    name = "sap"
+    needs_anchors = True
 
     sparsity: float = 0.8
     space: SpaceName = "delta"

@@ -6,7 +6,7 @@ import logging
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from itertools import product
-from typing import ClassVar, NamedTuple
+from typing import NamedTuple
 
 from sap_lightning.errors import InputError, check_positive, check_share
 from sap_lightning.functional.lora import times
@@ -55,8 +55,8 @@ class SAPAuto(MergeMethod):
         InputError: when there is nothing to try, or a setting is out of range.
     """
 
-    name: ClassVar[str] = "sap_auto"
-    needs_anchors: ClassVar[bool] = True
+    name = "sap_auto"
+    needs_anchors = True
 
     sparsities: Sequence[float] = (0.0, 0.5, 0.8, 0.9, 0.95, 0.99)
     spaces: Sequence[SpaceName] = ("delta", "factor", "singular")

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -42,8 +41,8 @@ class SensMerging(MergeMethod):
         temperature: of the softmax, above 0.
     """
 
-    name: ClassVar[str] = "sens_merging"
-    needs_anchors: ClassVar[bool] = True
+    name = "sens_merging"
+    needs_anchors = True
 
     scale: float = 0.4
     temperature: float = 1.0

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import ClassVar
 
 from sap_lightning.functional.consensus import weighted_sum
 from sap_lightning.functional.lora import LoRALayer, Update
@@ -22,7 +21,7 @@ class TaskArithmetic(LayerwiseMethod):
         scale: λ; 1 / K gives the average.
     """
 
-    name: ClassVar[str] = "task_arithmetic"
+    name = "task_arithmetic"
 
     scale: float = 0.3
 

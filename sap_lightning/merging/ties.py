@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import ClassVar, Literal
+from typing import Literal
 
 from sap_lightning.errors import check_share
 from sap_lightning.functional.consensus import Consensus, ElectedMean, Majority
@@ -35,7 +35,7 @@ class TIES(PruningMethod):
         majority: the sign of the larger sum (total) or of more clients (frequency).
     """
 
-    name: ClassVar[str] = "ties"
+    name = "ties"
 
     sparsity: float = 0.8
     scale: float = 1.0
@@ -46,7 +46,7 @@ class TIES(PruningMethod):
         check_share("merge.method.sparsity", self.sparsity)
 
     @property
-    def scope(self) -> Scope:  # type: ignore[override]  # follows from the variant
+    def scope(self) -> Scope:
         return "global" if self.variant == "authors" else "layer"
 
     def scores(self, adapter: Adapter, spaces: Mapping[str, Space], answer: Answer) -> dict[str, Parameters]:

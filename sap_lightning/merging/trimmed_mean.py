@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import ClassVar
 
 from torch import Tensor
 
@@ -29,7 +28,7 @@ class TrimmedMean(LayerwiseMethod):
         InputError: when trim does not lie in [0, 0.5).
     """
 
-    name: ClassVar[str] = "trimmed_mean"
+    name = "trimmed_mean"
 
     trim: float = 0.1
 

@@ -196,8 +196,8 @@ def test_for_domain_keeps_the_settings_and_reads_the_other_images(make_data):
 
 
 def test_other_labels_reach_training_alone_and_no_other_domain(make_data):
-    data = make_data()
-    data.relabel = lambda labels, num_classes: num_classes - 1 - labels
+    domain = make_data().domain
+    data = make_data().for_domain(domain, relabel=lambda labels, num_classes: num_classes - 1 - labels)
     data.setup("fit")  # the trainer sets up again, and must not swap the labels back
     recorder = fit(data, epochs=2)
     make_trainer().test(recorder, datamodule=data, verbose=False)

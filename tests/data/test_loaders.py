@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from sap_lightning.data.loaders import PixelDataset, eval_sampler, make_loader, share, train_sampler
+from sap_lightning.data.loaders import PixelDataset, eval_sampler, images_per_process, make_loader, train_sampler
 from sap_lightning.errors import InputError
 
 
@@ -17,7 +17,7 @@ def train_batches(size: int, batch_size: int, world_size: int, rank: int, epoch:
     data = dataset(size)
     sampler = train_sampler(data, world_size, rank, seed=5)
     sampler.set_epoch(epoch)
-    loader = make_loader(data, sampler, share(batch_size, world_size), num_workers=0, drop_last=True)
+    loader = make_loader(data, sampler, images_per_process(batch_size, world_size), drop_last=True)
     return [batch.indices.tolist() for batch in loader]
 
 
@@ -45,15 +45,14 @@ def test_evaluation_needs_an_image_per_process():
 
 
 def test_a_batch_that_does_not_divide_is_refused():
-    assert share(32, 4) == 8
+    assert images_per_process(32, 4) == 8
     with pytest.raises(InputError, match=r"batch of 30 .* 4 processes; set batch_size to 28"):
-        share(30, 4)
+        images_per_process(30, 4)
 
 
-@pytest.mark.parametrize("num_workers", [0, 1])
-def test_images_labels_and_indices_belong_together(num_workers):
+def test_images_labels_and_indices_belong_together():
     data = dataset(10)
-    loader = make_loader(data, eval_sampler(data, 1, 0, "here"), 4, num_workers)
+    loader = make_loader(data, eval_sampler(data, 1, 0, "here"), 4)
     batches = list(loader)
     assert [len(batch.labels) for batch in batches] == [4, 4, 2]
     for batch in batches:

@@ -137,11 +137,16 @@ def test_a_checkpoint_of_something_else_is_refused(tmp_path, checkpoint, shapes)
         "list": [1, 2],
         "tensors": {"weight": torch.ones(2)},
         "no_rank": {**checkpoint, "hyper_parameters": {"alpha": 16}},
-        "rank_0": {**checkpoint, "hyper_parameters": {"alpha": 16, "rank": 0}},
-        "word": {**checkpoint, "hyper_parameters": {"alpha": "16", "rank": 8}},
     }.items():
         file = saved(content, tmp_path / f"{name}.ckpt")
         assert_refused([file], rf"{name}\.ckpt: no checkpoint of a client", shapes)
+    for name, settings, reason in [
+        ("rank_0", {"alpha": 16, "rank": 0}, "r is 0, expected an integer from 1 to 4096"),
+        ("huge", {"alpha": 16, "rank": 5000}, "r is 5000, expected an integer from 1 to 4096"),
+        ("word", {"alpha": "16", "rank": 8}, "lora_alpha is '16', expected a finite number"),
+    ]:
+        file = saved({**checkpoint, "hyper_parameters": settings}, tmp_path / f"{name}.ckpt")
+        assert_refused([file], rf"{name}\.ckpt: {reason}", shapes)
     file = saved({**checkpoint, "state_dict": {"head.weight": torch.ones(2, 2)}}, tmp_path / "head.ckpt")
     assert_refused([file], r"head\.ckpt: holds no LoRA factors", shapes)
 
@@ -156,12 +161,14 @@ def test_a_checkpoint_with_faulty_factors_is_refused(tmp_path, checkpoint, shape
 
     A = checkpoint["state_dict"][key]
     for name, factor, reason in [
-        ("nan", A * torch.nan, f"{layer} has NaN or Inf"),
-        ("wide", torch.cat([A, A], dim=1), rf"{layer}.*\(96, 192\), the base has \(96, 96\)"),
-        ("alone", None, "no checkpoint of a client"),
-        ("flat", A.flatten(), "no checkpoint of a client"),
-        ("deep", A[..., None], "no checkpoint of a client"),
-        ("ranks", torch.cat([A, A]), "no checkpoint of a client"),
+        ("nan", A * torch.nan, f"{layer}: lora_A has NaN or Inf"),
+        ("large", torch.full_like(A, 3e38), f"{layer}: ΔW overflows float32"),
+        ("wide", torch.cat([A, A], dim=1), rf".*{layer}.* has shape \(8, 192\), expected \(8, 96\)"),
+        ("alone", None, f"{layer} has no lora_A"),
+        ("flat", A.flatten(), rf".*{layer}.* has shape \(768,\), expected \(8, 96\)"),
+        ("deep", A[..., None], rf".*{layer}.* has shape \(8, 96, 1\), expected \(8, 96\)"),
+        ("ranks", torch.cat([A, A]), rf".*{layer}.* has shape \(16, 96\), expected \(8, 96\)"),
+        ("whole", A.long(), rf".*{layer}.* has dtype torch.int64, expected one of F32, F16, BF16"),
         ("words", "A", "no checkpoint of a client"),
     ]:
         assert_refused([with_factor(f"{name}.ckpt", factor)], rf"{name}\.ckpt: {reason}", shapes)
@@ -170,8 +177,8 @@ def test_a_checkpoint_with_faulty_factors_is_refused(tmp_path, checkpoint, shape
 def test_a_checkpoint_of_another_base_is_refused(tmp_path, finished, checkpoint, shapes):
     file = finished / "clients" / "photo" / "last.ckpt"
     wider = {name: torch.Size(2 * size for size in shape) for name, shape in shapes.items()}
-    assert_refused([file], r"last\.ckpt: .*the base has", wider)
-    assert_refused([file], r"last\.ckpt: .*the base has no such layer", {"other.layer": torch.Size((4, 4))})
+    assert_refused([file], r"last\.ckpt: .*lora_A.* has shape \(8, 96\), expected \(8, 192\)", wider)
+    assert_refused([file], r"last\.ckpt: .*the base has no such linear layer", {"other.layer": torch.Size((4, 4))})
     reason = rf"last\.ckpt: base_fingerprint is {checkpoint['base_fingerprint']}, this base's is 0{{64}}"
     assert_refused([file], reason, shapes, "0" * 64)
 
