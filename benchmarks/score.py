@@ -24,6 +24,7 @@ from sap_lightning.functional.lora import LoRALayer
 from sap_lightning.functional.saliency import Reduction, alignment_loss
 from sap_lightning.functional.spaces import SPACES, SpaceName
 from sap_lightning.models.clip import load_base
+from sap_lightning.models.patched import Patched
 from sap_lightning.models.probe import AnchorProbe
 
 TARGETS = ["q_proj", "k_proj", "v_proj", "out_proj"]
@@ -59,7 +60,7 @@ def main(base: str = SHAPES_CLIP, num_pairs: int = 32, rank: int = 8, rounds: in
             weight.requires_grad_(False)
 
     batches = [(images, torch.arange(num_pairs))]
-    probe = AnchorProbe(tower, lambda update: None, features, lambda: batches, captions, logit_scale)
+    probe = AnchorProbe(Patched(tower), lambda: batches, captions, logit_scale)
 
     def ours(space: SpaceName, reduction: Reduction) -> Callable[[], None]:
         spaces = {name: SPACES[space](layer) for name, layer in layers.items()}

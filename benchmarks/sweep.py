@@ -22,26 +22,16 @@ from jsonargparse import auto_cli
 from sap_lightning.callbacks import SaliencyPruneCallback
 from sap_lightning.console import quieten
 from sap_lightning.data import AnchorDataModule, DomainDataModule
-from sap_lightning.federation.one_shot import UNTRAINED, OneShotFederation
+from sap_lightning.federation.client import UNTRAINED
+from sap_lightning.federation.evaluation import Evaluation
+from sap_lightning.federation.points import Plan, Points, Sent
 from sap_lightning.io.adapter import Adapter, sha256_of
+from sap_lightning.merging import SAP
 from sap_lightning.models.stem import first_changed
-from sap_lightning.modules import CLIPLoRAModule, MergeModule
+from sap_lightning.modules import MergeModule
 from sap_lightning.results import Results
 
 QUIETLY = {**UNTRAINED, "logger": False}
-
-
-class Uploaded(OneShotFederation):
-    """A federation whose clients have sent these adapters."""
-
-    keeps_models = False
-    uploaded: Sequence[Adapter] = ()
-
-    def train(self) -> list[Path]:
-        return []
-
-    def collect(self, uploads: Sequence[Path]) -> list[Adapter]:
-        return list(self.uploaded)
 
 
 class Parts:
@@ -97,22 +87,16 @@ def _last(adapter: Adapter, module: MergeModule, number: int | None) -> Adapter:
 
 def _minutes_swept(parts: Parts, adapters: Sequence[Adapter], domain: str, sparsities: Sequence[float]) -> float:
     started = time.perf_counter()
+    module, data, anchors = parts.merge(), parts.data(), parts.anchors()
+    module.configure_model()
+    server, evaluator = L.Trainer(callbacks=[SaliencyPruneCallback()], **QUIETLY), L.Trainer(**QUIETLY)
+    plan = Plan({"sap": SAP()}, sparsities, keeps_models=False)
+    points = Points(plan, Sent(adapters), data, anchors, module, evaluator.precision, {})
+    merges = [point for point in points.on(domain) if point.method]
+    module.remember_stem(adapters)
     with tempfile.TemporaryDirectory() as folder:
-        federation = Uploaded(
-            client=CLIPLoRAModule(parts.base),
-            data=parts.data(),
-            anchors=parts.anchors(),
-            prune=SaliencyPruneCallback(),
-            merge=parts.merge(),
-            run_dir=folder,
-            unseen=domain,
-        )
-        federation.methods = {"sap": federation.methods["sap"]}
-        federation.sparsities = sparsities
-        federation.results = Results(Path(folder))
-        federation.uploaded = adapters
-        federation.points = lambda unseen: federation.swept("sap", unseen, adapters, federation.methods["sap"])
-        federation.measure()
+        evaluation = Evaluation(module, anchors, server, evaluator, Results(Path(folder)))
+        evaluation.measure(merges, data.for_domain(domain))
     return (time.perf_counter() - started) / 60
 
 
@@ -121,8 +105,8 @@ def _minutes_fresh(parts: Parts, adapters: Sequence[Adapter], domain: str, spars
     for sparsity in sparsities:
         module = parts.merge()
         module.configure_model()
-        module.adapters = list(adapters)
-        trainer = L.Trainer(callbacks=[SaliencyPruneCallback(sparsity)], **QUIETLY)
+        module.use(adapters)
+        trainer = L.Trainer(callbacks=[SaliencyPruneCallback(sparsity=sparsity)], **QUIETLY)
         trainer.validate(module, datamodule=parts.anchors(), verbose=False)
         L.Trainer(**QUIETLY).test(module, datamodule=parts.data().for_domain(domain), verbose=False)
     return (time.perf_counter() - started) / 60

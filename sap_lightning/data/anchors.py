@@ -25,6 +25,8 @@ from sap_lightning.fingerprints import digest, file_fingerprint
 
 CAPTION_COLUMNS = ("captions", "caption", "sentences", "text")
 CLASS_CAPTION = "a photo of a {}."
+LISTINGS = ("captions.jsonl", "metadata.jsonl")
+"""Files that list a folder's images with captions; the second is what Hugging Face's ``imagefolder`` reads."""
 
 
 class AnchorBatch(NamedTuple):
@@ -72,10 +74,10 @@ class AnchorDataModule(PixelDataModule):
     For ablations, a folder of labelled images is a collection too, and noise can stand in for the images.
 
     Args:
-        root: Folder with images and a `captions.jsonl` (`file_name`, and `captions` or `caption`), folder of a saved
-            or parquet dataset, or id of a dataset on the hub; the first caption of each image is used. Or a folder
-            `class/image` without `captions.jsonl`: each image's caption is then `a photo of a <class>.`, and the order
-            is the first image of every class, then the second of every class, and so on.
+        root: Folder with images and a `captions.jsonl` or `metadata.jsonl` (`file_name`, and `captions`, `caption` or
+            `text`), folder of a saved or parquet dataset, or id of a dataset on the hub; the first caption of each
+            image is used. Or a folder `class/image` without these: an image's caption is then `a photo of a <class>.`,
+            and the order is the first image of every class, then the second of every class, and so on.
         num_pairs: How many pairs to use, from the first on.
         base: Hub id or folder of the CLIP checkpoint whose preprocessing to apply.
         batch_size: Images per batch over all processes.
@@ -159,13 +161,13 @@ def noise_images(shape: tuple[int, ...]) -> np.ndarray:
 
 
 def pairs_in_folder(folder: Path, num_pairs: int) -> Pairs:
-    """The first pairs of a folder: those its `captions.jsonl` lists, or without one those of its class folders.
+    """The first pairs of a folder: those that a listing in it names, or without one those of its class folders.
 
     Raises:
         InputError: neither is there, a bad line, a missing image, or too few pairs.
     """
-    listing = folder / "captions.jsonl"
-    files, captions = _listed(listing, num_pairs) if listing.is_file() else _by_class(folder, num_pairs)
+    listing = next((folder / name for name in LISTINGS if (folder / name).is_file()), None)
+    files, captions = _listed(listing, num_pairs) if listing else _by_class(folder, num_pairs)
     return Pairs([file_picture(file, folder) for file in files], captions, file_fingerprint(files))
 
 
@@ -186,7 +188,7 @@ def _by_class(folder: Path, num_pairs: int) -> tuple[list[Path], list[str]]:
     files = [file for one_of_each in rounds for file in one_of_each if file is not None][:num_pairs]
     if not files:
         raise InputError(
-            f"{folder}: neither a captions.jsonl (one JSON object per line: file_name, captions)"
+            f"{folder}: neither a {' or '.join(LISTINGS)} (one JSON object per line: file_name, captions)"
             f" nor images class/image with {', '.join(sorted(SUFFIXES))}; anchors need one of them"
         )
     if len(files) < num_pairs:

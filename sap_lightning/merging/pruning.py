@@ -7,7 +7,7 @@ from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -34,37 +34,21 @@ class PruningMethod(MergeMethod):
     Subclasses have a ``sparsity`` and define ``scores``; one that looks at anchors does so in ``examine``, once for
     every adapter and ``question``: the anchors' probe remembers, in memory that grows with K.
 
-    Each property is a setting of the subclasses that have it as one.
+    Attributes:
+        space: what is scored and masked: elements of A and B, elements of ΔW, or singular triplets of ΔW.
+        scope: one threshold for a whole adapter, or one for each layer.
+        rescale: how a pruned adapter is scaled up again, see ``functional.rescaling``.
+        rescale_scope: whether l1 and l2 restore the norm of each layer or of the whole adapter.
+        loss: the anchors' loss that ``examine`` looks at.
     """
 
     sparsity: float
-
-    # Properties, and no annotations: these the command line's parser would look up in the modules of subclasses.
-
-    @property
-    def space(self) -> SpaceName:
-        """What is scored and masked: elements of A and B, elements of ΔW, or singular triplets of ΔW."""
-        return "delta"
-
-    @property
-    def scope(self) -> Scope:
-        """One threshold for a whole adapter, or one for each layer."""
-        return "layer"
-
-    @property
-    def rescale(self) -> Rescale:
-        """How a pruned adapter is scaled up again, see ``functional.rescaling``."""
-        return "none"
-
-    @property
-    def rescale_scope(self) -> Scope:
-        """Whether l1 and l2 restore the norm of each layer or of the whole adapter."""
-        return "layer"
-
-    @property
-    def loss(self) -> AnchorLoss:
-        """The anchors' loss that ``examine`` looks at."""
-        return "cosine"
+    # Without annotations, which the command line's parser would look up in the modules of subclasses.
+    space = cast(SpaceName, "delta")
+    scope = cast(Scope, "layer")
+    rescale = cast(Rescale, "none")
+    rescale_scope = cast(Scope, "layer")
+    loss = cast(AnchorLoss, "cosine")
 
     def prepare(
         self, adapters: Sequence[Adapter], weights: Sequence[float], anchors: AnchorProbe | None = None

@@ -46,7 +46,7 @@ class TIES(PruningMethod):
         check_share("merge.method.sparsity", self.sparsity)
 
     @property
-    def scope(self) -> Scope:
+    def scope(self) -> Scope:  # type: ignore[override]  # follows from the variant
         return "global" if self.variant == "authors" else "layer"
 
     def scores(self, adapter: Adapter, spaces: Mapping[str, Space], answer: Answer) -> dict[str, Parameters]:

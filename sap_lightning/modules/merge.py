@@ -1,4 +1,4 @@
-"""The server: holds the base and the clients' adapters, merges them into one update, evaluates and writes it."""
+"""The server: merges the clients' adapters into one update of the base, on anchors where the method looks at them."""
 
 from __future__ import annotations
 
@@ -9,14 +9,9 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn.functional import normalize
-from torchmetrics import CatMetric
 
 from sap_lightning.data.anchors import AnchorBatch
-from sap_lightning.data.loaders import Batch
 from sap_lightning.errors import InputError
-from sap_lightning.fingerprints import fingerprint
-from sap_lightning.functional.lora import Update
 from sap_lightning.functional.saliency import alignment_loss
 from sap_lightning.io.adapter import Adapter
 from sap_lightning.io.uploads import read_uploads
@@ -25,21 +20,18 @@ from sap_lightning.merging.clients import Weights, client_weights
 from sap_lightning.merging.merged import Format, Merged
 from sap_lightning.merging.method import required
 from sap_lightning.merging.selection import Selection, without_outliers
-from sap_lightning.models.clip import TextEncoder, load_base
 from sap_lightning.models.layers import layer_shapes, linear_shapes, model_type
-from sap_lightning.models.patched import Patched
 from sap_lightning.models.probe import AnchorProbe, Memory
-from sap_lightning.models.stem import StemCache, first_changed
-from sap_lightning.modules.classifier import CLIPClassifier, data_of
-from sap_lightning.results import Predictions
+from sap_lightning.modules.classifier import data_of
+from sap_lightning.modules.evaluator import CLIPEvaluator
 
 
-class MergeModule(CLIPClassifier):
+class MergeModule(CLIPEvaluator):
     """Merges adapters into one update of the base.
 
-    ``validate`` on anchors merges and measures the alignment of the result, ``test`` on a domain measures its accuracy,
-    ``predict`` gives class probabilities. Without adapters it is the zero-shot base. Adapters of a base other than CLIP
-    can be merged (``merge``) by methods that need no anchors.
+    ``validate`` on anchors merges and measures the alignment of the result; ``test`` and ``predict`` are those of
+    :class:`CLIPEvaluator`. Without adapters it is the zero-shot base. Adapters of a base other than CLIP can be merged
+    (``merge``) by methods that need no anchors.
 
     Args:
         base: hub id or folder of the checkpoint that every adapter was trained on.
@@ -57,17 +49,12 @@ class MergeModule(CLIPClassifier):
     Attributes:
         adapters: what is merged, see ``use``.
         merged: the last merge; None before the first.
-        predictions: what the model said of every image of the last test.
-        tested_features: image features of the last test, shape (n, d), float32.
 
     Raises:
         InputError: when the rank is below 1, or given for a full model, or no method has that name.
     """
 
-    texts: TextEncoder
     caption_features: Tensor
-    predictions: Predictions
-    tested_features: Tensor
 
     def __init__(
         self,
@@ -79,11 +66,9 @@ class MergeModule(CLIPClassifier):
         format: Format = "auto",
         rank: int | None = None,
     ) -> None:
-        super().__init__()
+        super().__init__(base, templates)
         if rank is not None and (rank < 1 or format == "model"):
             raise InputError(f"merge.rank {rank}: must be at least 1, and is for merge.format adapter or auto only")
-        self.base = base
-        self.templates = templates
         self.method = named(method) if isinstance(method, str) else method
         self.weights = weights
         self.reject_outliers = reject_outliers
@@ -94,13 +79,6 @@ class MergeModule(CLIPClassifier):
         self._offered: MergeMethod | None = None
         self._captions: list[str] = []
         self._memory: Memory = {}
-        self._stem: StemCache | None = None
-
-    def configure_model(self) -> None:
-        if self.tower is None:
-            self.tower, self.texts, self.logit_scale = load_base(self.base)
-            self.base_fingerprint = fingerprint(self.tower)
-            self._patched = Patched(self.tower)
 
     # Adapters and their merge
 
@@ -170,11 +148,6 @@ class MergeModule(CLIPClassifier):
         self.wear(self.merged.update)
         return self.merged
 
-    def wear(self, update: Mapping[str, Update]) -> None:
-        """The tower's weights become base + ΔW; an empty update gives the base back, bit for bit."""
-        if self.tower is not None:
-            self._patched.wear(update)
-
     def save(self, folder: str | Path, metrics: Mapping[str, float] | None = None) -> Path:
         """Writes the merged model: a PEFT adapter or a CLIPModel folder, ``merge.json`` and a model card.
 
@@ -186,7 +159,7 @@ class MergeModule(CLIPClassifier):
             raise InputError("nothing was merged yet; merge first")
         return self.merged.save(folder, metrics, self.format, self.rank)
 
-    # Lightning: anchors validate, a domain tests, a user's images are predicted
+    # Anchors are what validates
 
     def on_validation_start(self) -> None:
         self.encode_captions(data_of(self.trainer).captions)
@@ -233,53 +206,3 @@ class MergeModule(CLIPClassifier):
     def validation_step(self, batch: AnchorBatch, batch_idx: int) -> None:
         losses = alignment_loss(self.image_features(batch.images).float(), self.caption_features[batch.indices])
         self.log("anchor_loss", losses.mean(), batch_size=len(losses), sync_dist=True, logger=False)
-
-    def on_test_start(self) -> None:
-        self._use_classes_of_the_data()
-        self._tested = [CatMetric(nan_strategy="disable").to(self.device) for _ in (*Predictions._fields, "features")]
-
-    def on_predict_start(self) -> None:
-        self._use_classes_of_the_data()
-
-    def _use_classes_of_the_data(self) -> None:
-        names = data_of(self.trainer).class_names
-        if self.class_names != names:
-            self.use_classes(names, self.texts.class_features(names, self.templates))
-
-    def predict_step(self, batch: Batch, batch_idx: int) -> Tensor:
-        """Probability of every class, shape (n, classes), float32 on the CPU."""
-        return self(batch.images).float().softmax(-1).cpu()
-
-    def test_step(self, batch: Batch, batch_idx: int) -> None:
-        features = self._test_features(batch, batch_idx)
-        probabilities = self.logits(features).softmax(-1)
-        self.metrics.update(probabilities, batch.labels)
-        tested = (probabilities, batch.labels, batch.indices, features.float())
-        for metric, values in zip(self._tested, tested, strict=True):
-            metric.update(values)
-
-    def on_test_epoch_end(self) -> None:
-        self.log_accuracy()
-        # Over all processes, in the order of the domain; the metrics are float32, which holds these integers.
-        probabilities, labels, images, features = (metric.compute().cpu() for metric in self._tested)
-        order = images.argsort()
-        probabilities = probabilities.view(len(images), -1)
-        self.tested_features = features.view(len(images), -1)[order]
-        self.predictions = Predictions(probabilities[order], labels[order].long(), images[order].long())
-
-    def remember_stem(self, adapters: Iterable[Adapter]) -> None:
-        """From now on, what comes before the first layer of these adapters is computed once for each test batch.
-
-        The batches must stay the same: call it anew for every domain. It takes memory for the hidden states of all
-        images, and does nothing where an adapter changes the first encoder layer.
-        """
-        assert self.tower is not None
-        layers = [name for adapter in adapters for name in adapter.layers]
-        first = min(first_changed(self.tower, layers), first_changed(self.tower, ()) - 1)
-        self._stem = StemCache(self.tower, first) if layers and first > 0 else None
-
-    def _test_features(self, batch: Batch, batch_idx: int) -> Tensor:
-        assert self.tower is not None
-        if self._stem is None or first_changed(self.tower, self._patched.update) < self._stem.first:
-            return self.image_features(batch.images)
-        return normalize(self._stem.embed(batch_idx, batch.images), dim=-1)

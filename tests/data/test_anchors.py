@@ -38,6 +38,14 @@ def entry(number: int, **changes: object) -> dict[str, object]:
     return {"file_name": f"{number}.png", "captions": [f"caption {number}", "another"]} | changes
 
 
+def test_hugging_face_s_listing_of_a_folder_of_images_is_read_too(folder, base):
+    write(folder, *[{"file_name": f"{number}.png", "text": f"caption {number}"} for number in (2, 0)])
+    (folder / "captions.jsonl").rename(folder / "metadata.jsonl")
+    assert AnchorDataModule(str(folder), num_pairs=2, base=base).captions == ["caption 2", "caption 0"]
+    expected = datasets.load_dataset("imagefolder", data_dir=str(folder), split="train")["text"]
+    assert sorted(filter(None, expected)) == ["caption 0", "caption 2"]
+
+
 def test_validate_yields_the_first_pairs_in_order(folder, base):
     write(folder, *[entry(number) for number in (3, 1, 4, 0)])
     data = AnchorDataModule(str(folder), num_pairs=3, base=base, batch_size=2)

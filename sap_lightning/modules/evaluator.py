@@ -1,0 +1,107 @@
+"""The base, or whatever update it wears, classifies images: measured on a domain, or asked about a user's own."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+
+from torch import Tensor
+from torch.nn.functional import normalize
+from torchmetrics import CatMetric
+
+from sap_lightning.data.loaders import Batch
+from sap_lightning.fingerprints import fingerprint
+from sap_lightning.functional.lora import Update
+from sap_lightning.io.adapter import Adapter
+from sap_lightning.models.clip import TextEncoder, load_base
+from sap_lightning.models.patched import Patched
+from sap_lightning.models.stem import StemCache, first_changed
+from sap_lightning.modules.classifier import CLIPClassifier, data_of
+from sap_lightning.results import Predictions
+
+
+class CLIPEvaluator(CLIPClassifier):
+    """Zero-shot classification by a CLIP checkpoint that can wear an update.
+
+    ``test`` on a domain measures accuracy, ``predict`` gives class probabilities.
+
+    Args:
+        base: hub id or folder of the checkpoint.
+        templates: class prompts, averaged after normalisation; ``{}`` stands for the class name.
+
+    Attributes:
+        predictions: what the model said of every image of the last test.
+        tested_features: image features of the last test, shape (n, d), float32.
+    """
+
+    texts: TextEncoder
+    predictions: Predictions
+    tested_features: Tensor
+
+    def __init__(
+        self, base: str = "openai/clip-vit-base-patch16", templates: Sequence[str] = ("a photo of a {}.",)
+    ) -> None:
+        super().__init__()
+        self.base = base
+        self.templates = templates
+        self._stem: StemCache | None = None
+
+    def configure_model(self) -> None:
+        if self.tower is None:
+            self.tower, self.texts, self.logit_scale = load_base(self.base)
+            self.base_fingerprint = fingerprint(self.tower)
+            self._patched = Patched(self.tower)
+
+    def wear(self, update: Mapping[str, Update]) -> None:
+        """The tower's weights become base + ΔW; an empty update gives the base back, bit for bit."""
+        if self.tower is not None:
+            self._patched.wear(update)
+
+    def on_test_start(self) -> None:
+        self._use_classes_of_the_data()
+        self._tested = [CatMetric(nan_strategy="disable").to(self.device) for _ in (*Predictions._fields, "features")]
+
+    def on_predict_start(self) -> None:
+        self._use_classes_of_the_data()
+
+    def _use_classes_of_the_data(self) -> None:
+        names = data_of(self.trainer).class_names
+        if self.class_names != names:
+            self.use_classes(names, self.texts.class_features(names, self.templates))
+
+    def predict_step(self, batch: Batch, batch_idx: int) -> Tensor:
+        """Probability of every class, shape (n, classes), float32 on the CPU."""
+        return self(batch.images).float().softmax(-1).cpu()
+
+    def test_step(self, batch: Batch, batch_idx: int) -> None:
+        features = self._test_features(batch, batch_idx)
+        probabilities = self.logits(features).softmax(-1)
+        self.metrics.update(probabilities, batch.labels)
+        tested = (probabilities, batch.labels, batch.indices, features.float())
+        for metric, values in zip(self._tested, tested, strict=True):
+            metric.update(values)
+
+    def on_test_epoch_end(self) -> None:
+        self.log_accuracy()
+        # Over all processes, in the order of the domain; the metrics are float32, which holds these integers.
+        probabilities, labels, images, features = (metric.compute().cpu() for metric in self._tested)
+        order = images.argsort()
+        probabilities = probabilities.view(len(images), -1)
+        self.tested_features = features.view(len(images), -1)[order]
+        self.predictions = Predictions(probabilities[order], labels[order].long(), images[order].long())
+
+    def remember_stem(self, adapters: Iterable[Adapter]) -> None:
+        """From now on, what comes before the first layer of these adapters is computed once for each test batch.
+
+        The batches must stay the same: call it anew for every domain. It takes memory for the hidden states of all
+        images, and does nothing where an adapter changes the first encoder layer.
+        """
+        assert self.tower is not None
+        layers = [name for adapter in adapters for name in adapter.layers]
+        first = min(first_changed(self.tower, layers), first_changed(self.tower, ()) - 1)
+        self._stem = StemCache(self.tower, first) if layers and first > 0 else None
+
+    def _test_features(self, batch: Batch, batch_idx: int) -> Tensor:
+        assert self.tower is not None
+        if self._stem is None or first_changed(self.tower, self._patched.update) < self._stem.first:
+            return self.image_features(batch.images)
+        return normalize(self._stem.embed(batch_idx, batch.images), dim=-1)
