@@ -151,7 +151,7 @@ def _model(cli: SapCLI) -> MergeModule:
     module = MergeModule(base, templates)
     if uploads:
         (adapter,) = module.read_uploads(uploads)
-        module.wear(adapter.layers)
+        module.set_update(adapter.layers)
     return module
 
 

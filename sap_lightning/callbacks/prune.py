@@ -42,14 +42,14 @@ class SaliencyPruneCallback(L.Callback):
             return
         merged = pl_module.merged
         assert merged is not None  # validation merges before its epoch
-        pruning = merged.prepared.pruning
-        if pruning is None or pruning.method.name != SAP.name:
+        pruning = merged.prepared
+        if not (isinstance(merged.method, SAP) and isinstance(pruning, Pruning)):
             return
         for adapter in merged.adapters:
             if adapter.sha256 not in self._shown:
                 self._shown.add(adapter.sha256)
                 self._show(adapter, pruning, trainer, pl_module)
-        pl_module.wear(merged.update)
+        pl_module.set_update(merged.update)
 
     def _show(self, adapter: Adapter, pruning: Pruning, trainer: L.Trainer, module: MergeModule) -> None:
         scores, before = pruning.answer(adapter)

@@ -82,19 +82,19 @@ class Evaluation:
             The merge; None for zero-shot and a client alone.
         """
         if point.method is None:
-            self.merge.wear(point.adapters[0].layers if point.adapters else {})
+            self.merge.set_update(point.adapters[0].layers if point.adapters else {})
             return None
         merged = self._prepare(point.method, point)
         if point.result.sparsity != point.method.sparsity:
             merged = merged.at(point.result.sparsity)
-        self.merge.wear(merged.update)
+        self.merge.set_update(merged.update)
         return merged
 
     def _prepare(self, method: MergeMethod, point: Point) -> Merged:
         sources = point.result.sources
         if self._prepared is None or self._prepared[:2] != (method, sources):
             self._prepared = None  # what was prepared before need not stay in memory meanwhile
-            self.merge.wear({})
+            self.merge.set_update({})
             self._prepared = Preparation(method, sources, self._merge(method, point))
         return self._prepared.merged
 

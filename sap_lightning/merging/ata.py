@@ -54,7 +54,7 @@ class ATA(MergeMethod):
         by_client = aggregation_weights(squared_distances(adapters).sqrt(), _samples(adapters), self.neighbours)
         shares = (self._shares(adapters, weights) @ by_client).tolist()
         names = [adapter.name for adapter in adapters]
-        return averaged(adapters, shares, {"weights": dict(zip(names, shares, strict=True))})
+        return averaged(adapters, shares, {"weights": dict(zip(names, shares, strict=True))}, self.name)
 
     def _shares(self, adapters: Sequence[Adapter], weights: Sequence[float]) -> Tensor:
         if self.client is None:

@@ -62,7 +62,7 @@ class ATAF(MergeMethod):
         mixture = Mixture.of(adapters, weights)
         alpha = self._most_consistent(mixture, [predictions(adapter.layers, probe) for adapter in adapters], probe)
         findings = {"reference": adapters[mixture.reference].name, "alpha": alpha}
-        return PreparedLayers(list(mixture.layers), lambda name: mixture.layer(name, alpha), findings)
+        return PreparedLayers(list(mixture.layers), lambda name: mixture.layer(name, alpha), findings, self.name)
 
     @property
     def least_clients(self) -> int:

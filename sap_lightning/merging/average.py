@@ -23,7 +23,9 @@ class Average(LayerwiseMethod):
         return weighted_sum(layers, weights)
 
 
-def averaged(adapters: Sequence[Adapter], weights: Sequence[float], findings: Mapping[str, Any]) -> PreparedLayers:
+def averaged(
+    adapters: Sequence[Adapter], weights: Sequence[float], findings: Mapping[str, Any], title: str
+) -> PreparedLayers:
     """The average of adapters that a method has chosen or weighted, and what it found."""
     layers = client_layers(adapters)
-    return PreparedLayers(list(layers), lambda name: weighted_sum(layers[name], weights), findings)
+    return PreparedLayers(list(layers), lambda name: weighted_sum(layers[name], weights), findings, title)

@@ -59,7 +59,7 @@ class Fisher(MergeMethod):
             for name, information in normalised(squared_gradients(update, probe), self.floor).items():
                 weighted[name] += weight * information * update[name].delta()
                 total[name] += weight * information
-        return PreparedLayers(list(layers), lambda name: weighted[name] / total[name])
+        return PreparedLayers(list(layers), lambda name: weighted[name] / total[name], {}, self.name)
 
 
 def squared_gradients(update: Mapping[str, LoRALayer], probe: AnchorProbe) -> dict[str, Tensor]:

@@ -48,7 +48,7 @@ class Krum(MergeMethod):
         chosen = sorted(range(len(adapters)), key=lambda k: (scores[k], adapters[k].sha256))[: self.multi]
         share = sum(weights[k] for k in chosen)
         findings = {"chosen": [adapters[k].name for k in chosen]}
-        return averaged([adapters[k] for k in chosen], [weights[k] / share for k in chosen], findings)
+        return averaged([adapters[k] for k in chosen], [weights[k] / share for k in chosen], findings, self.name)
 
     @property
     def least_clients(self) -> int:

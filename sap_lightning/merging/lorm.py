@@ -54,8 +54,8 @@ class LoRM(MergeMethod):
     def prepare(
         self, adapters: Sequence[Adapter], weights: Sequence[float], anchors: AnchorProbe | None = None
     ) -> Prepared:
-        problems = regressions(adapters, weights, required(anchors, self), self.off_diagonal)
-        return PreparedLayers(list(problems), lambda name: self._merge_layer(problems[name]), title=self.name)
+        problems = regressions(adapters, weights, required(anchors, self), self.off_diagonal, self.name)
+        return PreparedLayers(list(problems), lambda name: self._merge_layer(problems[name]), {}, self.name)
 
     def _merge_layer(self, problem: Regression) -> LoRALayer:
         rank = self.rank or max(layer.rank for layer in problem.clients)

@@ -15,7 +15,7 @@ import sys
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from sap_lightning.console import track
 from sap_lightning.errors import InputError
@@ -24,23 +24,15 @@ from sap_lightning.io.adapter import Adapter
 from sap_lightning.merging.clients import client_layers, client_weights
 from sap_lightning.models.probe import AnchorProbe
 
-if TYPE_CHECKING:
-    from sap_lightning.merging.pruning import Pruning
-
 
 class Prepared(ABC):
-    """A merge that is ready but for its sparsity.
+    """A merge that is ready but for its sparsity; one that prunes, with masks, is a ``merging.pruning.Pruning``.
 
     Attributes:
         findings: what the method found out and decided, for the merge's record.
     """
 
     findings: Mapping[str, Any] = {}
-
-    @property
-    def pruning(self) -> Pruning | None:
-        """How each adapter is pruned, with its masks; None where the method prunes nothing."""
-        return None
 
     @abstractmethod
     def apply(self, sparsity: float | None = None) -> dict[str, Update]:
@@ -148,7 +140,7 @@ class LayerwiseMethod(MergeMethod):
         self, adapters: Sequence[Adapter], weights: Sequence[float], anchors: AnchorProbe | None = None
     ) -> Prepared:
         layers = client_layers(adapters)
-        return PreparedLayers(list(layers), lambda name: self.merge_layer(layers[name], weights), title=self.name)
+        return PreparedLayers(list(layers), lambda name: self.merge_layer(layers[name], weights), {}, self.name)
 
     @abstractmethod
     def merge_layer(self, layers: Sequence[LoRALayer], weights: Sequence[float]) -> Update:

@@ -33,6 +33,7 @@ class OPNP(PruningMethod):
 
     name = "opnp"
     needs_anchors = True
+    not_asked = frozenset({"sparsity", "largest", "scope"})
 
     sparsity: float = 0.5
     largest: float = 0.01
@@ -45,10 +46,6 @@ class OPNP(PruningMethod):
             raise InputError(
                 f"merge.method.largest {self.largest} is a part of merge.method.sparsity, which is {self.sparsity}"
             )
-
-    @property
-    def question(self) -> str:
-        return "mean |gradient|"
 
     def examine(self, adapter: Adapter, anchors: AnchorProbe) -> Answer:
         gradients = anchors.gradients(adapter.layers, self.spaces_on(anchors.device, adapter), "abs_then_mean")

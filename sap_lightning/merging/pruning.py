@@ -40,6 +40,7 @@ class PruningMethod(MergeMethod):
         rescale: how a pruned adapter is scaled up again, see ``functional.rescaling``.
         rescale_scope: whether l1 and l2 restore the norm of each layer or of the whole adapter.
         loss: the anchors' loss that ``examine`` looks at.
+        not_asked: names of settings that ``examine`` does not depend on.
     """
 
     sparsity: float
@@ -49,6 +50,7 @@ class PruningMethod(MergeMethod):
     rescale = cast(Rescale, "none")
     rescale_scope = cast(Scope, "layer")
     loss = cast(AnchorLoss, "cosine")
+    not_asked = frozenset({"sparsity"})
 
     def prepare(
         self, adapters: Sequence[Adapter], weights: Sequence[float], anchors: AnchorProbe | None = None
@@ -64,9 +66,9 @@ class PruningMethod(MergeMethod):
 
     @property
     def question(self) -> str:
-        """Names what ``examine`` asks: methods that ask the same share the answer."""
-        settings = {name: value for name, value in self.settings.items() if name != "sparsity"}
-        return f"{type(self).__module__}.{type(self).__qualname__} {settings}"
+        """Names what ``examine`` asks: methods of one class that ask the same share the answer."""
+        asked = {name: value for name, value in self.settings.items() if name not in self.not_asked}
+        return f"{type(self).__module__}.{type(self).__qualname__} {asked}"
 
     def examine(self, adapter: Adapter, anchors: AnchorProbe) -> Answer:
         """What the anchors say of an adapter, for ``scores``; whatever the sparsity."""
@@ -120,10 +122,6 @@ class Pruning(Prepared):
     space_of: Callable[[str, LoRALayer], Space]
     answers: Mapping[str, Answer] = field(default_factory=dict, repr=False)
     findings: Mapping[str, Any] = field(default_factory=dict)
-
-    @property
-    def pruning(self) -> Pruning:
-        return self
 
     def answer(self, adapter: Adapter) -> Answer:
         """What the anchors said of an adapter; empty where they were not asked."""

@@ -52,8 +52,8 @@ class RegMean(MergeMethod):
     def prepare(
         self, adapters: Sequence[Adapter], weights: Sequence[float], anchors: AnchorProbe | None = None
     ) -> Prepared:
-        problems = regressions(adapters, weights, required(anchors, self), self.off_diagonal)
-        return PreparedLayers(list(problems), lambda name: nearest(problems[name]), title=self.name)
+        problems = regressions(adapters, weights, required(anchors, self), self.off_diagonal, self.name)
+        return PreparedLayers(list(problems), lambda name: nearest(problems[name]), {}, self.name)
 
 
 class Regression(NamedTuple):
@@ -78,14 +78,14 @@ class Regression(NamedTuple):
 
 
 def regressions(
-    adapters: Sequence[Adapter], weights: Sequence[float], probe: AnchorProbe, off_diagonal: float
+    adapters: Sequence[Adapter], weights: Sequence[float], probe: AnchorProbe, off_diagonal: float, title: str
 ) -> dict[str, Regression]:
     """The least-squares problem of every layer, from one pass over the anchors for each client."""
     problems = {
         name: Regression(clients, weights, _zeros(*clients.shape), _zeros(clients.shape[1], clients.shape[1]))
         for name, clients in client_layers(adapters).items()
     }
-    for client, weight in enumerate(track(weights, "regressions: clients")):
+    for client, weight in enumerate(track(weights, f"{title}: clients")):
         update = {name: problem.clients[client] for name, problem in problems.items()}
         for name, gram in probe.grams(update).items():
             A, B, scale = update[name]

@@ -42,6 +42,7 @@ class SAP(PruningMethod):
 
     name = "sap"
     needs_anchors = True
+    not_asked = frozenset({"sparsity", "scope", "rescale", "rescale_scope", "scale"})
 
     sparsity: float = 0.8
     space: SpaceName = "delta"
@@ -62,10 +63,6 @@ class SAP(PruningMethod):
             )
         if self.sign_aware and self.reduction != "mean_then_abs":
             raise InputError(f"prune.sign_aware needs prune.reduction mean_then_abs, got {self.reduction}")
-
-    @property
-    def question(self) -> str:
-        return f"saliency {self.space} {self.reduction} {self.loss} {self.sign_aware}"
 
     def examine(self, adapter: Adapter, anchors: AnchorProbe) -> Answer:
         spaces = self.spaces_on(anchors.device, adapter)

@@ -66,6 +66,8 @@ class SAPAuto(MergeMethod):
     reduction: Reduction = "abs_then_mean"
 
     def __post_init__(self) -> None:
+        for name in ("sparsities", "spaces", "scales"):  # lists, where they come from a config file
+            object.__setattr__(self, name, tuple(getattr(self, name)))
         if not (self.sparsities and self.spaces and self.scales):
             raise InputError("merge.method sap_auto: sparsities, spaces and scales must each name something to try")
         for sparsity in self.sparsities:

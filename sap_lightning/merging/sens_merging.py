@@ -64,7 +64,7 @@ class SensMerging(MergeMethod):
         sigma = coefficients(torch.stack(sensitivity), torch.stack(logits), self.temperature)
         factors = dict(zip(layers, (self.scale * len(sigma) * sigma).T.tolist(), strict=True))
         findings = {"sigma": dict(zip(layers, sigma.T.tolist(), strict=True))}
-        return PreparedLayers(list(layers), lambda name: weighted_sum(layers[name], factors[name]), findings)
+        return PreparedLayers(list(layers), lambda name: weighted_sum(layers[name], factors[name]), findings, self.name)
 
 
 def layer_sensitivity(update: Mapping[str, LoRALayer], probe: AnchorProbe) -> Tensor:

@@ -28,12 +28,12 @@ class Patched:
 
     @torch.inference_mode(False)
     @torch.no_grad()
-    def wear(self, update: Mapping[str, Update]) -> None:
+    def set_update(self, update: Mapping[str, Update]) -> None:
         """The weights become base + ΔW; an empty update gives the base back."""
-        self.update = dict(update)
         for name, weight in self._base.items():
             linear_weight(self.model, name).copy_(weight)
         self._base = {name: linear_weight(self.model, name).cpu().clone() for name in update}
         for name, layer in update.items():
             weight = linear_weight(self.model, name)
             weight.add_(dense(layer).to(weight.device))
+        self.update = dict(update)

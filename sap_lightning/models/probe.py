@@ -118,7 +118,7 @@ class AnchorProbe:
             reduction: how the anchors' gradients become one.
             loss: 1 − cos of a pair, or InfoNCE from image to text.
         """
-        self.patched.wear(update)
+        self.patched.set_update(update)
         sums = {name: GradientSum(space, reduction) for name, space in spaces.items()}
         total = torch.zeros(())
         with self._hooked({name: _on_gradient(layer_sum.add) for name, layer_sum in sums.items()}):
@@ -138,7 +138,7 @@ class AnchorProbe:
     @torch.no_grad()
     def grams(self, update: Mapping[str, Update]) -> dict[str, Tensor]:
         """XᵀX / tokens of the inputs X of every layer that the update changes, shape (d_in, d_in), on the CPU."""
-        self.patched.wear(update)
+        self.patched.set_update(update)
         # A process that has no anchor gives zeros.
         sums = {name: _GramSum(layer.shape[1], self.device) for name, layer in update.items()}
         with self._hooked({name: gram.on_forward for name, gram in sums.items()}):
@@ -151,7 +151,7 @@ class AnchorProbe:
     @torch.no_grad()
     def features(self, update: Mapping[str, Update]) -> Tensor:
         """Normalised image features at base + update in the order of the pairs, shape (n, d)."""
-        self.patched.wear(update)
+        self.patched.set_update(update)
         features = torch.zeros_like(self.captions)
         for images, indices in self._chosen_batches():
             features[indices] = self._image_features(images).float()

@@ -51,10 +51,10 @@ class CLIPEvaluator(CLIPClassifier):
             self.base_fingerprint = fingerprint(self.tower)
             self._patched = Patched(self.tower)
 
-    def wear(self, update: Mapping[str, Update]) -> None:
+    def set_update(self, update: Mapping[str, Update]) -> None:
         """The tower's weights become base + ΔW; an empty update gives the base back, bit for bit."""
-        if self.tower is not None:
-            self._patched.wear(update)
+        self.configure_model()
+        self._patched.set_update(update)
 
     def on_test_start(self) -> None:
         self._use_classes_of_the_data()

@@ -145,7 +145,8 @@ class MergeModule(CLIPEvaluator):
         weights = client_weights(adapters, self.weights)
         prepared = method.prepare(adapters, weights, anchors)
         self.merged = Merged(self.base, method, adapters, weights, prepared, prepared.apply(), rejected)
-        self.wear(self.merged.update)
+        if model_type(self.base) == "clip":
+            self.set_update(self.merged.update)
         return self.merged
 
     def save(self, folder: str | Path, metrics: Mapping[str, float] | None = None) -> Path:

@@ -262,7 +262,7 @@ class Inspection:
 
     def anchors(self) -> AnchorProbe:
         """The anchors, to be looked at through the base with what every client sent."""
-        self.merge.wear({})
+        self.merge.set_update({})
         self.merge.use(())
         self.federation.server.validate(self.merge, datamodule=self.federation.anchors, verbose=False)
         return self.merge.probe()
@@ -272,10 +272,11 @@ class Inspection:
         if not adapters:
             return None
         try:
-            return self.method.prepare(adapters, client_weights(adapters), anchors).pruning
+            prepared = self.method.prepare(adapters, client_weights(adapters), anchors)
         except InputError as error:
             log.warning("the report has no masks: %s", error)
             return None
+        return prepared if isinstance(prepared, Pruning) else None
 
     def clients(self, losses: Sequence[float], pruning: Pruning | None) -> list[Client]:
         """What each client sent, and how it stands out on the anchors."""

@@ -7,10 +7,10 @@ import re
 from pathlib import Path
 from typing import Any
 
-import lightning as L
 import pytest
 import rich
 from places import SHAPES_CLIP
+from references import quiet_trainer
 
 from sap_lightning.callbacks.progress import EpochLog, TitledProgressBar, training_progress
 from sap_lightning.console import on_terminal
@@ -19,15 +19,11 @@ from sap_lightning.modules import CLIPLoRAModule
 
 
 def fit(world: Path, epochs: int, val_fraction: float = 0.2, **options: Any) -> None:
-    trainer = L.Trainer(
-        accelerator="cpu",
-        devices=1,
+    trainer = quiet_trainer(
+        training_progress("client 1 of 4 (photo)"),
         max_epochs=epochs,
-        logger=False,
-        enable_checkpointing=False,
-        enable_model_summary=False,
         enable_progress_bar=on_terminal(),
-        callbacks=[training_progress("client 1 of 4 (photo)")],
+        num_sanity_val_steps=2,
         **options,
     )
     data = DomainDataModule(

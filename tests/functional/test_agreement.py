@@ -3,12 +3,12 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
+from references import reproducibly
 
-from sap_lightning.functional.agreement import overlap, principal_components, sign_conflict
+from sap_lightning.functional.agreement import overlap, principal_components, share_kept, sign_conflict
 
-reproducibly = settings(deadline=None, derandomize=True, database=None)
 layers = st.dictionaries(st.sampled_from("abc"), st.lists(st.booleans(), min_size=4, max_size=4))
 
 
@@ -23,6 +23,12 @@ def test_overlap_is_the_jaccard_index_of_the_sets_of_what_is_kept(one, other) ->
     first, second = ({(name, i) for name in kept for i in range(4) if kept[name][i]} for kept in (one, other))
     expected = len(first & second) / len(first | second) if first | second else 0.0
     assert overlap(masks(one), masks(other)) == overlap(masks(other), masks(one)) == expected
+
+
+@reproducibly
+@given(layers)
+def test_the_share_kept_is_counted_over_all_tensors_of_a_layer(kept) -> None:
+    assert share_kept(masks(kept)) == {name: sum(flags) / 4 for name, flags in kept.items()}
 
 
 def test_what_only_the_larger_rank_has_is_kept_by_one() -> None:

@@ -15,6 +15,7 @@ from sap_lightning.functional.lora import (
     scaled,
     singular_triplets,
     stack,
+    times,
 )
 
 SHAPES = pytest.mark.parametrize(
@@ -88,6 +89,15 @@ def test_scaling_keeps_the_form_and_the_original(factor: float) -> None:
         assert type(result) is type(update)
         assert_close(dense(result), factor * dense(untouched))
         assert_close(dense(update), dense(untouched), atol=0, rtol=0)
+
+
+def test_times_scales_every_layer_in_its_own_form() -> None:
+    updates = {"q": random_layer(), "v": random_layer(seed=1).delta()}
+    result = times(updates, -2.0)
+    assert list(result) == ["q", "v"]
+    for name, update in updates.items():
+        assert type(result[name]) is type(update)
+        assert_close(dense(result[name]), -2 * dense(update))
 
 
 def test_inner_is_the_sum_over_the_products_of_all_elements_of_the_dense_updates() -> None:

@@ -5,13 +5,13 @@ import math
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
+from references import reproducibly
 from torch import Tensor
 
 from sap_lightning.functional.masking import Scope, keep_in_rows, keep_mask, keep_masks
 
-reproducibly = settings(deadline=None, derandomize=True, database=None)
 sparsities = st.floats(0, 1) | st.sampled_from([0.0, 0.5, 0.8, 0.95, 1.0])
 distinct = st.floats(0, 1e6, width=32)
 tied = st.integers(0, 3).map(float)

@@ -3,12 +3,12 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
+from references import reproducibly
 
 from sap_lightning.functional.outliers import OUTLIER, robust_z_scores
 
-reproducibly = settings(deadline=None, derandomize=True, database=None)
 distinct = st.floats(-1e6, 1e6, width=32)
 tied = st.integers(0, 2).map(float)
 value_lists = st.lists(distinct, min_size=3, max_size=12) | st.lists(tied, min_size=3, max_size=12)

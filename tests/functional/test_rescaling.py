@@ -4,6 +4,7 @@ from collections.abc import Callable, Mapping
 
 import pytest
 import torch
+from references import randn64
 from torch import Tensor
 from torch.testing import assert_close
 
@@ -23,18 +24,14 @@ EACH_P = pytest.mark.parametrize("p", [1, 2])
 EACH_SCOPE = pytest.mark.parametrize("scope", ["layer", "global"])
 
 
-def randn(seed: int, *shape: int) -> Tensor:
-    return torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
-
-
 BEFORE = {
-    "q": LoRALayer(randn(0, 5, 6), randn(1, 8, 5), 0.3),
-    "fc1": LoRALayer(randn(2, 5, 7), randn(3, 4, 5), -2.0),
+    "q": LoRALayer(randn64(0, 5, 6), randn64(1, 8, 5), 0.3),
+    "fc1": LoRALayer(randn64(2, 5, 7), randn64(3, 4, 5), -2.0),
 }
 
 
 def keep_some(tensor: Tensor, seed: int) -> Tensor:
-    return tensor * (randn(seed, *tensor.shape) > 0.5)
+    return tensor * (randn64(seed, *tensor.shape) > 0.5)
 
 
 def pruned_factors() -> dict[str, Update]:
@@ -145,7 +142,7 @@ def robust_reference(before: LoRALayer, after: LoRALayer) -> Tensor:
 @pytest.mark.parametrize("rank", [1, 2, 5, 8])
 @pytest.mark.parametrize("emptied", [0, 1, 7])
 def test_robust_scales_the_ranks_of_B_as_the_published_code_does(rank: int, emptied: int) -> None:
-    before = LoRALayer(randn(7, rank, 30), randn(8, 9, rank), 0.3)
+    before = LoRALayer(randn64(7, rank, 30), randn64(8, 9, rank), 0.3)
     A = keep_some(before.A, 9)
     A[:emptied] = 0
     after = before._replace(A=A, B=keep_some(before.B, 10))

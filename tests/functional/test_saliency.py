@@ -4,12 +4,23 @@ import math
 
 import pytest
 import torch
-from references import REDUCTIONS
-from torch import Tensor, nn
+from references import (
+    ANCHORS,
+    BASE,
+    CAPTIONS,
+    FEATURES,
+    INPUTS,
+    LAYER,
+    REDUCTIONS,
+    anchor_losses,
+    output_gradients,
+    randn64,
+)
+from torch import Tensor
 from torch.nn.functional import linear
 from torch.testing import assert_close
 
-from sap_lightning.functional.lora import LoRALayer, dense
+from sap_lightning.functional.lora import dense
 from sap_lightning.functional.saliency import (
     GradientSum,
     Reduction,
@@ -20,24 +31,8 @@ from sap_lightning.functional.saliency import (
 )
 from sap_lightning.functional.spaces import SPACES, Space, SpaceName
 
-ANCHORS, TOKENS, D_IN, D_OUT, RANK, FEATURES = 7, 3, 6, 8, 4, 4
 EACH_SPACE = pytest.mark.parametrize("name", list(SPACES))
 EACH_REDUCTION = pytest.mark.parametrize("reduction", list(REDUCTIONS))
-
-
-def randn(seed: int, *shape: int) -> Tensor:
-    return torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
-
-
-BASE = randn(0, D_OUT, D_IN)
-LAYER = LoRALayer(randn(1, RANK, D_IN), randn(2, D_OUT, RANK), 0.3)
-INPUTS = randn(3, ANCHORS, TOKENS, D_IN)
-CAPTIONS = randn(4, ANCHORS, FEATURES)
-HEAD = randn(5, FEATURES, D_OUT)
-
-
-def losses_from(outputs: Tensor, captions: Tensor) -> Tensor:
-    return alignment_loss(linear(nn.functional.gelu(outputs).mean(1), HEAD), captions)
 
 
 def taylor_terms(space: Space) -> tuple[Tensor, ...]:
@@ -45,17 +40,15 @@ def taylor_terms(space: Space) -> tuple[Tensor, ...]:
     theta = tuple(parameter.clone().requires_grad_() for parameter in space.parameters)
     terms = []
     for x, caption in zip(INPUTS, CAPTIONS, strict=True):
-        loss = losses_from(linear(x[None], BASE + dense(space.update(theta))), caption[None]).sum()
+        loss = anchor_losses(linear(x[None], BASE + dense(space.update(theta))), caption[None]).sum()
         terms.append([p.detach() * g for p, g in zip(theta, torch.autograd.grad(loss, theta), strict=True)])
     return tuple(torch.stack(term) for term in zip(*terms, strict=True))
 
 
 def summed(space: Space, reduction: Reduction, batch_sizes: tuple[int, ...] = (ANCHORS,)) -> tuple[Tensor, ...]:
     """The anchors' gradients, reduced."""
-    outputs = linear(INPUTS, BASE + LAYER.delta()).requires_grad_()
-    gradients = torch.autograd.grad(losses_from(outputs, CAPTIONS).sum(), outputs)[0]
     total = GradientSum(space, reduction)
-    for x, g in zip(INPUTS.split(batch_sizes), gradients.split(batch_sizes), strict=True):
+    for x, g in zip(INPUTS.split(batch_sizes), output_gradients().split(batch_sizes), strict=True):
         total.add(x, g)
     return total.mean(ANCHORS)
 
@@ -114,7 +107,7 @@ def test_a_loss_reduction_above_zero_lowers_the_loss(name: SpaceName) -> None:
     def loss(share: float) -> float:
         """With this share less of every parameter that is said to lower the loss."""
         theta = tuple(p * (1 - share * (r > 0)) for p, r in zip(space.parameters, reduction, strict=True))
-        return float(losses_from(linear(INPUTS, BASE + dense(space.update(theta))), CAPTIONS).mean())
+        return float(anchor_losses(linear(INPUTS, BASE + dense(space.update(theta)))).mean())
 
     assert loss(1e-4) > loss(0)
 
@@ -134,19 +127,19 @@ def test_the_reductions_order_themselves_as_jensen_says() -> None:
 
 
 def test_alignment_loss_is_one_minus_the_cosine_of_every_pair() -> None:
-    images, captions = randn(8, ANCHORS, FEATURES), randn(9, ANCHORS, FEATURES)
+    images, captions = randn64(8, ANCHORS, FEATURES), randn64(9, ANCHORS, FEATURES)
     expected = [1 - float(i @ c / (i.norm() * c.norm())) for i, c in zip(images, captions, strict=True)]
     assert_close(alignment_loss(images, captions).tolist(), expected)
 
 
 @pytest.mark.parametrize(("factor", "loss"), [(3.0, 0.0), (-0.1, 2.0)])
 def test_alignment_loss_runs_from_zero_to_two_whatever_the_length(factor: float, loss: float) -> None:
-    features = randn(8, ANCHORS, FEATURES)
+    features = randn64(8, ANCHORS, FEATURES)
     assert_close(alignment_loss(features, factor * features), torch.full((ANCHORS,), loss, dtype=torch.float64))
 
 
 def test_contrastive_loss_is_minus_the_log_of_the_softmax_of_its_own_caption() -> None:
-    images, captions = randn(8, 3, FEATURES), randn(9, ANCHORS, FEATURES)
+    images, captions = randn64(8, 3, FEATURES), randn64(9, ANCHORS, FEATURES)
     own, scale = [4, 0, 6], 2.5
     expected = []
     for image, index in zip(images, own, strict=True):
@@ -156,13 +149,13 @@ def test_contrastive_loss_is_minus_the_log_of_the_softmax_of_its_own_caption() -
 
 
 def test_contrastive_loss_of_an_image_does_not_depend_on_its_batch() -> None:
-    images, captions, own = randn(8, ANCHORS, FEATURES), randn(9, ANCHORS, FEATURES), torch.arange(ANCHORS)
+    images, captions, own = randn64(8, ANCHORS, FEATURES), randn64(9, ANCHORS, FEATURES), torch.arange(ANCHORS)
     whole = contrastive_loss(images, captions, own, 2.5)
     alone = [contrastive_loss(images[i : i + 1], captions, own[i : i + 1], 2.5) for i in range(ANCHORS)]
     assert_close(torch.cat(alone), whole)
 
 
 def test_contrastive_loss_of_captions_all_alike_is_the_log_of_their_number() -> None:
-    images, captions = randn(8, ANCHORS, FEATURES), randn(9, 1, FEATURES).expand(ANCHORS, FEATURES)
+    images, captions = randn64(8, ANCHORS, FEATURES), randn64(9, 1, FEATURES).expand(ANCHORS, FEATURES)
     losses = contrastive_loss(images, captions, torch.arange(ANCHORS), 100.0)
     assert_close(losses, torch.full((ANCHORS,), math.log(ANCHORS), dtype=torch.float64))

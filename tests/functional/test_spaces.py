@@ -4,37 +4,15 @@ from collections.abc import Callable
 
 import pytest
 import torch
+from references import ANCHORS, BASE, INPUTS, LAYER, RANK, TOKENS, anchor_losses, output_gradients, randn64
 from torch import Tensor
-from torch.nn.functional import cosine_similarity, gelu, linear
+from torch.nn.functional import linear
 from torch.testing import assert_close
 
 from sap_lightning.functional.lora import LoRALayer, dense
-from sap_lightning.functional.spaces import SPACES, SpaceName
+from sap_lightning.functional.spaces import SPACES, SpaceName, magnitudes
 
-ANCHORS, TOKENS, D_IN, D_OUT, RANK, FEATURES = 5, 3, 6, 8, 4, 4
 EACH_SPACE = pytest.mark.parametrize("name", list(SPACES))
-
-
-def randn(seed: int, *shape: int) -> Tensor:
-    return torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
-
-
-BASE = randn(0, D_OUT, D_IN)
-LAYER = LoRALayer(randn(1, RANK, D_IN), randn(2, D_OUT, RANK), 0.3)
-INPUTS = randn(3, ANCHORS, TOKENS, D_IN)
-CAPTIONS = randn(4, ANCHORS, FEATURES)
-HEAD = randn(5, FEATURES, D_OUT)
-
-
-def anchor_losses(outputs: Tensor) -> Tensor:
-    """Alignment loss of every anchor from the adapted layer's outputs: gelu, mean over tokens, a linear head."""
-    return 1 - cosine_similarity(linear(gelu(outputs).mean(1), HEAD), CAPTIONS)
-
-
-def output_gradients() -> Tensor:
-    """What backpropagation leaves at the layer's output, shape (ANCHORS, TOKENS, D_OUT)."""
-    outputs = linear(INPUTS, BASE + LAYER.delta()).requires_grad_()
-    return torch.autograd.grad(anchor_losses(outputs).sum(), outputs)[0]
 
 
 def written_out(name: SpaceName) -> tuple[tuple[Tensor, ...], Callable[..., Tensor]]:
@@ -81,7 +59,7 @@ def test_all_parameters_together_make_the_whole_update(name: SpaceName) -> None:
 def test_masked_parameters_make_the_pruned_update(name: SpaceName) -> None:
     space = SPACES[name](LAYER)
     theta, build = written_out(name)
-    masks = [randn(10 + i, *parameter.shape) > 0 for i, parameter in enumerate(theta)]
+    masks = [randn64(10 + i, *parameter.shape) > 0 for i, parameter in enumerate(theta)]
     pruned = space.update(tuple(p * mask for p, mask in zip(space.parameters, masks, strict=True)))
     assert_close(dense(pruned), build(*(p * mask for p, mask in zip(theta, masks, strict=True))).detach())
 
@@ -96,13 +74,22 @@ def test_no_parameters_left_make_no_update(name: SpaceName) -> None:
 def test_the_singular_space_of_a_rank_above_the_width_still_makes_the_whole_update(
     rank: int, d_in: int, d_out: int
 ) -> None:
-    layer = LoRALayer(randn(6, rank, d_in), randn(7, d_out, rank), 0.5)
+    layer = LoRALayer(randn64(6, rank, d_in), randn64(7, d_out, rank), 0.5)
     space = SPACES["singular"](layer)
     assert_close(dense(space.update(space.parameters)), layer.delta())
-    assert space.gradients(randn(8, TOKENS, d_in), randn(9, TOKENS, d_out))[0].shape == space.parameters[0].shape
+    assert space.gradients(randn64(8, TOKENS, d_in), randn64(9, TOKENS, d_out))[0].shape == space.parameters[0].shape
 
 
 def test_the_singular_space_of_an_untrained_adapter_is_zero() -> None:
     space = SPACES["singular"](LAYER._replace(B=torch.zeros_like(LAYER.B)))
     assert not space.parameters[0].any()
     assert space.gradients(INPUTS[0], output_gradients()[0])[0].isfinite().all()
+
+
+@EACH_SPACE
+def test_magnitudes_are_those_of_every_parameter_of_every_layer(name: SpaceName) -> None:
+    other = LAYER._replace(scale=-2.0)
+    found = magnitudes({"q": SPACES[name](LAYER), "v": SPACES[name](other)})
+    assert list(found) == ["q", "v"]
+    for layer, of in ((LAYER, found["q"]), (other, found["v"])):
+        assert_close(of, tuple(theta.abs() for theta in SPACES[name](layer).parameters), atol=0, rtol=0)

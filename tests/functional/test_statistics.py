@@ -5,7 +5,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from sap_lightning.functional.statistics import bootstrap_difference, mean_and_std
+from sap_lightning.functional.statistics import Spread, bootstrap_difference, mean_and_std
 
 
 def answers(seed: int, accuracy: float, *shapes: tuple[int, int]) -> list[Tensor]:
@@ -35,6 +35,11 @@ def test_the_standard_deviation_is_the_sample_s() -> None:
     assert mean_and_std([0.3]) == (0.3, 0.0)
     with pytest.raises(ValueError):
         mean_and_std([])
+
+
+def test_a_spread_says_its_deviation_only_where_there_are_several_seeds() -> None:
+    assert str(Spread(*mean_and_std([0.5, 0.6]), seeds=2)) == "0.550 ± 0.071"
+    assert str(Spread(*mean_and_std([0.5]), seeds=1)) == "0.500"
 
 
 @pytest.mark.parametrize("shapes", [[(1, 60)], [(3, 40), (3, 90)]])

@@ -11,13 +11,21 @@ from torch import Tensor, nn
 
 from sap_lightning.functional.lora import LoRALayer, Update, dense
 from sap_lightning.io.adapter import Adapter, sha256_of
+from sap_lightning.io.manifest import Manifest
 
 SHAPES = {"fc1": (32, 24), "q": (24, 24)}
 FULL_RANK = 24
 
 
-def adapter_of(layers: Mapping[str, LoRALayer]) -> Adapter:
-    return Adapter("client", dict(sorted(layers.items())), sha256_of(layers), None)
+def adapter_of(layers: Mapping[str, LoRALayer], name: str = "client", samples: int | None = None) -> Adapter:
+    """An upload of these layers, with a manifest if it has samples."""
+    sha256 = sha256_of(layers)
+    manifest = (
+        None
+        if samples is None
+        else Manifest("tiny", "0" * 64, name, ("cat", "dog"), samples, 3, 6, tuple(layers), 0, {}, sha256)
+    )
+    return Adapter(name, dict(sorted(layers.items())), sha256, manifest)
 
 
 def random_adapter(seed: int, rank: int = 4, scale: float = 0.5, names: Sequence[str] = tuple(SHAPES)) -> Adapter:
@@ -36,12 +44,16 @@ def unlike_adapters() -> list[Adapter]:
     return [random_adapter(0, 4, 0.5), random_adapter(1, 2, 2.0), random_adapter(2, 6, 1.0, ["q"])]
 
 
+def exact_delta(layer: LoRALayer) -> Tensor:
+    """ΔW in float64."""
+    return layer.scale * layer.B.double() @ layer.A.double()
+
+
 def delta_of(adapter: Adapter, name: str) -> Tensor:
     """ΔW in float64; zero where the client lacks the layer."""
     if name not in adapter.layers:
         return torch.zeros(SHAPES[name], dtype=torch.float64)
-    A, B, scale = adapter.layers[name]
-    return scale * B.double() @ A.double()
+    return exact_delta(adapter.layers[name])
 
 
 def deltas(adapters: Sequence[Adapter], name: str) -> Tensor:

@@ -5,18 +5,20 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from copy import deepcopy
 from functools import cache
+from typing import Any
 
 import torch
-from references import TINY_VISION
+from adapters import adapter_of, exact_delta
+from references import TINY_VISION, randn
 from torch import Tensor, nn
 from torch.func import functional_call
 from torch.nn.functional import normalize
 from transformers import CLIPVisionModelWithProjection
 
 from sap_lightning.functional.lora import LoRALayer, Update, dense
-from sap_lightning.io.adapter import Adapter, sha256_of
-from sap_lightning.io.manifest import Manifest
+from sap_lightning.io.adapter import Adapter
 from sap_lightning.models.layers import layer_shapes
+from sap_lightning.models.patched import Patched
 from sap_lightning.models.probe import AnchorProbe
 
 Layers = Mapping[str, LoRALayer]
@@ -29,24 +31,9 @@ Q, FC2, PROJECTION = (
 """One layer of each shape: (32, 32), (32, 64) and (16, 32)."""
 
 
-def randn(seed: int, *shape: int) -> Tensor:
-    return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
-
-
 def random_layer(seed: int, shape: tuple[int, int], rank: int = 3, scale: float = 2.0) -> LoRALayer:
     d_out, d_in = shape
     return LoRALayer(0.2 * randn(seed, rank, d_in), 0.2 * randn(seed + 1, d_out, rank), scale)
-
-
-def adapter(name: str, layers: Layers, samples: int | None = None) -> Adapter:
-    """An upload of these layers, with a manifest if it has samples."""
-    sha256 = sha256_of(layers)
-    manifest = (
-        None
-        if samples is None
-        else Manifest("tiny", "0" * 64, name, ("cat", "dog"), samples, 3, 6, tuple(layers), 0, {}, sha256)
-    )
-    return Adapter(name, dict(sorted(layers.items())), sha256, manifest)
 
 
 def random_adapter(
@@ -54,17 +41,22 @@ def random_adapter(
 ) -> Adapter:
     shapes = layer_shapes(tower())
     layers = {name: random_layer(1000 * seed + 2 * i, tuple(shapes[name]), rank) for i, name in enumerate(names)}
-    return adapter(f"client {seed}", layers, samples)
+    return adapter_of(layers, f"client {seed}", samples)
+
+
+def unlike_clients() -> list[Adapter]:
+    """Three clients of other ranks, the last without a layer."""
+    return [random_adapter(1), random_adapter(2, rank=2), random_adapter(3, (Q, PROJECTION))]
 
 
 def negative(one: Adapter) -> Adapter:
     """The adapter whose updates are the opposite."""
-    return adapter(f"not {one.name}", {n: layer._replace(scale=-layer.scale) for n, layer in one.layers.items()})
+    return adapter_of({n: layer._replace(scale=-layer.scale) for n, layer in one.layers.items()}, f"not {one.name}")
 
 
 def zero(one: Adapter) -> Adapter:
     """An adapter that changes nothing, as LoRA starts."""
-    return adapter(f"no {one.name}", {n: layer._replace(B=0 * layer.B) for n, layer in one.layers.items()})
+    return adapter_of({n: layer._replace(B=0 * layer.B) for n, layer in one.layers.items()}, f"no {one.name}")
 
 
 @cache
@@ -85,31 +77,15 @@ def captions(anchors: int) -> Tensor:
     return normalize(randn(11, anchors, 16), dim=-1)
 
 
-def probe(anchors: int = 8) -> AnchorProbe:
-    """Anchors in two batches on a copy of the tower."""
-    worn = deepcopy(tower())
-    base = deepcopy(worn.state_dict())
-
-    def wear(update: Mapping[str, Update]) -> None:
-        worn.load_state_dict(base)
-        for name, layer in update.items():
-            worn.get_submodule(name).weight.add_(dense(layer))
-
-    def batches() -> list[tuple[Tensor, Tensor]]:
-        return list(zip(images(anchors).split(5), torch.arange(anchors).split(5), strict=True))
-
-    return AnchorProbe(
-        worn,
-        wear,
-        lambda pixels: normalize(worn(pixels).image_embeds, dim=-1),
-        batches,
-        captions(anchors),
-        LOGIT_SCALE,
-    )
-
-
-def exact_delta(layer: LoRALayer) -> Tensor:
-    return layer.scale * layer.B.double() @ layer.A.double()
+def probe(anchors: int = 8, **parts: Any) -> AnchorProbe:
+    """Anchors in batches of five on a copy of the tower, but for the parts that are given."""
+    given: dict[str, Any] = {
+        "patched": Patched(deepcopy(tower())),
+        "batches": lambda: zip(images(anchors).split(5), torch.arange(anchors).split(5), strict=True),
+        "captions": captions(anchors),
+        "logit_scale": LOGIT_SCALE,
+    }
+    return AnchorProbe(**given | parts)
 
 
 def deltas(adapters: Sequence[Adapter], name: str) -> list[Tensor]:

@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 
 import pytest
 import torch
+from adapters import exact_delta
 from probes import (
     FC2,
     LOGIT_SCALE,
@@ -13,7 +14,6 @@ from probes import (
     Q,
     captions,
     deltas,
-    exact_delta,
     exact_features,
     images,
     is_finite,
@@ -30,7 +30,7 @@ from torch.testing import assert_close
 from sap_lightning.errors import InputError
 from sap_lightning.functional.lora import LoRALayer
 from sap_lightning.io.adapter import Adapter
-from sap_lightning.merging.ataf import ATAF, aligned, divergence
+from sap_lightning.merging.ataf import ATAF, Mixture, aligned, divergence
 
 ANCHORS = 8
 ADAPTERS = [random_adapter(1), random_adapter(2), random_adapter(3, rank=2), random_adapter(4)]
@@ -125,18 +125,17 @@ def test_merge_and_its_alpha_are_those_of_the_dense_reference() -> None:
     # Rank-deficient rotations are not unique, so all clients are of one rank here.
     adapters, weights = [random_adapter(seed) for seed in (1, 2, 4)], [0.5, 0.3, 0.2]
     method = ATAF(steps=6)
-    merged = method.merge(adapters, weights, probe(ANCHORS))
+    prepared = method.prepare(adapters, weights, probe(ANCHORS))
     alpha, expected = reference(adapters, weights, steps=6)
-    assert method.alpha == pytest.approx(alpha)
-    assert relative_gap(merged, expected) < 1e-5
+    assert prepared.findings == {"reference": adapters[medoid(adapters)].name, "alpha": pytest.approx(alpha)}
+    assert relative_gap(prepared.apply(), expected) < 1e-5
     assert method.settings == {"steps": 6}
 
 
 def test_the_chosen_alpha_is_logged(caplog: pytest.LogCaptureFixture) -> None:
-    method = ATAF(steps=3)
     with caplog.at_level(logging.INFO, logger="sap_lightning.merging.ataf"):
-        method.merge(ADAPTERS, WEIGHTS, probe())
-    assert f"alpha {method.alpha:g}" in caplog.text
+        prepared = ATAF(steps=3).prepare(ADAPTERS, WEIGHTS, probe())
+    assert f"alpha {prepared.findings['alpha']:g}" in caplog.text
 
 
 def test_divergence_is_zero_of_equals_and_ln_2_of_strangers() -> None:
@@ -146,12 +145,12 @@ def test_divergence_is_zero_of_equals_and_ln_2_of_strangers() -> None:
 
 
 def test_alpha_moves_from_the_reference_to_the_aligned_others() -> None:
-    method = ATAF(steps=2)
-    method.merge(ADAPTERS, WEIGHTS, probe())
+    mixture = Mixture.of(ADAPTERS, WEIGHTS)
     r = medoid(ADAPTERS)
-    assert relative_gap(method.mixed(0.0), ADAPTERS[r].layers) < 1e-6
+    assert mixture.reference == r
+    assert relative_gap(mixture.at(0.0), ADAPTERS[r].layers) < 1e-6
     total = sum(WEIGHTS) - WEIGHTS[r]
-    for name, update in method.mixed(1.0).items():
+    for name, update in mixture.at(1.0).items():
         others = [
             weight / total * aligned(one.layers[name], ADAPTERS[r].layers[name]).delta()
             for k, (one, weight) in enumerate(zip(ADAPTERS, WEIGHTS, strict=True))

@@ -53,21 +53,19 @@ def test_the_drops_differ_between_seeds_clients_and_layers() -> None:
 
 
 def test_a_lower_sparsity_keeps_what_a_higher_one_keeps() -> None:
-    method = DARE(0.9)
-    method.prepare(ADAPTERS[:1], [1.0])
-    assert ((method.apply()["q"] == 0) | (method.apply(0.5)["q"] != 0)).all()
+    prepared = DARE(0.9).prepare(ADAPTERS[:1], [1.0])
+    assert ((prepared.apply()["q"] == 0) | (prepared.apply(0.5)["q"] != 0)).all()
 
 
 def test_l1_rescales_as_mergekit_does() -> None:
     sparsify = pytest.importorskip("mergekit.sparsify")
-    method = DARE(0.75, rescale="l1")
-    merged = method.merge(ADAPTERS[:1])
-    masks = method.kept(ADAPTERS[0], 0.75)
+    prepared = DARE(0.75, rescale="l1").prepare(ADAPTERS[:1], [1.0])
+    masks = prepared.kept(ADAPTERS[0])
     expected = {
         name: sparsify.rescaled_masked_tensor(layer.delta(), masks[name][0], sparsify.RescaleNorm.l1)
         for name, layer in ADAPTERS[0].layers.items()
     }
-    assert_same(merged, expected)
+    assert_same(prepared.apply(), expected)
 
 
 @pytest.mark.parametrize(

@@ -87,9 +87,8 @@ def test_zero_and_opposite_adapters_give_no_nan() -> None:
 
 
 def test_preparing_once_and_applying_twice_gives_the_same_bits() -> None:
-    method = Fisher()
-    method.prepare([random_adapter(1), random_adapter(2)], [0.5, 0.5], probe())
-    assert_close(method.apply(), method.apply(), atol=0, rtol=0)
+    prepared = Fisher().prepare([random_adapter(1), random_adapter(2)], [0.5, 0.5], probe())
+    assert_close(prepared.apply(), prepared.apply(), atol=0, rtol=0)
 
 
 @pytest.mark.parametrize("floor", [0, -1, 1.1, float("nan")])

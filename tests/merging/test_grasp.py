@@ -2,7 +2,8 @@ from __future__ import annotations
 
 import pytest
 import torch
-from probes import FC2, PROJECTION, Q, captions, exact_delta, images, probe, random_adapter, relative_gap, tower
+from adapters import exact_delta
+from probes import FC2, PROJECTION, Q, captions, images, probe, random_adapter, relative_gap, tower
 from torch import Tensor
 from torch.func import functional_call
 
@@ -56,10 +57,11 @@ def reference(one: Adapter, score: str, sparsity: float) -> dict[str, Tensor]:
 
 @pytest.mark.parametrize("score", ["paper", "code"])
 def test_a_triplet_s_score_is_that_of_autograd_on_its_elements(score):
-    one, method = random_adapter(1, rank=6), GRASP(score=score)
-    method.prepare([one], [1.0], probe())
+    one = random_adapter(1, rank=6)
+    answer = GRASP(score=score).prepare([one], [1.0], probe()).answer(one)
     for name, expected in scores(one, score).items():
-        torch.testing.assert_close(method.evidence(one)[name][0].double(), expected, rtol=1e-3, atol=1e-7)
+        torch.testing.assert_close(answer.of[name][0].double(), expected, rtol=1e-3, atol=1e-7)
+    assert answer.loss == pytest.approx(probe().loss(one.layers), rel=1e-5)
 
 
 @pytest.mark.parametrize("score", ["paper", "code"])

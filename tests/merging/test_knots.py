@@ -79,9 +79,8 @@ def test_the_aligned_gradient_is_that_of_autograd() -> None:
 
 def test_pruning_in_the_basis_without_sparsity_is_the_update_itself() -> None:
     adapters = [random_adapter(seed) for seed in range(3)]
-    method = KnOTS()
-    method.prepare(adapters, WEIGHTS)
-    assert_same(method.pruned(adapters[1], 0), {name: deltas(adapters[1:2], name)[0] for name in SHAPES}, 1e-5)
+    prepared = KnOTS().prepare(adapters, WEIGHTS)
+    assert_same(prepared.pruned(adapters[1], 0), {name: deltas(adapters[1:2], name)[0] for name in SHAPES}, 1e-5)
 
 
 def test_a_layer_that_no_client_changed_stays_as_it_is() -> None:

@@ -14,11 +14,11 @@ from probes import (
     layer_inputs,
     negative,
     probe,
-    randn,
     random_adapter,
     relative_gap,
     zero,
 )
+from references import randn
 from torch import Tensor
 from torch.testing import assert_close
 

@@ -9,22 +9,29 @@ from typing import Any, ClassVar
 
 import pytest
 import torch
+from adapters import adapter_of
 from huggingface_hub import ModelCard
 from peft import PeftModel
 from places import SHAPES_CLIP
+from probes import random_layer, relative_gap
+from references import randn
 from transformers import CLIPModel, CLIPVisionModelWithProjection
 
 from sap_lightning.errors import InputError
-from sap_lightning.functional.lora import LoRALayer
-from sap_lightning.io.adapter import Adapter, sha256_of
+from sap_lightning.io.adapter import Adapter
 from sap_lightning.merging import merged as output
 from sap_lightning.merging.average import Average
 from sap_lightning.merging.dare import DARE
+from sap_lightning.merging.krum import Krum
+from sap_lightning.merging.magnitude import Magnitude
 from sap_lightning.merging.median import Median
-from sap_lightning.merging.merged import Merged, push_to_hub
+from sap_lightning.merging.merged import Merged, holds, push_to_hub
+from sap_lightning.merging.method import MergeMethod
 from sap_lightning.merging.ties import TIES
 from sap_lightning.models.clip import load_base
 from sap_lightning.models.layers import layer_shapes, linear_weight
+
+METRICS = {"anchor_loss": 0.61234}
 
 
 @pytest.fixture(scope="module")
@@ -35,18 +42,12 @@ def shapes() -> dict[str, torch.Size]:
 
 @pytest.fixture(scope="module")
 def adapters(shapes) -> list[Adapter]:
-    return [random_adapter(name, seed, shapes) for seed, name in enumerate(["photo", "sketch"])]
+    return [client(name, seed, shapes) for seed, name in enumerate(["photo", "sketch"])]
 
 
-def random_adapter(name: str, seed: int, shapes: dict[str, torch.Size]) -> Adapter:
-    generator = torch.Generator().manual_seed(seed)
-    layers = {
-        layer: LoRALayer(
-            0.1 * torch.randn(3, d_in, generator=generator), 0.1 * torch.randn(d_out, 3, generator=generator), 2.0
-        )
-        for layer, (d_out, d_in) in shapes.items()
-    }
-    return Adapter(name, layers, sha256_of(layers))
+def client(name: str, seed: int, shapes: dict[str, torch.Size]) -> Adapter:
+    layers = {layer: random_layer(1000 * seed + 2 * i, tuple(shape)) for i, (layer, shape) in enumerate(shapes.items())}
+    return adapter_of(layers, name)
 
 
 @pytest.fixture(scope="module")
@@ -54,9 +55,9 @@ def merged(adapters) -> Merged:
     return merge(adapters, Average())
 
 
-def merge(adapters: list[Adapter], method: Any, weights: tuple[float, ...] = (0.75, 0.25)) -> Merged:
-    update = method.merge(adapters, list(weights))
-    return Merged(SHAPES_CLIP, method, adapters, list(weights), update, {"anchor_loss": 0.61234})
+def merge(adapters: list[Adapter], method: MergeMethod, weights: tuple[float, ...] = (0.75, 0.25)) -> Merged:
+    prepared = method.prepare(adapters, list(weights))
+    return Merged(SHAPES_CLIP, method, adapters, list(weights), prepared, prepared.apply())
 
 
 def record_in(folder: Path) -> dict[str, Any]:
@@ -64,7 +65,7 @@ def record_in(folder: Path) -> dict[str, Any]:
 
 
 def images() -> torch.Tensor:
-    return torch.randn(2, 3, 64, 64, generator=torch.Generator().manual_seed(0))
+    return randn(0, 2, 3, 64, 64)
 
 
 @torch.no_grad()
@@ -93,7 +94,7 @@ def test_an_exact_merge_is_an_adapter_that_peft_loads(merged, tmp_path):
 
 
 def test_a_full_model_is_a_whole_clip_model(merged, tmp_path):
-    folder = merged.save(tmp_path / "out", "model")
+    folder = merged.save(tmp_path / "out", format="model")
     clip = CLIPModel.from_pretrained(folder).eval()
     with torch.no_grad():
         features = clip.get_image_features(images()).pooler_output
@@ -105,14 +106,14 @@ def test_a_full_model_is_a_whole_clip_model(merged, tmp_path):
 def test_a_dense_merge_is_a_model_unless_an_adapter_or_a_rank_is_asked_for(adapters, tmp_path):
     dense = merge(adapters, TIES())
     assert (dense.save(tmp_path / "auto") / "model.safetensors").is_file()
-    assert (dense.save(tmp_path / "adapter", "adapter") / "adapter_model.safetensors").is_file()
+    assert (dense.save(tmp_path / "adapter", format="adapter") / "adapter_model.safetensors").is_file()
     assert (dense.save(tmp_path / "rank", rank=4) / "adapter_model.safetensors").is_file()
     assert record_in(tmp_path / "rank")["relative_error"] > record_in(tmp_path / "adapter")["relative_error"] > 0
 
 
 @pytest.mark.parametrize("format", ["adapter", "model"])
 def test_the_same_merge_gives_the_same_bytes(adapters, tmp_path, format):
-    one, other = (merge(adapters, Average()).save(tmp_path / name, format) for name in "ab")
+    one, other = (merge(adapters, Average()).save(tmp_path / name, METRICS, format) for name in "ab")
     for file in one.iterdir():
         assert file.read_bytes() == (other / file.name).read_bytes(), file.name
 
@@ -121,36 +122,70 @@ def test_the_same_merge_gives_the_same_bytes(adapters, tmp_path, format):
 
 
 def test_the_record_says_what_decided_the_outcome(merged, adapters, tmp_path):
-    record = record_in(merged.save(tmp_path / "out"))
+    record = record_in(merged.save(tmp_path / "out", METRICS))
     assert record["base"] == SHAPES_CLIP
     assert record["method"] == "average" and record["settings"] == {}
     assert record["sources"] == [
         {"name": "photo", "sha256": adapters[0].sha256, "weight": 0.75},
         {"name": "sketch", "sha256": adapters[1].sha256, "weight": 0.25},
     ]
-    assert record["metrics"] == {"anchor_loss": 0.61234}
-    assert record["findings"] == {}
+    assert record["metrics"] == METRICS
+    assert record["findings"] == {} and record["rejected"] == []
+
+
+def test_the_record_has_what_the_method_found_and_who_was_left_out(shapes, tmp_path):
+    clients = [client(name, seed, shapes) for seed, name in enumerate(["cartoon", "photo", "sketch"])]
+    merged = replace(merge(clients, Krum(multi=2), (0.2, 0.3, 0.5)), rejected=["painting"])
+    record = record_in(merged.save(tmp_path / "out"))
+    assert record["findings"] == merged.prepared.findings and len(record["findings"]["chosen"]) == 2
+    assert record["rejected"] == ["painting"] and record["metrics"] == {}
+    shown = ModelCard.load(tmp_path / "out" / "README.md").text.partition("```json\n")[2].partition("```")[0]
+    assert json.loads(shown) == record["findings"]
+
+
+def test_a_merge_at_another_sparsity_keeps_all_but_its_update(adapters):
+    merged = merge(adapters, Magnitude(0.8))
+    other = merged.at(0.3)
+    assert relative_gap(other.update, Magnitude(0.3).merge(adapters, [0.75, 0.25])) == 0
+    assert relative_gap(other.at(None).update, merged.update) == 0
+    assert relative_gap(merged.update, other.update) > 0, "the first stays as it was"
+    assert other.record() == merged.record() and other.prepared is merged.prepared
 
 
 def test_a_merge_stands_in_its_own_folder_only(merged, adapters, shapes, tmp_path):
-    folder = merge(adapters, TIES(0.8)).save(tmp_path / "out", rank=4)
+    folder = merge(adapters, TIES(0.8)).save(tmp_path / "out", METRICS, rank=4)
     assert merge(adapters, TIES(0.8)).stands_in(folder)
-    assert replace(merge(adapters, TIES(0.8)), metrics={}).stands_in(folder), "metrics decide nothing"
     assert not merge(adapters, TIES(0.7)).stands_in(folder)
     assert not merge(adapters, TIES(0.8, variant="peft")).stands_in(folder)
     assert not merge(adapters, DARE(0.8)).stands_in(folder)
     assert not merge(adapters, TIES(0.8), (0.5, 0.5)).stands_in(folder)
     assert not merge(adapters[:1], TIES(0.8), (1.0,)).stands_in(folder)
-    assert not merge([adapters[0], random_adapter("sketch", 7, shapes)], TIES(0.8)).stands_in(folder)
+    assert not merge([adapters[0], client("sketch", 7, shapes)], TIES(0.8)).stands_in(folder)
     assert not replace(merge(adapters, TIES(0.8)), base="another/base").stands_in(folder)
     assert not merged.stands_in(tmp_path / "nowhere")
+
+
+def test_a_folder_holds_a_merge_of_these_adapters_or_of_these_but_for_outliers(adapters, shapes, tmp_path):
+    clients = [*adapters, client("cartoon", 2, shapes)]
+    sources = [one.sha256 for one in clients]
+    whole, part = merge(clients, TIES(0.8), (0.5, 0.3, 0.2)), merge(adapters, TIES(0.8))
+    for name, one in (("whole", whole), ("part", part), ("rejecting", replace(part, rejected=["cartoon"]))):
+        one.save(tmp_path / name)
+    held = {name for name in ("whole", "part", "rejecting") if holds(tmp_path / name, TIES(0.8), sources)}
+    assert held == {"whole", "rejecting"}
+    assert holds(tmp_path / "whole", TIES(0.8), sources[::-1]), "in any order"
+    assert not holds(tmp_path / "whole", TIES(0.8), sources[:2])
+    assert not holds(tmp_path / "rejecting", TIES(0.8), sources[1:]), "one that was merged is not among these"
+    assert not holds(tmp_path / "whole", TIES(0.7), sources)
+    assert not holds(tmp_path / "whole", DARE(0.8), sources)
+    assert not holds(tmp_path / "nowhere", TIES(0.8), sources)
 
 
 # The card
 
 
 def test_the_card_says_how_the_model_was_made(adapters, tmp_path):
-    folder = merge(adapters, TIES(0.8)).save(tmp_path / "out")
+    folder = merge(adapters, TIES(0.8)).save(tmp_path / "out", METRICS)
     card = ModelCard.load(folder / "README.md")
     assert card.data.library_name == "transformers"
     assert {"merge", "lora", "sap_lightning", "ties"} <= set(card.data.tags)
@@ -163,13 +198,13 @@ def test_the_card_says_how_the_model_was_made(adapters, tmp_path):
 
 
 def test_the_card_names_a_base_of_the_hub(merged):
-    card = replace(merged, base="openai/clip-vit-base-patch16").card("peft")
+    card = replace(merged, base="openai/clip-vit-base-patch16").card("peft", METRICS)
     assert ModelCard(str(card)).data.base_model == "openai/clip-vit-base-patch16"
     assert ModelCard(str(card)).data.library_name == "peft"
 
 
 def test_a_card_without_settings_or_metrics_says_none(adapters):
-    text = replace(merge(adapters, Median()), metrics={}).card("peft").text
+    text = merge(adapters, Median()).card("peft", {}).text
     assert "## Settings\n\nnone" in text and "## Evaluation\n\nnone" in text
 
 
@@ -184,7 +219,7 @@ def test_nothing_is_left_when_saving_fails_midway(merged, tmp_path, monkeypatch,
 
     monkeypatch.setattr(Merged, failing, fail)
     with pytest.raises(RuntimeError, match="midway"):
-        merged.save(tmp_path / "out", format)
+        merged.save(tmp_path / "out", METRICS, format)
     assert list(tmp_path.iterdir()) == []
 
 
@@ -223,12 +258,17 @@ class ClosedHub(Hub):
         raise ConnectionError("401 Client Error\nfor url: https://hub.example")
 
 
-def test_a_merge_is_pushed_to_a_repository_that_may_be_new(merged, tmp_path, monkeypatch):
+@pytest.fixture
+def hub(monkeypatch) -> type[Hub]:
     monkeypatch.setattr(output, "HfApi", Hub)
     monkeypatch.setattr(Hub, "asked", [])
+    return Hub
+
+
+def test_a_merge_is_pushed_to_a_repository_that_may_be_new(merged, tmp_path, hub):
     folder = merged.save(tmp_path / "out")
     assert push_to_hub(folder, "ann/merged") == "https://hub.example/ann/merged"
-    (created, options), (uploaded, content) = Hub.asked
+    (created, options), (uploaded, content) = hub.asked
     assert created == uploaded == "ann/merged" and options == {"exist_ok": True}
     assert content["folder_path"] == str(folder)
 
@@ -243,13 +283,9 @@ def test_a_hub_that_refuses_is_one_line_and_the_merge_stands(merged, tmp_path, m
     assert merged.stands_in(folder)
 
 
-def test_the_command_pushes_what_it_wrote(run, merged, tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(output, "HfApi", Hub)
-    monkeypatch.setattr(Hub, "asked", [])
-    for one in merged.adapters:
-        Merged(SHAPES_CLIP, Average(), [one], [1.0], one.layers).save(tmp_path / one.name)
-    uploads = [str(tmp_path / one.name) for one in merged.adapters]
+def test_the_command_pushes_what_it_wrote(run, merged, tmp_path, hub, capsys):
+    uploads = [str(merge([one], Average(), (1.0,)).save(tmp_path / one.name)) for one in merged.adapters]
     options = ["--merge.method=average", f"--merge.output={tmp_path / 'out'}", "--merge.push_to_hub=ann/merged"]
     run("merge", *options, "--uploads", *uploads)
-    assert Hub.asked[1][1]["folder_path"] == str(tmp_path / "out")
+    assert hub.asked[1][1]["folder_path"] == str(tmp_path / "out")
     assert "Uploaded to https://hub.example/ann/merged" in capsys.readouterr().out

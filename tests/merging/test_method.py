@@ -2,24 +2,26 @@
 
 from __future__ import annotations
 
+import copy
 import inspect
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
+from dataclasses import FrozenInstanceError
 
 import pytest
 import torch
+from adapters import adapter_of, exact_delta
 from places import SHAPES_CLIP
-from probes import FC2, PROJECTION, Q, adapter, deltas, exact_delta, probe, random_adapter, random_layer, relative_gap
+from probes import FC2, PROJECTION, Q, deltas, probe, random_adapter, random_layer, relative_gap
 
-from sap_lightning.errors import InputError, check_at_least, check_positive, check_share
-from sap_lightning.functional.lora import LoRALayer, Update, dense
-from sap_lightning.functional.spaces import Parameters, Space
+from sap_lightning.errors import InputError
+from sap_lightning.functional.lora import LoRALayer, Update
 from sap_lightning.io.adapter import Adapter, read_adapter, write_adapter
-from sap_lightning.merging import METHODS, Average
-from sap_lightning.merging.method import ClientLayers, LayerwiseMethod, MergeMethod, PruningMethod, client_layers
+from sap_lightning.merging import METHODS, Average, SAPAuto
+from sap_lightning.merging.method import LayerwiseMethod, MergeMethod
+from sap_lightning.merging.pruning import Pruning, PruningMethod
 from sap_lightning.models.clip import load_base
 from sap_lightning.models.layers import layer_shapes
-from sap_lightning.models.probe import AnchorProbe
 
 MODULE = '''
 from sap_lightning.errors import InputError
@@ -46,70 +48,12 @@ class Largest(LayerwiseMethod):
         return max((layer.delta() for layer in layers), key=torch.linalg.vector_norm)
 
 
-class ByGradient(PruningMethod):
-    """Keeps the factors' elements with the largest gradient on the anchors."""
-
-    name = "by gradient"
-    needs_anchors = True
-    space = "factor"
-
-    def __init__(self, sparsity: float = 0.5) -> None:
-        self.sparsity = sparsity
-
-    def examine(self, adapter: Adapter, anchors: AnchorProbe) -> dict[str, Parameters]:
-        return anchors.gradients(adapter.layers, self.spaces(adapter), "abs_then_mean").of
-
-    def scores(self, adapter: Adapter, spaces: Mapping[str, Space]) -> Mapping[str, Parameters]:
-        return self.evidence(adapter)
-
-
-class Unexamined(ByGradient):
-    examine = PruningMethod.examine
-
-
-class Magnitudes(PruningMethod):
-    """Keeps what is largest, in factor space."""
-
-    space = "factor"
-    sparsity = 0.5
-
-    def scores(self, adapter: Adapter, spaces: Mapping[str, Space]) -> Mapping[str, Parameters]:
-        return {name: tuple(theta.abs() for theta in space.parameters) for name, space in spaces.items()}
-
-
 def test_a_layerwise_method_sees_every_layer_of_every_client():
     clients = [random_adapter(1), random_adapter(2, (Q, PROJECTION))]
     merged = Largest().merge(clients)
     assert list(merged) == sorted([Q, FC2, PROJECTION])
     expected = {name: max(deltas(clients, name), key=torch.linalg.vector_norm) for name in merged}
     assert relative_gap(merged, expected) < 1e-6
-
-
-def test_a_pruning_method_needs_only_a_score():
-    one = random_adapter(1)
-    merged = Magnitudes().merge([one])
-    for name, layer in one.layers.items():
-        A, B = (factor.clone() for factor in (layer.A, layer.B))
-        together = torch.cat([A.flatten(), B.flatten()]).abs()
-        threshold = together.sort().values[round(0.5 * len(together))]
-        A[A.abs() < threshold], B[B.abs() < threshold] = 0, 0
-        torch.testing.assert_close(dense(merged[name]), layer.scale * B @ A, atol=1e-6, rtol=1e-5)
-
-
-def test_a_pruning_method_that_looks_at_anchors_does_so_once_for_each_client():
-    method = ByGradient()
-    method.prepare([random_adapter(1), random_adapter(2)], [0.5, 0.5], probe())
-    method.prepare([random_adapter(2)], [1.0], probe())
-    assert len(method.answers) == 2
-    kept = method.kept(random_adapter(2), 0.5)
-    assert all(sum(int((~m).sum()) for m in kept[n]) == sum(m.numel() for m in kept[n]) // 2 for n in kept)
-
-
-def test_a_method_without_anchors_that_needs_them_says_so():
-    with pytest.raises(InputError, match=r"merge\.method by gradient looks at anchors; give --anchors\.root"):
-        ByGradient().merge([random_adapter(1)])
-    with pytest.raises(NotImplementedError, match="Unexamined needs anchors"):
-        Unexamined().merge([random_adapter(1)], anchors=probe())
 
 
 @pytest.mark.parametrize("name", sorted(name for name, method in METHODS.items() if method.needs_anchors))
@@ -119,75 +63,112 @@ def test_every_method_that_needs_anchors_asks_for_them(name):
 
 
 def test_a_method_is_called_by_its_class_unless_it_has_a_name():
-    assert (Largest.name, Magnitudes.name, ByGradient.name) == ("Largest", "Magnitudes", "by gradient")
-    assert type("Sub", (ByGradient,), {}).name == "Sub", "a subclass is another method"
+    named = type("Named", (Largest,), {"name": "by length"})
+    assert (Largest.name, named.name, Average.name) == ("Largest", "by length", "average")
+    assert type("Sub", (named,), {}).name == "Sub", "a subclass is another method"
 
 
-@pytest.mark.parametrize("name", sorted(METHODS))
+def test_clients_count_alike_if_there_are_no_weights():
+    clients = [random_adapter(1), random_adapter(2)]
+    assert relative_gap(Average().merge(clients), Average().merge(clients, [0.5, 0.5])) == 0
+
+
+def test_an_adapter_merges_to_itself_by_every_method_that_leaves_it_whole():
+    one = adapter_of({Q: random_layer(0, (32, 32))})
+    for method in (METHODS["average"](), METHODS["median"](), Largest()):
+        assert isinstance(method, MergeMethod)
+        assert relative_gap(method.merge([one]), {Q: exact_delta(one.layers[Q])}) < 1e-6
+
+
+# Settings and nothing else
+
+EACH_METHOD = pytest.mark.parametrize("name", sorted(METHODS))
+CHANGES = {
+    "task_arithmetic": {"scale": 0.7},
+    "fisher": {"floor": 0.5},
+    "regmean": {"off_diagonal": 0.5},
+    "lorm": {"rank": 2},
+    "sens_merging": {"scale": 0.7},
+    "ata": {"neighbours": 1},
+    "ataf": {"steps": 3},
+    "trimmed_mean": {"trim": 0.4},
+    "krum": {"multi": 2},
+    "sap_auto": {"scales": (1.0, 2.0)},
+}
+"""Another setting of each method that has settings, but no sparsity."""
+
+
+@EACH_METHOD
 def test_every_method_s_settings_are_its_constructor_s_arguments(name):
     settings = json.loads(json.dumps(METHODS[name]().settings))
     defaults = {key: given.default for key, given in inspect.signature(METHODS[name]).parameters.items()}
     assert settings == json.loads(json.dumps(defaults))
 
 
-def test_clients_count_alike_if_there_are_no_weights():
-    clients = [random_adapter(1), random_adapter(2)]
-    assert relative_gap(Magnitudes().merge(clients), Magnitudes().merge(clients, [0.5, 0.5])) == 0
+def test_an_argument_that_is_not_stored_under_its_name_is_refused():
+    class Secretive(Average):
+        def __init__(self, power: float = 1.0) -> None:
+            self._power = power
+
+    with pytest.raises(InputError, match=r"Secretive: store the argument power as self\.power"):
+        _ = Secretive().settings
 
 
-def test_a_layer_that_a_client_lacks_is_an_update_of_rank_0():
-    clients = [random_adapter(1, (Q,)), random_adapter(2, (Q, FC2)), random_adapter(3, (FC2,))]
-    layers = ClientLayers(clients, FC2)
-    assert len(layers) == 3
-    assert [layer.rank for layer in layers] == [0, 3, 3]
-    assert {layer.shape for layer in layers} == {(32, 64)}
-    assert not layers[0].delta().any()
-    assert [layer.rank for layer in layers[:2]] == [0, 3]
-    assert torch.equal(layers[-1].A, clients[2].layers[FC2].A)
-    with pytest.raises(IndexError):
-        layers[3]
-    assert list(client_layers(clients)) == sorted([Q, FC2])
+@EACH_METHOD
+def test_a_method_s_settings_cannot_be_changed_and_nothing_can_be_added(name):
+    method = METHODS[name]()
+    before = method.settings
+    for setting in (*before, "adapters", "name"):
+        with pytest.raises(FrozenInstanceError):
+            setattr(method, setting, None)
+    assert method.settings == before and not hasattr(method, "adapters")
 
 
-def test_layers_of_clients_stay_on_disk_until_they_are_looked_at(tmp_path):
-    folder = write_adapter(tmp_path / "client", {"fc": random_layer(0, (4, 6))}, "some/base")
-    layers = ClientLayers([read_adapter(folder)], "fc")
-    (folder / "adapter_model.safetensors").unlink()
-    with pytest.raises(InputError, match=r"adapter_model\.safetensors"):
-        layers[0]
+@EACH_METHOD
+def test_methods_of_equal_settings_are_equal_and_hash_alike(name):
+    one, other = METHODS[name](), METHODS[name]()
+    assert one == other and hash(one) == hash(other) and len({one, other}) == 1
+    assert all(one != METHODS[another]() for another in METHODS if another != name)
 
 
-def test_an_adapter_merges_to_itself_by_every_method_that_leaves_it_whole():
-    one = adapter("one", {Q: random_layer(0, (32, 32))})
-    for method in (METHODS["average"](), METHODS["median"](), Largest()):
-        assert isinstance(method, MergeMethod)
-        assert relative_gap(method.merge([one]), {Q: exact_delta(one.layers[Q])}) < 1e-6
+@pytest.mark.parametrize("name", sorted(name for name, method in METHODS.items() if method().settings))
+def test_methods_of_other_settings_are_not_equal(name):
+    method = METHODS[name]
+    other = {"sparsity": 0.3} if method().sparsity is not None else CHANGES[name]
+    assert method(**other) != method() and method(**other) == method(**other)
+    assert method(**other).settings != method().settings
 
 
-def test_a_share_in_per_cent_is_told_how_to_write_it():
-    with pytest.raises(InputError, match=r"merge\.method\.drop must lie in \[0, 1\], got 95; 95 % is 0\.95$"):
-        check_share("merge.method.drop", 95)
+def test_a_method_with_lists_as_a_config_file_gives_them_is_equal_to_its_like():
+    one, other = SAPAuto(scales=[1.0, 2.0]), SAPAuto(scales=(1.0, 2.0))
+    assert one == other and hash(one) == hash(other) and one != SAPAuto(scales=[1.0])
+    assert one.settings["scales"] == other.settings["scales"] == [1.0, 2.0], "a record knows lists only"
 
 
-@pytest.mark.parametrize("value", [-0.1, 1.1, float("nan")])
-def test_what_is_no_share_is_refused_by_name(value):
-    with pytest.raises(InputError, match=r"merge\.method\.drop must lie in \[0, 1\]"):
-        check_share("merge.method.drop", value)
-    assert check_share("merge.method.drop", 1) == 1
+def four_clients(first: int) -> list[Adapter]:
+    return [random_adapter(seed, samples=10 * seed) for seed in range(first, first + 4)]
 
 
-@pytest.mark.parametrize("value", [0.0, -1.0, float("nan"), float("inf")])
-def test_what_is_not_above_0_or_not_finite_is_refused_by_name(value):
-    with pytest.raises(InputError, match=r"merge\.method\.scale must be above 0"):
-        check_positive("merge.method.scale", value)
-    check_positive("merge.method.scale", 0.1)
+@EACH_METHOD
+def test_one_method_prepared_for_two_sets_of_clients_keeps_both(name):
+    method, anchors = METHODS[name](), probe()
+    weights = ([0.1, 0.2, 0.3, 0.4], [0.4, 0.3, 0.2, 0.1])
+    one = method.prepare(four_clients(1), weights[0], anchors)
+    before, found = one.apply(), copy.deepcopy(one.findings)
+    other = method.prepare(four_clients(5), weights[1], anchors)
+    assert relative_gap(other.apply(), METHODS[name]().merge(four_clients(5), weights[1], probe())) == 0
+    assert relative_gap(one.apply(), before) == 0
+    assert relative_gap(before, other.apply()) > 0
+    assert one.findings == found
 
 
-@pytest.mark.parametrize("value", [0, float("nan")])
-def test_what_is_below_the_least_is_refused_by_name(value):
-    with pytest.raises(InputError, match=r"merge\.method\.sweeps must be at least 1"):
-        check_at_least("merge.method.sweeps", value, 1)
-    check_at_least("merge.method.sweeps", 1, 1)
+@EACH_METHOD
+def test_how_a_merge_prunes_is_known_where_it_prunes(name):
+    prepared = METHODS[name]().prepare(four_clients(1), [0.25] * 4, probe())
+    prunes = issubclass(METHODS[name], PruningMethod | SAPAuto)
+    assert isinstance(prepared, Pruning) == prunes
+    if isinstance(prepared, Pruning):
+        assert list(prepared.adapters) == four_clients(1)
 
 
 # A file of one's own
@@ -227,12 +208,3 @@ def test_what_a_method_of_one_s_own_refuses_is_said_and_nothing_written(run, upl
 def test_a_method_that_is_not_there_is_refused_by_name(run, uploads, tmp_path):
     with pytest.raises(InputError, match=r"my_methods\.Nothing: no such method"):
         run("merge", "--merge.method=my_methods.Nothing", f"--merge.output={tmp_path / 'out'}", "--uploads", *uploads)
-
-
-def test_an_argument_that_is_not_stored_under_its_name_is_refused():
-    class Secretive(Average):
-        def __init__(self, power: float = 1.0) -> None:
-            self._power = power
-
-    with pytest.raises(InputError, match=r"Secretive: store the argument power as self\.power"):
-        _ = Secretive().settings

@@ -51,10 +51,10 @@ def test_equal_sensitivities_are_never_dropped_at_both_ends():
 
 
 def test_a_sparsity_of_one_drops_all_and_of_zero_nothing():
-    one, method = random_adapter(1), OPNP(0.5, largest=0.05)
-    method.prepare([one], [1.0], probe())
-    assert not any(layer.any() for layer in method.apply(1.0).values())
-    assert relative_gap(method.apply(0.0), {name: layer.delta() for name, layer in one.layers.items()}) == 0
+    one = random_adapter(1)
+    prepared = OPNP(0.5, largest=0.05).prepare([one], [1.0], probe())
+    assert not any(layer.any() for layer in prepared.apply(1.0).values())
+    assert relative_gap(prepared.apply(0.0), {name: layer.delta() for name, layer in one.layers.items()}) == 0
 
 
 def test_the_share_at_the_upper_end_is_a_part_of_the_whole():

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 from adapters import SHAPES, adapter_of, assert_same, random_adapter
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from references import reproducibly
 
 from sap_lightning.functional.lora import LoRALayer, dense
 from sap_lightning.io.adapter import Adapter
@@ -23,7 +26,7 @@ from sap_lightning.merging.task_arithmetic import TaskArithmetic
 from sap_lightning.merging.ties import TIES
 from sap_lightning.merging.trimmed_mean import TrimmedMean
 
-few_examples = settings(max_examples=20, deadline=None, derandomize=True)
+few_examples = settings(reproducibly, max_examples=20)
 
 UNPRUNED = [Average(), FedAvg(), TaskArithmetic(), Median(), TrimmedMean(0.25), Krum()]
 PRUNED = [
@@ -67,10 +70,6 @@ each_method = pytest.mark.parametrize("method", UNPRUNED + PRUNED, ids=title)
 each_pruning_method = pytest.mark.parametrize("method", PRUNED, ids=title)
 
 
-def least_clients(method: MergeMethod) -> int:
-    return 3 if isinstance(method, Krum) else 1
-
-
 @st.composite
 def random_clients(draw: st.DrawFn, at_least: int = 1) -> list[Adapter]:
     """One to five adapters of other ranks and scales, one of them at times without a layer."""
@@ -92,7 +91,7 @@ def shares(adapters: list[Adapter]) -> list[float]:
 @few_examples
 @given(data=st.data())
 def test_the_order_of_the_clients_does_not_matter(method: MergeMethod, data: st.DataObject) -> None:
-    adapters = data.draw(random_clients(least_clients(method)))
+    adapters = data.draw(random_clients(method.least_clients))
     weights = shares(adapters)
     order = data.draw(st.permutations(range(len(adapters))))
     shuffled = method.merge([adapters[k] for k in order], [weights[k] for k in order])
@@ -118,7 +117,7 @@ def test_krum_of_equal_adapters_is_that_adapter(seed: int, clients: int) -> None
 @few_examples
 @given(data=st.data())
 def test_updates_times_c_merge_to_c_times_the_merge(method: MergeMethod, data: st.DataObject) -> None:
-    adapters = data.draw(random_clients(least_clients(method)))
+    adapters = data.draw(random_clients(method.least_clients))
     c = data.draw(st.sampled_from([0.25, 3.0]))
     larger = [
         # The same hash, as DARE draws by it.
@@ -134,8 +133,8 @@ def test_updates_times_c_merge_to_c_times_the_merge(method: MergeMethod, data: s
 @given(seed=st.integers(0, 1000), rank=st.integers(1, 4), sparsity=st.floats(0, 1))
 def test_exactly_the_share_is_pruned(method, seed: int, rank: int, sparsity: float) -> None:
     adapter = random_adapter(seed, rank)
-    method.prepare([adapter], [1.0])
-    masks = [torch.cat([mask.flatten() for mask in layer]) for layer in method.kept(adapter, sparsity).values()]
+    kept = method.prepare([adapter], [1.0]).kept(adapter, sparsity)
+    masks = [torch.cat([mask.flatten() for mask in layer]) for layer in kept.values()]
     for mask in [torch.cat(masks)] if method.scope == "global" else masks:
         assert int((~mask).sum()) == round(sparsity * len(mask))
 
@@ -145,16 +144,16 @@ def test_exactly_the_share_is_pruned(method, seed: int, rank: int, sparsity: flo
 @given(data=st.data())
 def test_a_sparsity_can_be_applied_after_another_was_prepared(method: MergeMethod, data: st.DataObject) -> None:
     adapters = data.draw(random_clients())
-    other = type(method)(**method.settings | {"sparsity": 0.3})
-    method.prepare(adapters, shares(adapters))
-    assert_same(method.apply(0.3), other.merge(adapters, shares(adapters)), 0)
+    prepared = method.prepare(adapters, shares(adapters))
+    other = replace(method, sparsity=0.3)
+    assert_same(prepared.apply(0.3), other.merge(adapters, shares(adapters)), 0)
 
 
 @each_pruning_method
 @pytest.mark.parametrize("sparsity", [0.0, 0.99, 1.0])
 def test_extreme_sparsities_give_finite_updates(method: MergeMethod, sparsity: float) -> None:
-    method.prepare([random_adapter(seed, rank=2) for seed in range(3)], [1 / 3] * 3)
-    assert all(dense(update).isfinite().all() for update in method.apply(sparsity).values())
+    prepared = method.prepare([random_adapter(seed, rank=2) for seed in range(3)], [1 / 3] * 3)
+    assert all(dense(update).isfinite().all() for update in prepared.apply(sparsity).values())
 
 
 def zero(seed: int) -> Adapter:
@@ -184,7 +183,7 @@ def opposite(seed: int) -> Adapter:
 @pytest.mark.parametrize("make", [zero, all_zero, rank_one, identical, opposite])
 @pytest.mark.parametrize("clients", [1, 2, 3, 4, 5])
 def test_degenerate_adapters_give_finite_updates(method: MergeMethod, make, clients: int) -> None:
-    merged = method.merge([make(seed) for seed in range(max(clients, least_clients(method)))])
+    merged = method.merge([make(seed) for seed in range(max(clients, method.least_clients))])
     assert {name: tuple(dense(update).shape) for name, update in merged.items()} == SHAPES
     assert all(dense(update).isfinite().all() for update in merged.values())
     if make in (zero, all_zero):

@@ -3,10 +3,12 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
-from probes import FC2, PROJECTION, Q, anchor_gradients, exact_delta, probe, random_adapter, relative_gap, zero
+from adapters import exact_delta
+from probes import FC2, PROJECTION, Q, anchor_gradients, probe, random_adapter, relative_gap, zero
 
 from sap_lightning.errors import InputError
 from sap_lightning.merging.pruner_zero import PrunerZero, min_max
+from sap_lightning.models.probe import Answer
 
 NAMES = (Q, FC2, PROJECTION)
 
@@ -41,12 +43,10 @@ def test_every_row_loses_the_same_number_of_elements():
 
 def test_a_gradient_that_is_the_same_everywhere_leaves_the_score_to_the_weights():
     assert torch.equal(min_max(torch.full((2, 3), 4.0)), torch.ones(2, 3))
-    one, method = random_adapter(1, (Q,)), PrunerZero(0.5)
-    anchors = probe()
-    method.answers[anchors.fingerprint, one.sha256] = {Q: (torch.zeros(32, 32),)}
-    method.prepare([one], [1.0], anchors)
+    one, method, anchors = random_adapter(1, (Q,)), PrunerZero(0.5), probe()
+    anchors.recall(method.question, one.sha256, lambda: Answer({Q: (torch.zeros(32, 32),)}, 0.5))
     delta = one.layers[Q].delta()
-    kept = method.apply()[Q] != 0
+    kept = method.merge([one], anchors=anchors)[Q] != 0
     lowest_kept = delta.abs().masked_fill(~kept, torch.inf).amin(1)
     largest_dropped = delta.abs().masked_fill(kept, 0).amax(1)
     assert (lowest_kept >= largest_dropped).all()

@@ -96,10 +96,9 @@ def test_other_ranks_and_missing_layers_are_zeros() -> None:
 
 
 def test_another_sparsity_can_be_applied() -> None:
-    method = RobustMerge()
-    method.prepare([random_adapter(0)], [1.0])
-    assert_same(method.apply(0.5), RobustMerge(0.5).merge([random_adapter(0)]), 0)
-    assert_same(method.apply(), RobustMerge().merge([random_adapter(0)]), 0)
+    prepared = RobustMerge().prepare([random_adapter(0)], [1.0])
+    assert_same(prepared.apply(0.5), RobustMerge(0.5).merge([random_adapter(0)]), 0)
+    assert_same(prepared.apply(), RobustMerge().merge([random_adapter(0)]), 0)
 
 
 def test_everything_zero_merges_to_zero() -> None:

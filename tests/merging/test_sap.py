@@ -1,9 +1,9 @@
-"""SAP and SAPAuto against dense float64 arithmetic on gradients by autograd."""
+"""SAP against dense float64 arithmetic on gradients by autograd."""
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from itertools import product
 
 import pytest
@@ -11,7 +11,6 @@ import torch
 from probes import (
     FC2,
     LOGIT_SCALE,
-    PROJECTION,
     Q,
     anchor_gradients,
     captions,
@@ -20,7 +19,7 @@ from probes import (
     probe,
     random_adapter,
     relative_gap,
-    tower,
+    unlike_clients,
 )
 from references import REDUCTIONS
 from torch import Tensor
@@ -28,18 +27,12 @@ from torch.func import functional_call
 from torch.nn.functional import cross_entropy, normalize
 
 from sap_lightning.errors import InputError
-from sap_lightning.functional.lora import LoRALayer, Update, dense
+from sap_lightning.functional.lora import LoRALayer, dense
 from sap_lightning.io.adapter import Adapter, sha256_of
-from sap_lightning.merging.distances import mean_cosine
-from sap_lightning.merging.sap import SAP, SAPAuto
-from sap_lightning.models.probe import AnchorProbe
+from sap_lightning.merging.sap import SAP
 
 WEIGHTS = [0.5, 0.3, 0.2]
 Thetas = list[Tensor]
-
-
-def clients() -> list[Adapter]:
-    return [random_adapter(1), random_adapter(2, rank=2), random_adapter(3, (Q, PROJECTION))]
 
 
 def parameters(layer: LoRALayer, space: str) -> tuple[Thetas, Callable[[Tensor], Thetas], Callable[[Thetas], Tensor]]:
@@ -108,10 +101,10 @@ def rescaled(before: dict[str, Tensor], after: dict[str, Tensor], method: SAP) -
 
 @pytest.mark.parametrize("space", ["factor", "delta"])
 def test_the_scale_is_a_factor_on_the_merged_update(space):
-    as_it_is = SAP(0.7, space).merge(clients(), WEIGHTS, probe())
-    longer = SAP(0.7, space, scale=1.4).merge(clients(), WEIGHTS, probe())
+    as_it_is = SAP(0.7, space).merge(unlike_clients(), WEIGHTS, probe())
+    longer = SAP(0.7, space, scale=1.4).merge(unlike_clients(), WEIGHTS, probe())
     assert relative_gap(longer, {name: 1.4 * dense(update) for name, update in as_it_is.items()}) < 1e-6
-    with pytest.raises(InputError, match=r"merge\.scale must be above 0, got 0"):
+    with pytest.raises(InputError, match=r"prune\.scale must be above 0, got 0"):
         SAP(scale=0)
 
 
@@ -119,8 +112,8 @@ def test_the_scale_is_a_factor_on_the_merged_update(space):
 def test_sap_equals_its_formula_in_every_space_and_reduction(space, reduction):
     for scope in ("global", "layer"):
         method = SAP(0.7, space, scope, reduction)
-        merged = method.merge(clients(), WEIGHTS, probe())
-        assert relative_gap(merged, reference(clients(), WEIGHTS, method)) < 1e-4
+        merged = method.merge(unlike_clients(), WEIGHTS, probe())
+        assert relative_gap(merged, reference(unlike_clients(), WEIGHTS, method)) < 1e-4
 
 
 @pytest.mark.parametrize("rescale_scope", ["layer", "global"])
@@ -128,26 +121,25 @@ def test_sap_equals_its_formula_in_every_space_and_reduction(space, reduction):
 def test_every_way_of_rescaling_equals_its_formula(rescale, rescale_scope):
     for space in ("factor", "delta"):
         method = SAP(0.6, space, rescale=rescale, rescale_scope=rescale_scope)
-        merged = method.merge(clients(), WEIGHTS, probe())
-        assert relative_gap(merged, reference(clients(), WEIGHTS, method)) < 1e-4
+        merged = method.merge(unlike_clients(), WEIGHTS, probe())
+        assert relative_gap(merged, reference(unlike_clients(), WEIGHTS, method)) < 1e-4
 
 
 def test_robust_rescaling_scales_the_ranks_of_b_by_what_pruning_took_from_a():
     one = random_adapter(1, (Q,), rank=8)
-    method = SAP(0.5, "factor", rescale="robust")
-    merged = method.merge([one], anchors=probe())
-    (A, B, scale), (keep_a, keep_b) = one.layers[Q], method.kept(one, 0.5)[Q]
+    prepared = SAP(0.5, "factor", rescale="robust").prepare([one], [1.0], probe())
+    (A, B, scale), (keep_a, keep_b) = one.layers[Q], prepared.kept(one)[Q]
     ratios = A.abs().sum(1) / (A * keep_a).abs().sum(1)
     ratios = ratios.clamp(min=float(ratios.sort().values[int(0.8 * 8)]))
     expected = scale * (B * keep_b * ratios).double() @ (A * keep_a).double()
-    assert relative_gap(merged, {Q: expected}) < 1e-6
+    assert relative_gap(prepared.apply(), {Q: expected}) < 1e-6
 
 
 def test_the_contrastive_loss_scores_against_all_captions():
     method = SAP(0.7, loss="contrastive", scope="layer")
-    merged = method.merge(clients(), WEIGHTS, probe())
-    assert relative_gap(merged, reference(clients(), WEIGHTS, method, contrastive_gradients)) < 1e-4
-    assert relative_gap(merged, reference(clients(), WEIGHTS, method)) > 0.1, "another loss, another merge"
+    merged = method.merge(unlike_clients(), WEIGHTS, probe())
+    assert relative_gap(merged, reference(unlike_clients(), WEIGHTS, method, contrastive_gradients)) < 1e-4
+    assert relative_gap(merged, reference(unlike_clients(), WEIGHTS, method)) > 0.1, "another loss, another merge"
 
 
 def contrastive_gradients(layers: Mapping[str, LoRALayer], names: Sequence[str]) -> list[dict[str, Tensor]]:
@@ -165,8 +157,8 @@ def contrastive_gradients(layers: Mapping[str, LoRALayer], names: Sequence[str])
 @pytest.mark.parametrize("space", ["factor", "delta", "singular"])
 def test_sign_aware_keeps_exactly_what_lowers_the_loss_most(space):
     method = SAP(0.8, space, reduction="mean_then_abs", sign_aware=True)
-    merged = method.merge(clients(), WEIGHTS, probe())
-    assert relative_gap(merged, reference(clients(), WEIGHTS, method)) < 1e-4
+    merged = method.merge(unlike_clients(), WEIGHTS, probe())
+    assert relative_gap(merged, reference(unlike_clients(), WEIGHTS, method)) < 1e-4
 
 
 def test_combinations_that_are_not_defined_are_refused():
@@ -178,41 +170,84 @@ def test_combinations_that_are_not_defined_are_refused():
         SAP(sparsity=1.5)
 
 
-def test_a_sweep_over_sparsities_looks_at_the_anchors_once_for_every_client(monkeypatch):
-    anchors, looks = probe(), []
-    gradients = anchors.gradients
-    monkeypatch.setattr(anchors, "gradients", lambda *given: looks.append(1) or gradients(*given))
-    method = SAP()
-    method.prepare(clients(), WEIGHTS, anchors)
-    assert len(looks) == 3
+def test_a_sweep_over_sparsities_looks_at_the_anchors_once_for_every_client(asked):
+    anchors = probe()
+    prepared = SAP().prepare(unlike_clients(), WEIGHTS, anchors)
+    assert len(asked) == 3
     for sparsity in (0.0, 0.3, 0.9, 1.0):
-        fresh = SAP(sparsity).merge(clients(), WEIGHTS, probe())
-        assert relative_gap(method.apply(sparsity), fresh) == 0
-    method.prepare(clients()[:2], WEIGHTS[:2], anchors)
-    assert len(looks) == 3, "a client is scored once for as long as the method lives"
-    other = SAP(0.5)
-    other.answers = method.answers
-    other.prepare(clients(), WEIGHTS, anchors)
-    assert len(looks) == 3, "methods can share what the anchors said"
+        fresh = SAP(sparsity).merge(unlike_clients(), WEIGHTS, probe())
+        assert relative_gap(prepared.apply(sparsity), fresh) == 0
+    asked.clear()
+    SAP().prepare(unlike_clients()[:2], WEIGHTS[:2], anchors)
+    assert not asked, "a client is scored once for as long as the anchors' probe lives"
 
 
-def test_other_anchors_are_asked_anew():
-    method, (half, other_half) = SAP(0.9), probe().halves()
-    method.merge(clients(), WEIGHTS, half)
-    again = method.merge(clients(), WEIGHTS, other_half)
-    assert relative_gap(again, SAP(0.9).merge(clients(), WEIGHTS, other_half)) == 0
-    assert relative_gap(again, SAP(0.9).merge(clients(), WEIGHTS, half)) > 0
+@pytest.mark.parametrize(
+    "settings",
+    [{"sparsity": 0.5}, {"scope": "layer"}, {"rescale": "none"}, {"rescale_scope": "global"}, {"scale": 1.4}],
+)
+def test_what_does_not_concern_the_scores_asks_nothing_new(settings, asked):
+    anchors, clients = probe(), unlike_clients()
+    plain = SAP().prepare(clients, WEIGHTS, anchors)
+    asked.clear()
+    other = SAP(**settings).prepare(clients, WEIGHTS, anchors)
+    assert not asked, "methods share what the anchors said"
+    assert all(other.answer(one) is plain.answer(one) for one in clients)
+    assert relative_gap(other.apply(), SAP(**settings).merge(clients, WEIGHTS, probe())) == 0
+    assert relative_gap(other.apply(), plain.apply()) > 0
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"space": "factor"},
+        {"space": "singular"},
+        {"reduction": "square"},
+        {"loss": "contrastive"},
+        {"sign_aware": True},
+    ],
+)
+def test_what_concerns_the_scores_is_asked_for_itself(settings, asked):
+    anchors, clients = probe(), unlike_clients()
+    plain = SAP(reduction="mean_then_abs")
+    plain.prepare(clients, WEIGHTS, anchors)
+    other = replace(plain, **settings)
+    merged = other.merge(clients, WEIGHTS, anchors)
+    assert len(asked) == 2 * len(clients)
+    assert relative_gap(merged, other.merge(clients, WEIGHTS, probe())) == 0
+    assert relative_gap(merged, plain.merge(clients, WEIGHTS, anchors)) > 0
+    assert len(asked) == 3 * len(clients), "both are remembered; only the fresh probe was asked"
+
+
+def test_other_anchors_are_asked_anew(asked):
+    anchors, clients = probe(), unlike_clients()
+    half, other_half = anchors.halves()
+    assert half.memory is other_half.memory is anchors.memory
+    first = SAP(0.9).merge(clients, WEIGHTS, half)
+    again = SAP(0.9).merge(clients, WEIGHTS, other_half)
+    assert len(asked) == len(anchors.memory) == 2 * len(clients), "halves share their memory, but not their answers"
+    fresh = [SAP(0.9).merge(clients, WEIGHTS, one) for one in probe().halves()]
+    assert relative_gap(first, fresh[0]) == relative_gap(again, fresh[1]) == 0
+    assert relative_gap(again, first) > 0
+
+
+def test_the_answer_has_the_loss_with_the_whole_adapter():
+    clients = unlike_clients()
+    for loss in ("cosine", "contrastive"):
+        prepared = SAP(loss=loss).prepare(clients, WEIGHTS, probe())
+        expected = [probe().loss(one.layers, loss) for one in clients]
+        assert [prepared.answer(one).loss for one in clients] == pytest.approx(expected, rel=1e-5)
 
 
 def test_the_order_of_clients_matters_to_the_last_bits_only():
-    merged = SAP().merge(clients(), WEIGHTS, probe())
-    turned = SAP().merge(clients()[::-1], WEIGHTS[::-1], probe())
+    merged = SAP().merge(unlike_clients(), WEIGHTS, probe())
+    turned = SAP().merge(unlike_clients()[::-1], WEIGHTS[::-1], probe())
     assert relative_gap(turned, merged) < 1e-6
 
 
 @pytest.mark.parametrize("space", ["factor", "delta", "singular"])
 def test_a_merge_leaves_the_adapters_as_they_were(space):
-    ours = clients()
+    ours = unlike_clients()
     before = [one.sha256 for one in ours]
     SAP(0.9, space).merge(ours, WEIGHTS, probe())
     assert [sha256_of(one.layers) for one in ours] == before
@@ -223,139 +258,3 @@ def test_an_upload_whose_saliency_overflows_is_refused_by_name():
     huge = Adapter("huge", {FC2: layers[FC2]._replace(scale=1e38)}, "0" * 64)
     with pytest.raises(InputError, match="upload 'huge': its saliency on the anchors is not finite"):
         SAP().merge([huge], anchors=probe())
-
-
-# SAPAuto
-
-
-def auto() -> SAPAuto:
-    return SAPAuto(sparsities=[0.0, 0.5, 0.9], spaces=["delta", "factor"], scales=[0.5, 1.0, 1.5])
-
-
-def disagreeing() -> list[Adapter]:
-    """Clients of which the second wants the opposite of the first, but half as much."""
-    first, _, third = clients()
-    layers = {name: layer._replace(B=-layer.B / 2) for name, layer in first.layers.items()}
-    return [first, Adapter("contrary", layers, sha256_of(layers), None), third]
-
-
-@pytest.fixture(scope="module")
-def prepared() -> SAPAuto:
-    method = auto()
-    method.prepare(disagreeing(), WEIGHTS, probe())
-    return method
-
-
-def test_auto_tries_every_space_with_every_sparsity_and_then_the_scales_of_the_best(prepared):
-    tried = [(trial.space, trial.sparsity, trial.scale) for trial in prepared.tried]
-    grid = [(space, sparsity, 1.0) for space in ("delta", "factor") for sparsity in (0.0, 0.5, 0.9)]
-    best = min(prepared.tried[:6], key=lambda trial: trial.loss)
-    assert tried == [*grid, *((best.space, best.sparsity, scale) for scale in (0.5, 1.5))]
-
-
-def test_auto_scores_on_one_half_of_the_anchors_and_judges_on_the_other(prepared):
-    for trial in prepared.tried:
-        scored = SAP(trial.sparsity, trial.space).merge(disagreeing(), WEIGHTS, scoring_half())
-        update = {name: trial.scale * dense(layer) for name, layer in scored.items()}
-        assert trial.loss == pytest.approx(held_out_loss(update), abs=1e-5)
-    assert prepared.chosen.loss == min(trial.loss for trial in prepared.tried)
-
-
-def scoring_half() -> AnchorProbe:
-    """A probe to which every other anchor does not exist."""
-    whole = probe()
-    whole.batches = lambda: [(images(8)[::2], torch.arange(4))]
-    return AnchorProbe(
-        whole.tower, whole.wear, whole.image_features, whole.batches, captions(8)[::2], whole.logit_scale
-    )
-
-
-@torch.no_grad()
-def held_out_loss(update: Mapping[str, Update]) -> float:
-    precise, _ = model_of({})
-    weights = {
-        f"{name}.weight": tower().get_submodule(name).weight.double() + dense(layer).double()
-        for name, layer in update.items()
-    }
-    features = functional_call(precise, weights, (images(8).double()[1::2],)).image_embeds
-    return float((1 - torch.cosine_similarity(features, captions(8).double()[1::2])).mean())
-
-
-def test_the_halves_of_the_anchors_have_no_pair_in_common():
-    for anchors in (2, 7, 8):
-        one, other = probe(anchors).halves()
-        assert sorted([*one.chosen, *other.chosen]) == list(range(anchors))
-
-
-def test_auto_keeps_half_and_lengthens_the_mean_where_the_clients_agree():
-    agreeing = clients()[:1]
-    layers = {name: layer._replace(B=layer.B * 1.5) for name, layer in agreeing[0].layers.items()}
-    agreeing.append(Adapter("more of it", layers, sha256_of(layers), None))
-    method = auto()
-    method.prepare(agreeing, WEIGHTS[:2], probe())
-    assert method.findings["agreement"] == pytest.approx(1)
-    expected = SAP(sparsity=0.5, scale=1.2).merge(agreeing, WEIGHTS[:2], probe())
-    assert relative_gap(method.apply(), {name: dense(update) for name, update in expected.items()}) == 0
-
-
-def test_the_mean_cosine_is_that_of_the_dense_updates():
-    adapters = disagreeing()
-    names = sorted({name for adapter in adapters for name in adapter.layers})
-    deltas = [
-        torch.cat(
-            [(a.layers[n].delta() if n in a.layers else torch.zeros(_shape(n))).double().flatten() for n in names]
-        )
-        for a in adapters
-    ]
-    pairs = [torch.cosine_similarity(deltas[i], deltas[j], dim=0) for i, j in ((0, 1), (0, 2), (1, 2))]
-    assert mean_cosine(adapters) == pytest.approx(float(sum(pairs)) / 3, abs=1e-7)
-    assert mean_cosine(adapters) < 0
-    assert mean_cosine(adapters[:1]) == 0
-
-
-def _shape(name: str) -> tuple[int, ...]:
-    return tuple(tower().get_submodule(name).weight.shape)
-
-
-def test_auto_applies_what_it_chose(prepared):
-    chosen = prepared.chosen
-    scored = SAP(chosen.sparsity, chosen.space).merge(disagreeing(), WEIGHTS, scoring_half())
-    expected = {name: chosen.scale * dense(layer) for name, layer in scored.items()}
-    assert relative_gap(prepared.apply(), expected) < 1e-5
-
-
-def test_auto_s_findings_are_json_and_name_every_trial(prepared):
-    findings = json.loads(json.dumps(prepared.findings))
-    assert findings["chosen"] in findings["tried"]
-    assert len(findings["tried"]) == len(prepared.tried)
-    assert findings["tried"][0].keys() == {"space", "sparsity", "scale", "loss"}
-
-
-def test_the_command_leaves_auto_s_findings_in_the_record(run, finished, tmp_path):
-    run(
-        "merge",
-        "--merge.method=sap_auto",
-        "--merge.method.sparsities=[0.5,0.9]",
-        "--merge.method.spaces=[delta]",
-        "--merge.method.scales=[1.0,2.0]",
-        f"--merge.output={tmp_path / 'out'}",
-        "--uploads",
-        *(str(finished / "uploads" / domain) for domain in ("cartoon", "photo")),
-    )
-    record = json.loads((tmp_path / "out" / "merge.json").read_text())
-    assert len(record["findings"]["tried"]) == 3
-    assert record["findings"]["chosen"]["loss"] == min(trial["loss"] for trial in record["findings"]["tried"])
-    assert record["settings"]["sparsities"] == [0.5, 0.9]
-
-
-def test_auto_needs_two_anchors_and_something_to_try():
-    with pytest.raises(InputError, match="holds out half of the anchors"):
-        auto().prepare(disagreeing(), WEIGHTS, probe(1))
-    auto().prepare(disagreeing(), WEIGHTS, probe(2))
-    with pytest.raises(InputError, match=r"sap_auto looks at anchors; give --anchors\.root"):
-        auto().prepare(disagreeing(), WEIGHTS)
-    for empty in ("sparsities", "spaces", "scales"):
-        with pytest.raises(InputError, match="something to try"):
-            SAPAuto(**{empty: []})
-    with pytest.raises(InputError, match=r"sparsities must lie in \[0, 1\]"):
-        SAPAuto(sparsities=[0.5, 2])

@@ -1,54 +1,48 @@
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
 from copy import deepcopy
+from dataclasses import FrozenInstanceError, replace
 from functools import partial
+from itertools import product
 from typing import Any, NamedTuple
 
 import pytest
 import torch
-from references import REDUCTIONS, TINY_VISION
-from torch import Tensor, nn
+from probes import LOGIT_SCALE, probe, tower
+from references import REDUCTIONS, randn
+from torch import Tensor
 from torch.func import functional_call
 from torch.nn.functional import cosine_similarity, normalize
 from torch.testing import assert_close
 from transformers import CLIPVisionModelWithProjection
 
-from sap_lightning.functional.lora import LoRALayer, Update, dense
+from sap_lightning.functional.lora import LoRALayer, dense
 from sap_lightning.functional.saliency import AnchorLoss, Reduction, saliency
 from sap_lightning.functional.spaces import SPACES, Parameters, Space, SpaceName
+from sap_lightning.models.layers import layer_shapes
 from sap_lightning.models.probe import AnchorProbe
 
-ANCHORS, LOGIT_SCALE = 6, 5.0
+ANCHORS = 6
+IMAGES, CAPTIONS = randn(0, ANCHORS, 3, 16, 16), normalize(randn(1, ANCHORS, 16), dim=1)
 EACH_SPACE = pytest.mark.parametrize("space", list(SPACES))
 EACH_REDUCTION = pytest.mark.parametrize("reduction", list(REDUCTIONS))
 Tower = CLIPVisionModelWithProjection
 Layers = dict[str, LoRALayer]
 
 
-def randn(seed: int, *shape: int) -> Tensor:
-    return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
-
-
-IMAGES, CAPTIONS = randn(0, ANCHORS, 3, 16, 16), normalize(randn(1, ANCHORS, 16), dim=1)
-
-
 @pytest.fixture(scope="module")
 def base() -> Tower:
-    tower = Tower(TINY_VISION).eval().requires_grad_(False)
-    for index, weight in enumerate(tower.parameters()):
-        # Large enough for attention to look somewhere, which CLIP's own initialisation is not.
-        weight.copy_(0.2 * randn(100 + index, *weight.shape) + (1 if weight.ndim == 1 else 0))
-    return tower
+    return tower()
 
 
 @pytest.fixture(scope="module")
-def layers(base: Tower) -> Layers:
+def layers() -> Layers:
     """An adapter on every linear layer: q, k, v, out, fc1, fc2 and the projection."""
-    linears = {name: layer.weight for name, layer in base.named_modules() if isinstance(layer, nn.Linear)}
     return {
-        name: LoRALayer(0.1 * randn(200 + i, 4, weight.shape[1]), 0.1 * randn(300 + i, weight.shape[0], 4), 2.0)
-        for i, (name, weight) in enumerate(linears.items())
+        name: LoRALayer(0.1 * randn(200 + i, 4, d_in), 0.1 * randn(300 + i, d_out, 4), 2.0)
+        for i, (name, (d_out, d_in)) in enumerate(layer_shapes(tower()).items())
     }
 
 
@@ -56,24 +50,8 @@ def batches(sizes: Sequence[int] = (ANCHORS,)) -> list[tuple[Tensor, Tensor]]:
     return list(zip(IMAGES.split(sizes), torch.arange(ANCHORS).split(sizes), strict=True))
 
 
-def probe_of(base: Tower, sizes: Sequence[int] = (ANCHORS,), **parts: Any) -> AnchorProbe:
-    """A probe on a copy of the base."""
-    tower = deepcopy(base)
-
-    def wear(update: Mapping[str, Update]) -> None:
-        tower.load_state_dict(base.state_dict())
-        for name, layer in update.items():
-            tower.get_submodule(name).weight.add_(dense(layer))
-
-    given: dict[str, Any] = {
-        "tower": tower,
-        "wear": wear,
-        "image_features": lambda images: normalize(tower(images).image_embeds, dim=-1),
-        "batches": lambda: batches(sizes),
-        "captions": CAPTIONS,
-        "logit_scale": LOGIT_SCALE,
-    }
-    return AnchorProbe(**given | parts)
+def probe_of(sizes: Sequence[int] = (ANCHORS,), **parts: Any) -> AnchorProbe:
+    return probe(**{"batches": lambda: batches(sizes), "captions": CAPTIONS} | parts)
 
 
 class Scores(NamedTuple):
@@ -150,7 +128,7 @@ def test_scores_are_autograds_on_a_real_tower(
 ) -> None:
     taylor, _ = reference(base, layers, space)
     expected = {name: tuple(map(REDUCTIONS[reduction], terms)) for name, terms in taylor.items()}
-    assert_scores_close(scored(probe_of(base), layers, space, reduction).saliency, expected, rtol=1e-5)
+    assert_scores_close(scored(probe_of(), layers, space, reduction).saliency, expected, rtol=1e-5)
 
 
 @pytest.mark.parametrize("loss", list(LOSSES))
@@ -161,7 +139,7 @@ def test_gradients_are_autograds_of_every_anchor_s_own_loss(
     gradients, losses = reference_gradients(base, layers, "delta", loss)
     reduce = {"mean_then_abs": lambda g: g.mean(0)}.get(reduction, REDUCTIONS[reduction])
     spaces = {name: SPACES["delta"](layer) for name, layer in layers.items()}
-    of, mean = probe_of(base, (4, 2)).gradients(layers, spaces, reduction, loss)
+    of, mean = probe_of((4, 2)).gradients(layers, spaces, reduction, loss)
     assert_scores_close(of, {name: tuple(map(reduce, parameters)) for name, parameters in gradients.items()}, rtol=1e-4)
     assert mean == pytest.approx(float(losses.mean()), rel=1e-5)
 
@@ -170,7 +148,7 @@ def test_gradients_are_at_the_update_that_is_worn_not_at_the_one_that_is_scored(
     spaces = {name: SPACES["delta"](layer) for name, layer in layers.items()}
     nothing = {name: layer._replace(B=torch.zeros_like(layer.B)) for name, layer in layers.items()}
     at_base, losses = reference_gradients(base, nothing, "delta")
-    of, mean = probe_of(base).gradients({}, spaces, "mean_then_abs")
+    of, mean = probe_of().gradients({}, spaces, "mean_then_abs")
     assert_scores_close(of, {name: (terms.mean(0),) for name, (terms,) in at_base.items()}, rtol=1e-4)
     assert mean == pytest.approx(float(losses.mean()), rel=1e-5)
 
@@ -178,21 +156,21 @@ def test_gradients_are_at_the_update_that_is_worn_not_at_the_one_that_is_scored(
 def test_loss_of_the_gradients_is_the_mean_over_all_anchors(base: Tower, layers: Layers) -> None:
     _, losses = reference(base, layers, "delta")
     for sizes in [(ANCHORS,), (5, 1)]:
-        loss = scored(probe_of(base, sizes), layers, "delta", "square").loss
+        loss = scored(probe_of(sizes), layers, "delta", "square").loss
         assert loss == pytest.approx(float(losses.mean()), rel=1e-6)
 
 
 @EACH_SPACE
 @EACH_REDUCTION
 def test_scores_do_not_depend_on_how_the_anchors_are_batched(
-    base: Tower, layers: Layers, space: SpaceName, reduction: Reduction
+    layers: Layers, space: SpaceName, reduction: Reduction
 ) -> None:
-    whole = scored(probe_of(base), layers, space, reduction).saliency
+    whole = scored(probe_of(), layers, space, reduction).saliency
     for sizes in [(1,) * ANCHORS, (4, 2)]:
-        assert_scores_close(scored(probe_of(base, sizes), layers, space, reduction).saliency, whole, rtol=1e-5)
+        assert_scores_close(scored(probe_of(sizes), layers, space, reduction).saliency, whole, rtol=1e-5)
 
 
-def two_processes(base: Tower, ask: Callable[[AnchorProbe], Any]) -> Any:
+def two_processes(ask: Callable[[AnchorProbe], Any]) -> Any:
     """The second one's answer, where each has a share of the anchors and what both have is added up."""
     sent: list[Tensor] = []
 
@@ -201,29 +179,27 @@ def two_processes(base: Tower, ask: Callable[[AnchorProbe], Any]) -> Any:
         return tensor
 
     first, second = batches((4, 2))
-    ask(probe_of(base, batches=lambda: [first], sum_over_processes=send))
-    return ask(probe_of(base, batches=lambda: [second], sum_over_processes=lambda tensor: tensor + sent.pop(0)))
+    ask(probe_of(batches=lambda: [first], sum_over_processes=send))
+    return ask(probe_of(batches=lambda: [second], sum_over_processes=lambda tensor: tensor + sent.pop(0)))
 
 
 @EACH_REDUCTION
-def test_scores_of_two_processes_that_share_the_anchors_are_those_of_one(
-    base: Tower, layers: Layers, reduction: Reduction
-) -> None:
-    together = two_processes(base, lambda probe: scored(probe, layers, "factor", reduction))
-    alone = scored(probe_of(base), layers, "factor", reduction)
+def test_scores_of_two_processes_that_share_the_anchors_are_those_of_one(layers: Layers, reduction: Reduction) -> None:
+    together = two_processes(lambda probe: scored(probe, layers, "factor", reduction))
+    alone = scored(probe_of(), layers, "factor", reduction)
     assert_scores_close(together.saliency, alone.saliency, rtol=1e-5)
     assert together.loss == pytest.approx(alone.loss, rel=1e-6)
 
 
-def test_what_two_processes_see_is_what_one_does(base: Tower, layers: Layers) -> None:
-    alone = probe_of(base)
-    assert_close(two_processes(base, lambda probe: probe.grams(layers)), alone.grams(layers))
-    assert_close(two_processes(base, lambda probe: probe.features(layers)), alone.features(layers))
-    assert two_processes(base, lambda probe: probe.loss(layers)) == pytest.approx(alone.loss(layers), rel=1e-6)
+def test_what_two_processes_see_is_what_one_does(layers: Layers) -> None:
+    alone = probe_of()
+    assert_close(two_processes(lambda probe: probe.grams(layers)), alone.grams(layers))
+    assert_close(two_processes(lambda probe: probe.features(layers)), alone.features(layers))
+    assert two_processes(lambda probe: probe.loss(layers)) == pytest.approx(alone.loss(layers), rel=1e-6)
 
 
-def test_the_same_anchors_give_the_same_bits(base: Tower, layers: Layers) -> None:
-    first, second = (scored(probe_of(base), layers, "delta", "abs_then_mean") for _ in range(2))
+def test_the_same_anchors_give_the_same_bits(layers: Layers) -> None:
+    first, second = (scored(probe_of(), layers, "delta", "abs_then_mean") for _ in range(2))
     assert_close(first.saliency, second.saliency, atol=0, rtol=0)
 
 
@@ -240,55 +216,48 @@ def test_a_question_leaves_no_hooks_and_no_gradients(
     base: Tower, layers: Layers, ask: Callable[[AnchorProbe, Layers], Any]
 ) -> None:
     images, indices = IMAGES.clone(), torch.arange(ANCHORS)
-    probe = probe_of(base, batches=lambda: [(images, indices)])
+    probe = probe_of(batches=lambda: [(images, indices)])
     ask(probe, layers)
-    assert not any(module._forward_hooks for module in probe.tower.modules())
-    assert all(weight.grad is None for weight in probe.tower.parameters())
+    worn_by = probe.patched.model
+    assert not any(module._forward_hooks for module in worn_by.modules())
+    assert all(weight.grad is None for weight in worn_by.parameters())
     assert images.grad is None and not images.requires_grad
-    for name, weight in probe.tower.state_dict().items():
+    for name, weight in worn_by.state_dict().items():
         layer = layers.get(name.removesuffix(".weight"))
         worn = base.state_dict()[name] + (0 if layer is None else layer.delta())
         assert_close(weight, worn, atol=0, rtol=0)
 
 
 @EACH_QUESTION
-def test_hooks_go_even_when_an_anchor_cannot_be_read(
-    base: Tower, layers: Layers, ask: Callable[[AnchorProbe, Layers], Any]
-) -> None:
+def test_hooks_go_even_when_an_anchor_cannot_be_read(layers: Layers, ask: Callable[[AnchorProbe, Layers], Any]) -> None:
     def anchors() -> Iterator[tuple[Tensor, Tensor]]:
         yield from batches()
         raise OSError("unreadable image")
 
-    probe = probe_of(base, batches=anchors)
+    probe = probe_of(batches=anchors)
     with pytest.raises(OSError, match="unreadable"):
         ask(probe, layers)
-    assert not any(module._forward_hooks for module in probe.tower.modules())
+    assert not any(module._forward_hooks for module in probe.patched.model.modules())
 
 
 @EACH_QUESTION
 def test_a_question_may_be_asked_in_inference_mode_as_in_a_trainer_s_validation(
-    base: Tower, layers: Layers, ask: Callable[[AnchorProbe, Layers], Any]
+    layers: Layers, ask: Callable[[AnchorProbe, Layers], Any]
 ) -> None:
-    probe = probe_of(base)
+    probe = probe_of()
     with torch.inference_mode():
         answer = ask(probe, layers)
-    assert_close(answer, ask(probe_of(base), layers))
+    assert_close(answer, ask(probe_of(), layers))
 
 
 @EACH_SPACE
 @EACH_REDUCTION
 def test_scores_in_bfloat16_rank_parameters_as_float32_does(
-    base: Tower, layers: Layers, space: SpaceName, reduction: Reduction
+    layers: Layers, space: SpaceName, reduction: Reduction
 ) -> None:
-    precise = probe_of(base)
-
-    def image_features(images: Tensor) -> Tensor:
-        with torch.autocast("cpu", torch.bfloat16):
-            return precise.image_features(images)
-
-    rough_probe = probe_of(base, tower=precise.tower, wear=precise.wear, image_features=image_features)
-    rough = scored(rough_probe, layers, space, reduction)
-    exact = scored(precise, layers, space, reduction)
+    exact = scored(probe_of(), layers, space, reduction)
+    in_bfloat16 = partial(torch.autocast, "cpu", torch.bfloat16)
+    rough = scored(probe_of(precision=in_bfloat16), layers, space, reduction)
     assert rough.loss == pytest.approx(exact.loss, rel=0.02)
     flat = [torch.cat([s.flatten() for p in scores.saliency.values() for s in p]) for scores in (rough, exact)]
     assert all(tensor.dtype == torch.float32 for tensor in flat)
@@ -329,7 +298,7 @@ def keep_and_call(inputs: dict[str, Tensor], name: str, forward: Callable[[Tenso
 def test_grams_are_the_mean_outer_products_of_every_layer_s_inputs(base: Tower, layers: Layers) -> None:
     expected = reference_grams(base, layers)
     for sizes in [(ANCHORS,), (4, 2), (1,) * ANCHORS]:
-        grams = probe_of(base, sizes).grams(layers)
+        grams = probe_of(sizes).grams(layers)
         assert_scores_close({name: (gram,) for name, gram in grams.items()},
                             {name: (gram,) for name, gram in expected.items()}, rtol=1e-5)  # fmt: skip
 
@@ -337,7 +306,7 @@ def test_grams_are_the_mean_outer_products_of_every_layer_s_inputs(base: Tower, 
 def test_grams_are_of_the_layers_that_the_update_changes_with_the_update_worn(base: Tower, layers: Layers) -> None:
     last = list(layers)[-2:]
     some = {name: layers[name] for name in last}
-    grams, of_all = probe_of(base).grams(some), probe_of(base).grams(layers)
+    grams, of_all = probe_of().grams(some), probe_of().grams(layers)
     assert list(grams) == last
     assert_close(
         grams, {name: gram.float() for name, gram in reference_grams(base, some).items()}, rtol=1e-4, atol=1e-4
@@ -348,9 +317,9 @@ def test_grams_are_of_the_layers_that_the_update_changes_with_the_update_worn(ba
 def test_features_are_normalised_and_in_the_order_of_the_pairs(base: Tower, layers: Layers) -> None:
     order = torch.tensor([3, 0, 5, 1, 4, 2])
     shuffled = list(zip(IMAGES[order].split((4, 2)), order.split((4, 2)), strict=True))
-    for probe in (probe_of(base), probe_of(base, batches=lambda: shuffled)):
-        assert_close(probe.features(layers), reference_features(base, layers).float(), atol=1e-5, rtol=0)
-        assert_close(probe.features({}), reference_features(base, {}).float(), atol=1e-5, rtol=0)
+    for one in (probe_of(), probe_of(batches=lambda: shuffled)):
+        assert_close(one.features(layers), reference_features(base, layers).float(), atol=1e-5, rtol=0)
+        assert_close(one.features({}), reference_features(base, {}).float(), atol=1e-5, rtol=0)
 
 
 @pytest.mark.parametrize("loss", list(LOSSES))
@@ -358,12 +327,12 @@ def test_the_loss_is_its_definition(base: Tower, layers: Layers, loss: AnchorLos
     for update in (layers, {}):
         features = reference_features(base, update)
         expected = sum(float(LOSSES[loss](features[[i]], i)) for i in range(ANCHORS)) / ANCHORS
-        assert probe_of(base).loss(update, loss) == pytest.approx(expected, rel=1e-5)
-        assert probe_of(base, (4, 2)).loss(update, loss) == pytest.approx(expected, rel=1e-5)
+        assert probe_of().loss(update, loss) == pytest.approx(expected, rel=1e-5)
+        assert probe_of((4, 2)).loss(update, loss) == pytest.approx(expected, rel=1e-5)
 
 
-def test_the_loss_is_cosine_unless_it_is_said(base: Tower, layers: Layers) -> None:
-    assert probe_of(base).loss(layers) == probe_of(base).loss(layers, "cosine") != probe_of(base).loss({}, "cosine")
+def test_the_loss_is_cosine_unless_it_is_said(layers: Layers) -> None:
+    assert probe_of().loss(layers) == probe_of().loss(layers, "cosine") != probe_of().loss({}, "cosine")
 
 
 CHOSEN = [1, 4, 5]
@@ -374,7 +343,7 @@ CHOSEN = [1, 4, 5]
 def test_only_the_chosen_pairs_are_looked_at(
     base: Tower, layers: Layers, loss: AnchorLoss, sizes: Sequence[int]
 ) -> None:
-    probe = probe_of(base, sizes, chosen=CHOSEN)
+    probe = probe_of(sizes, chosen=CHOSEN)
     gradients, losses = reference_gradients(base, layers, "delta", loss)
     spaces = {name: SPACES["delta"](layer) for name, layer in layers.items()}
     of, mean = probe.gradients(layers, spaces, "abs_then_mean", loss)
@@ -387,30 +356,96 @@ def test_only_the_chosen_pairs_are_looked_at(
     assert_close(probe.grams(layers), grams, rtol=1e-4, atol=1e-4)
 
 
-def test_halves_are_disjoint_and_together_all(base: Tower, layers: Layers) -> None:
-    probe = probe_of(base, (4, 2))
+@pytest.mark.parametrize("anchors", [2, 7, 8])
+def test_halves_of_any_number_of_pairs_have_none_in_common(anchors: int) -> None:
+    one, other = probe(anchors).halves()
+    assert sorted([*one.pairs, *other.pairs]) == list(range(anchors))
+
+
+def test_halves_are_disjoint_and_together_all(layers: Layers) -> None:
+    whole = probe_of((4, 2))
     for chosen in (None, CHOSEN):
-        one, other = probe_of(base, chosen=chosen).halves()
-        assert not set(one.chosen) & set(other.chosen)
-        assert sorted([*one.chosen, *other.chosen]) == (chosen or list(range(ANCHORS)))
-        assert abs(len(one.chosen) - len(other.chosen)) <= 1
-    one, other = probe.halves()
-    assert one.tower is other.tower is probe.tower
-    assert (one.loss(layers) + other.loss(layers)) / 2 == pytest.approx(probe.loss(layers), rel=1e-6)
+        one, other = probe_of(chosen=chosen).halves()
+        assert not set(one.pairs) & set(other.pairs)
+        assert sorted([*one.pairs, *other.pairs]) == (chosen or list(range(ANCHORS)))
+        assert abs(len(one.pairs) - len(other.pairs)) <= 1
+    one, other = whole.halves()
+    assert one.patched is other.patched is whole.patched
+    assert (one.loss(layers) + other.loss(layers)) / 2 == pytest.approx(whole.loss(layers), rel=1e-6)
     assert one.loss(layers) != other.loss(layers)
 
 
-def test_halves_have_all_captions_as_negatives_and_add_up_over_processes(base: Tower, layers: Layers) -> None:
-    one, other = probe_of(base).halves()
-    whole = probe_of(base).loss(layers, "contrastive")
+def test_halves_have_all_captions_as_negatives_and_add_up_over_processes(layers: Layers) -> None:
+    one, other = probe_of().halves()
+    whole = probe_of().loss(layers, "contrastive")
     assert (one.loss(layers, "contrastive") + other.loss(layers, "contrastive")) / 2 == pytest.approx(whole, rel=1e-5)
-    together = two_processes(base, lambda probe: probe.halves()[0].loss(layers))
+    together = two_processes(lambda probe: probe.halves()[0].loss(layers))
     assert together == pytest.approx(one.loss(layers), rel=1e-6)
 
 
 def test_the_weight_of_a_layer_is_the_one_that_is_worn(base: Tower, layers: Layers) -> None:
-    probe, name = probe_of(base), next(iter(layers))
+    probe, name = probe_of(), next(iter(layers))
     assert_close(probe.weight(name), base.get_submodule(name).weight, atol=0, rtol=0)
-    probe.wear(layers)
+    probe.patched.set_update(layers)
     assert_close(probe.weight(name), base.get_submodule(name).weight + layers[name].delta(), atol=0, rtol=0)
     assert not probe.weight(name).requires_grad
+
+
+def test_a_probe_looks_where_its_captions_are() -> None:
+    assert probe_of().device == CAPTIONS.device
+    assert probe_of(captions=CAPTIONS.to("meta")).device == torch.device("meta")
+
+
+# What is remembered
+
+
+def test_an_answer_is_remembered_by_question_and_adapter() -> None:
+    probe, count = probe_of(), Counter[str]()
+
+    def ask(question: str, adapter: str) -> str:
+        def answer() -> str:
+            count[question + adapter] += 1
+            return f"{question} of {adapter}"
+
+        return probe.recall(question, adapter, answer)
+
+    for _ in range(2):
+        for question, adapter in product(("loss", "saliency"), ("a", "b")):
+            assert ask(question, adapter) == f"{question} of {adapter}"
+    assert set(count.values()) == {1} and len(count) == 4
+
+
+def test_a_probe_is_frozen_and_goes_on_with_the_memory_it_is_given() -> None:
+    first = probe_of()
+    first.recall("loss", "a", lambda: 1.0)
+    again = probe_of(memory=first.memory)
+    assert again.recall("loss", "a", lambda: 2.0) == 1.0
+    assert probe_of().recall("loss", "a", lambda: 2.0) == 2.0, "a probe of its own starts with nothing"
+    with pytest.raises(FrozenInstanceError):
+        first.memory = {}  # type: ignore[misc]
+
+
+OTHERS: dict[str, dict[str, Any]] = {
+    "captions": {"captions": CAPTIONS.flip(0)},
+    "images": {"images": "a digest of other images"},
+    "pairs": {"chosen": [0, 2]},
+}
+
+
+@pytest.mark.parametrize("other", OTHERS)
+def test_other_anchors_are_told_apart_though_they_share_a_memory(other: str) -> None:
+    first = probe_of()
+    second = replace(first, **OTHERS[other])
+    assert first.fingerprint != second.fingerprint and second.memory is first.memory
+    assert first.recall("loss", "a", lambda: 1.0) != second.recall("loss", "a", lambda: 2.0)
+    assert probe_of().fingerprint == first.fingerprint, "the same anchors are the same"
+    assert probe_of(chosen=range(ANCHORS)).fingerprint == first.fingerprint, "all pairs are all pairs"
+
+
+def test_halves_share_the_memory_but_not_the_answers() -> None:
+    whole = probe_of()
+    one, other = whole.halves()
+    assert one.memory is other.memory is whole.memory
+    for number, half in enumerate((one, other, whole)):
+        half.recall("loss", "a", partial(float, number))
+    assert [half.recall("loss", "a", lambda: -1.0) for half in (*whole.halves(), whole)] == [0.0, 1.0, 2.0]

@@ -1,9 +1,9 @@
 from __future__ import annotations
 
-import lightning as L
 import pytest
 import torch
 from places import SHAPES_CLIP
+from references import quiet_trainer, randn
 from torch.utils.data import DataLoader, TensorDataset
 from transformers import AutoTokenizer, CLIPModel
 
@@ -27,10 +27,7 @@ def measured(answers: list[int], labels: list[int]) -> dict[str, float]:
     module = Answers()
     module.use_classes(CLASSES, torch.zeros(3, 1))
     data = TensorDataset(torch.eye(3)[answers], torch.tensor(labels))
-    trainer = L.Trainer(
-        accelerator="cpu", logger=False, enable_progress_bar=False, enable_checkpointing=False, devices=1
-    )
-    (metrics,) = trainer.test(module, DataLoader(data, batch_size=4), verbose=False)
+    (metrics,) = quiet_trainer().test(module, DataLoader(data, batch_size=4), verbose=False)
     return dict(metrics)
 
 
@@ -40,7 +37,7 @@ def test_zero_shot_logits_are_clip_s_own() -> None:
     classifier = CLIPClassifier()
     classifier.tower, classifier.logit_scale = base.tower, base.logit_scale
     classifier.use_classes(CLASSES, base.texts.class_features(CLASSES, ["a photo of a {}."]))
-    images = torch.randn(5, 3, 64, 64, generator=torch.Generator().manual_seed(0))
+    images = randn(0, 5, 3, 64, 64)
     prompts = [f"a photo of a {name}." for name in CLASSES]
     tokens = AutoTokenizer.from_pretrained(SHAPES_CLIP)(prompts, padding=True, return_tensors="pt")
     expected = CLIPModel.from_pretrained(SHAPES_CLIP).eval()(pixel_values=images, **tokens).logits_per_image
@@ -50,7 +47,7 @@ def test_zero_shot_logits_are_clip_s_own() -> None:
 def test_image_features_have_length_one() -> None:
     classifier = CLIPClassifier()
     classifier.tower = load_base(SHAPES_CLIP).tower
-    images = torch.randn(5, 3, 64, 64, generator=torch.Generator().manual_seed(0))
+    images = randn(0, 5, 3, 64, 64)
     torch.testing.assert_close(classifier.image_features(images).norm(dim=1), torch.ones(5))
 
 

@@ -14,6 +14,7 @@ import pytest
 import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
 from places import SHAPES_CLIP
+from references import quiet_trainer
 from safetensors.torch import load_file
 from torch.testing import assert_close
 
@@ -35,28 +36,15 @@ def data(world: Path) -> DomainDataModule:
     return DomainDataModule(str(world / "domains"), "photo", base=SHAPES_CLIP, batch_size=16, cache=False)
 
 
-def trainer(**options: Any) -> L.Trainer:
-    quiet: dict[str, Any] = {
-        "accelerator": "cpu",
-        "devices": 1,
-        "logger": False,
-        "enable_checkpointing": False,
-        "enable_progress_bar": False,
-        "enable_model_summary": False,
-        "num_sanity_val_steps": 0,
-    }
-    return L.Trainer(**quiet | options)
-
-
 def untrained(data: DomainDataModule, **settings: Any) -> CLIPLoRAModule:
     module = CLIPLoRAModule(SHAPES_CLIP, **settings)
-    trainer(limit_val_batches=1).validate(module, data, verbose=False)
+    quiet_trainer(limit_val_batches=1).validate(module, data, verbose=False)
     return module
 
 
 def trained(data: DomainDataModule, epochs: int = 1, **settings: Any) -> CLIPLoRAModule:
     module = CLIPLoRAModule(SHAPES_CLIP, **settings)
-    trainer(max_epochs=epochs).fit(module, datamodule=data)
+    quiet_trainer(max_epochs=epochs).fit(module, datamodule=data)
     return module
 
 
@@ -82,7 +70,7 @@ def test_an_untrained_adapter_changes_nothing(data):
 
 def test_making_the_adapter_leaves_the_random_state_alone(data):
     module = CLIPLoRAModule(SHAPES_CLIP)
-    module.trainer = trainer()
+    module.trainer = quiet_trainer()
     module.trainer.datamodule = data  # type: ignore[attr-defined]
     torch.manual_seed(5)
     before = torch.get_rng_state()
@@ -142,7 +130,7 @@ def test_training_teaches_names_that_are_not_the_base_s(world, tmp_path):
     data = DomainDataModule(str(tmp_path), "photo", base=SHAPES_CLIP, augment=False, cache=False)
     seen = Losses()
     module = CLIPLoRAModule(SHAPES_CLIP, learning_rate=0.01)
-    trainer(max_epochs=12, limit_val_batches=0, callbacks=[seen]).fit(module, datamodule=data)
+    quiet_trainer(seen, max_epochs=12, limit_val_batches=0).fit(module, datamodule=data)
     assert seen.epochs[-1] < 0.5 * seen.epochs[0], seen.epochs
 
 
@@ -156,7 +144,7 @@ class Rates(L.Callback):
 
 def test_the_learning_rate_rises_and_falls_as_a_cosine_to_nothing(data):
     seen = Rates()
-    runner = trainer(max_epochs=5, limit_val_batches=0, callbacks=[seen])
+    runner = quiet_trainer(seen, max_epochs=5, limit_val_batches=0)
     runner.fit(CLIPLoRAModule(SHAPES_CLIP, learning_rate=0.01, warmup=0.2, rank=1), datamodule=data)
     rising = [0, 0.005]
     falling = [0.005 * (1 + math.cos(math.pi * step / 8)) for step in range(8)]
@@ -178,7 +166,7 @@ class FirstBatch(L.Callback):
 @pytest.mark.parametrize("smoothing", [0.0, 0.3])
 def test_the_loss_is_cross_entropy_with_smoothed_labels(data, smoothing):
     first = FirstBatch()
-    runner = trainer(max_epochs=1, limit_train_batches=1, limit_val_batches=0, callbacks=[first])
+    runner = quiet_trainer(first, max_epochs=1, limit_train_batches=1, limit_val_batches=0)
     runner.fit(CLIPLoRAModule(SHAPES_CLIP, label_smoothing=smoothing), datamodule=data)
     log_probabilities = first.logits.double().log_softmax(1)
     target = torch.eye(8, dtype=torch.float64)[first.labels] * (1 - smoothing) + smoothing / 8
@@ -190,11 +178,11 @@ def test_the_loss_is_cross_entropy_with_smoothed_labels(data, smoothing):
 def test_resumed_after_an_epoch_with_dropout_it_ends_in_the_same_bits(data, tmp_path):
     each_epoch = ModelCheckpoint(tmp_path, filename="{epoch}", save_top_k=-1)
     whole = CLIPLoRAModule(SHAPES_CLIP, dropout=0.5)
-    trainer(max_epochs=2, enable_checkpointing=True, callbacks=[each_epoch]).fit(whole, datamodule=data)
+    quiet_trainer(each_epoch, max_epochs=2, enable_checkpointing=True).fit(whole, datamodule=data)
     torch.manual_seed(99)
     resumed = CLIPLoRAModule(SHAPES_CLIP, dropout=0.5)
     first_epoch = tmp_path / "epoch=0.ckpt"
-    trainer(max_epochs=2).fit(resumed, datamodule=data, ckpt_path=first_epoch, weights_only=True)
+    quiet_trainer(max_epochs=2).fit(resumed, datamodule=data, ckpt_path=first_epoch, weights_only=True)
     assert_same_adapter(resumed.layers(), whole.layers())
 
 

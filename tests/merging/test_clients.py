@@ -1,0 +1,74 @@
+"""The clients' layers and shares, as merge methods see them."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from adapters import adapter_of
+from probes import FC2, PROJECTION, Q, random_adapter, random_layer
+
+from sap_lightning.errors import InputError
+from sap_lightning.io.adapter import Adapter, read_adapter, write_adapter
+from sap_lightning.merging.clients import ClientLayers, client_layers, client_weights, layer_names, layers_named
+
+
+def unlike_clients() -> list[Adapter]:
+    """Three clients none of which has every layer."""
+    return [random_adapter(1, (Q,)), random_adapter(2, (Q, FC2)), random_adapter(3, (FC2,))]
+
+
+def test_a_layer_that_a_client_lacks_is_an_update_of_rank_0():
+    clients = unlike_clients()
+    layers = ClientLayers(clients, FC2)
+    assert len(layers) == 3
+    assert [layer.rank for layer in layers] == [0, 3, 3]
+    assert {layer.shape for layer in layers} == {(32, 64)}
+    assert not layers[0].delta().any()
+    assert [layer.rank for layer in layers[:2]] == [0, 3]
+    assert torch.equal(layers[-1].A, clients[2].layers[FC2].A)
+    with pytest.raises(IndexError):
+        layers[3]
+
+
+def test_the_layers_are_those_that_some_client_adapts_in_order():
+    clients = unlike_clients()
+    assert layer_names(clients) == list(client_layers(clients)) == sorted([Q, FC2])
+    assert all(layers.name == name for name, layers in client_layers(clients).items())
+    assert layer_names([]) == []
+
+
+def test_layers_of_clients_stay_on_disk_until_they_are_looked_at(tmp_path):
+    folder = write_adapter(tmp_path / "client", {"fc": random_layer(0, (4, 6))}, "some/base")
+    layers = ClientLayers([read_adapter(folder)], "fc")
+    (folder / "adapter_model.safetensors").unlink()
+    with pytest.raises(InputError, match=r"adapter_model\.safetensors"):
+        layers[0]
+
+
+def test_layers_are_named_as_far_as_the_adapter_has_them():
+    one = random_adapter(1, (Q, FC2))
+    assert layers_named(one, None) == one.layers
+    named = layers_named(one, [PROJECTION, FC2])
+    assert list(named) == [FC2]
+    assert torch.equal(named[FC2].A, one.layers[FC2].A)
+    assert list(layers_named(one, [Q, FC2])) == [Q, FC2]
+    assert layers_named(one, ()) == {}
+
+
+@pytest.mark.parametrize("count", [1, 3])
+def test_clients_count_alike_unless_it_is_said(count):
+    clients = [random_adapter(seed, samples=10 * seed) for seed in range(1, count + 1)]
+    assert client_weights(clients) == client_weights(clients, "uniform") == [1 / count] * count
+
+
+def test_clients_count_by_their_images():
+    clients = [random_adapter(seed, samples=samples) for seed, samples in enumerate((30, 10, 60))]
+    assert client_weights(clients, "samples") == [0.3, 0.1, 0.6]
+    assert client_weights(clients[:1], "samples") == [1.0]
+
+
+def test_a_client_that_does_not_say_its_images_is_refused_by_name():
+    silent = adapter_of(random_adapter(2).layers, "silent")
+    with pytest.raises(InputError, match="upload 'silent' has no manifest that says its number of samples"):
+        client_weights([random_adapter(1, samples=5), silent], "samples")
+    assert client_weights([random_adapter(1, samples=5), silent]) == [0.5, 0.5]

@@ -1,0 +1,46 @@
+"""The checks of settings, and what they say."""
+
+from __future__ import annotations
+
+import pytest
+
+from sap_lightning.errors import InputError, check_at_least, check_positive, check_share, first_line
+
+
+def test_a_share_in_per_cent_is_told_how_to_write_it():
+    with pytest.raises(InputError, match=r"merge\.method\.drop must lie in \[0, 1\], got 95; 95 % is 0\.95$"):
+        check_share("merge.method.drop", 95)
+
+
+@pytest.mark.parametrize("value", [-0.1, 1.1, float("nan")])
+def test_what_is_no_share_is_refused_by_name(value):
+    with pytest.raises(InputError, match=r"merge\.method\.drop must lie in \[0, 1\]"):
+        check_share("merge.method.drop", value)
+    assert check_share("merge.method.drop", 1) == 1
+
+
+@pytest.mark.parametrize("value", [0.0, -1.0, float("nan"), float("inf")])
+def test_what_is_not_above_0_or_not_finite_is_refused_by_name(value):
+    with pytest.raises(InputError, match=r"merge\.method\.scale must be above 0"):
+        check_positive("merge.method.scale", value)
+    check_positive("merge.method.scale", 0.1)
+
+
+@pytest.mark.parametrize("value", [0, float("nan")])
+def test_what_is_below_the_least_is_refused_by_name(value):
+    with pytest.raises(InputError, match=r"merge\.method\.sweeps must be at least 1"):
+        check_at_least("merge.method.sweeps", value, 1)
+    check_at_least("merge.method.sweeps", 1, 1)
+
+
+@pytest.mark.parametrize(
+    ("error", "line"),
+    [
+        (ValueError("one\ntwo"), "one"),
+        (ValueError("  \n one"), "one"),
+        (KeyError(), "KeyError"),
+        (OSError(""), "OSError"),
+    ],
+)
+def test_of_a_library_s_error_the_first_line_is_said_or_its_name(error, line):
+    assert first_line(error) == line
