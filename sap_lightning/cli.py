@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -118,6 +119,9 @@ class CommandParser(LightningArgumentParser):
         super().__init__(*args, **kwargs)
         self.command = command
 
+    def format_usage(self, *args: Any) -> str:
+        return f"usage: {self.prog} [--help] [--config FILE] [options]\n"
+
     def format_help(self, *args: Any) -> str:
         if self.command is None:  # jsonargparse makes more of this class, of a merge method's settings
             return str(super().format_help(*args))
@@ -139,8 +143,8 @@ class CommandParser(LightningArgumentParser):
 class SapCLI(LightningCLI):
     """LightningCLI with the groups anchors, prune, merge and federation beside model, data and trainer.
 
-    All commands read the same config file; what a command does not use of it is passed over. On the command line an
-    option that the command would ignore is refused.
+    All commands read the same config file; what a command does not use of the groups of configs/pacs.yaml is passed
+    over. On the command line an option that the command would ignore is refused.
 
     Args:
         command: one of those in ``ALL``.
@@ -149,6 +153,7 @@ class SapCLI(LightningCLI):
 
     Attributes:
         merge: the server's module; it merges by SAP, as the group prune says, where no method is named.
+        uploads: what ``--uploads`` names.
 
     Raises:
         InputError: for an option of other commands, a faulty setting, or settings of SAP in merge.method beside those
@@ -159,6 +164,7 @@ class SapCLI(LightningCLI):
 
     def __init__(self, command: str, args: Sequence[str], description: str | None = None) -> None:
         self.command = command
+        self.line = list(args)
         refuse_others(command, args)
         super().__init__(
             CLIPLoRAModule,
@@ -175,6 +181,7 @@ class SapCLI(LightningCLI):
 
     def init_parser(self, **kwargs: Any) -> LightningArgumentParser:
         parser = CommandParser(command=self.command, **kwargs)
+        parser.allow_abbrev = False  # what a short form stands for is not looked up in TAKEN_BY
         parser.add_argument("-c", "--config", action=ActionConfigFile, help="configuration file, or several in turn")
         return parser
 
@@ -204,6 +211,8 @@ class SapCLI(LightningCLI):
         try:
             super().instantiate_classes()
             self.merge = self._merge_module()
+            given = self.config.get("uploads") or []
+            self.uploads: list[str] = [given] if isinstance(given, str) else list(given)
         except ValueError as error:
             if isinstance(error.__cause__, InputError):
                 raise error.__cause__ from None
@@ -212,14 +221,33 @@ class SapCLI(LightningCLI):
     def _merge_module(self) -> MergeModule:
         settings = {name: value for name, value in self.config_init.merge.items() if name not in MERGE_COMMAND}
         method = settings.pop("method")
-        if isinstance(method, SAP):
+        if isinstance(method, SAP) and self.command in TAKEN_BY["merge.method"]:
             raise InputError(
                 "merge.method: the settings of sap have their place in the group prune, such as --prune.sparsity; name"
                 " it --merge.method sap, or leave it out"
             )
         if method in (None, SAP.name):
             method = self.config_init.prune
+        elif given := self._given("prune"):
+            raise InputError(f"{given}: merge.method is not sap, so nothing would use it; leave one of them out")
         return MergeModule(self.model.base, self.model.templates, method, **settings)
+
+    def _given(self, group: str) -> str | None:
+        """The first option of a group that stands on the command line."""
+        return next((arg.partition("=")[0] for arg in self.line if re.match(rf"--{group}[.=]|--{group}$", arg)), None)
+
+    def check_sweep(self, sweep: Sweep) -> None:
+        """Finds settings that a sweep would ignore.
+
+        Raises:
+            InputError: naming the first of them.
+        """
+        refuse_others("sweep", [f"--{name}" for name in sweep.over])
+        varied = next((f"sweep.over.{name}" for name in sweep.over if name.split(".")[0] == "prune"), None)
+        if SAP.name not in sweep.methods and (given := self._given("prune") or varied):
+            raise InputError(
+                f"{given}: sweep.methods does not name sap, so nothing would use it; leave one of them out"
+            )
 
     def make_trainer(self, callbacks: Sequence[L.Callback] = (), **overrides: Any) -> L.Trainer:
         """A Trainer as configured, with these callbacks besides the configured ones and these overrides."""
@@ -292,7 +320,7 @@ def nested(settings: Mapping[str, Any]) -> dict[str, Any]:
         inner = config
         for group in groups:
             inner = inner.setdefault(group, {})
-        inner[last] = value
+        inner[last] = copy.deepcopy(value)
     return config
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, cast
 
@@ -17,15 +18,15 @@ from sap_lightning.data.folder import ImageFolderDataModule
 from sap_lightning.errors import InputError
 from sap_lightning.federation.client import UNTRAINED, train_client
 from sap_lightning.federation.one_shot import OneShotFederation, chosen_domains, server_logger
-from sap_lightning.federation.run_folder import SERVER_SETTINGS, RunFolder, hold_to
+from sap_lightning.federation.run_folder import SERVER_SETTINGS, RunFolder, require_settings
 from sap_lightning.federation.sweep import SEED, check, folder_of, measure
-from sap_lightning.files import held, refuse_existing, write_csv, write_text
+from sap_lightning.files import locked, refuse_existing, write_csv, write_text
 from sap_lightning.merging.merged import Merged, push_to_hub
 from sap_lightning.merging.selection import check_rejection
 from sap_lightning.modules.merge import MergeModule
 from sap_lightning.reporting.layers import report_table
 from sap_lightning.reporting.show import show
-from sap_lightning.results import Results
+from sap_lightning.results import Results, refuse_earlier
 
 MODEL_CONFIG_FILE = "config.json"
 
@@ -33,7 +34,8 @@ MODEL_CONFIG_FILE = "config.json"
 def fit(args: Sequence[str]) -> None:
     """Train a client on each domain, merge for every unseen domain, and evaluate. Continues an interrupted run."""
     cli = SapCLI("fit", args, fit.__doc__)
-    with held(cli.config_init.federation.run_dir):
+    refuse_earlier(Path(cli.config_init.federation.run_dir))
+    with locked(cli.config_init.federation.run_dir):
         federation = cli.federation()
         federation.run()
         show(federation, federation.comparable())
@@ -42,39 +44,43 @@ def fit(args: Sequence[str]) -> None:
 def sweep(args: Sequence[str]) -> None:
     """Measure merge methods over sparsities, seeds, unseen domains and settings. Continues an interrupted sweep."""
     cli = SapCLI("sweep", args, sweep.__doc__)
-    plan, run_dir = cli.config_init.sweep, Path(cli.config_init.federation.run_dir)
+    wanted, run_dir = cli.config_init.sweep, Path(cli.config_init.federation.run_dir)
     if cli.config_init.merge.method is not None:
         raise InputError("merge.method is for fit and merge; name methods in sweep.methods")
     if cli.config_init.federation.unseen is not None:
         raise InputError("federation.unseen is for fit; name domains in sweep.unseen")
-    results = Results(run_dir)
+    cli.check_sweep(wanted)
 
-    def federation_of(seed: int, variant: Mapping[str, Any]) -> OneShotFederation:
+    def federation_of(seed: int, variant: Mapping[str, Any], results: Results) -> OneShotFederation:
         one = cli.varied({SEED: seed, **variant})
-        unseen = None if plan.unseen == "all" else chosen_domains("sweep.unseen", plan.unseen, one.datamodule.domains)
+        unseen = (
+            None if wanted.unseen == "all" else chosen_domains("sweep.unseen", wanted.unseen, one.datamodule.domains)
+        )
         return one.federation(
             run_dir=str(folder_of(run_dir, seed, variant)),
             unseen=unseen,
-            plan=plan.of(variant, one.config_init.prune),
+            plan=wanted.plan_of(variant, one.config_init.prune),
             results=results,
             free_settings=SERVER_SETTINGS,
         )
 
-    check(plan, federation_of)
-    with held(run_dir):
+    check(wanted, partial(federation_of, results=Results(run_dir)))
+    with locked(run_dir):
+        results = Results(run_dir)  # anew, as another command may have written until now
         write_text(run_dir / "sweep.yaml", yaml.safe_dump(cli.settings(), sort_keys=False, allow_unicode=True))
-        first, wanted = measure(plan, federation_of)
-        show(first, results.only(wanted))
+        first, points = measure(wanted, partial(federation_of, results=results))
+        show(first, results.only(points))
 
 
 def client(args: Sequence[str]) -> None:
     """Train one client (--data.domain) at its own site and write its upload to <federation.run_dir>/uploads."""
     cli = SapCLI("client", args, client.__doc__)
     folder, domain = RunFolder(cli.config_init.federation.run_dir), cli.datamodule.domain
+    refuse_earlier(folder.path)
     if (folder.path / "config.yaml").is_file():
-        hold_to(folder.path, cli.settings())
+        require_settings(folder.path, cli.settings())
     if domain is not None:
-        hold_to(folder.client(domain), cli.settings())
+        require_settings(folder.client(domain), cli.settings())
     upload = train_client(cli.model, cli.datamodule, folder, cli.make_trainer, f"client {domain}")
     rank_zero_only(print)(f"Upload: {upload}")
 
@@ -83,13 +89,13 @@ def merge(args: Sequence[str]) -> None:
     """Prune and merge uploads (--uploads DIR [DIR ...]) on the server and write the result to --merge.output."""
     cli = SapCLI("merge", args, merge.__doc__)
     options, module = cli.config_init.merge, cli.merge
-    if not cli.config_init.uploads:
+    if not cli.uploads:
         raise InputError("--uploads is not set; name the folders that clients sent")
     if options.output is None:
         raise InputError("merge.output is not set; name a new folder for the merged model")
     refuse_existing(options.output)
     module.require_towers()
-    module.use(module.read_uploads(cli.config_init.uploads))
+    module.use(module.read_uploads(cli.uploads))
     if module.reject_outliers:
         check_rejection(len(module.adapters))
     metrics = _merge_on_anchors(cli) if module.looks_at_anchors else {}
@@ -143,7 +149,7 @@ def predict(args: Sequence[str]) -> None:
 
 def _model(cli: SapCLI) -> MergeModule:
     """The base, or what --uploads names: an upload, a merged adapter or a merged model."""
-    uploads, base, templates = cli.config_init.uploads, cli.model.base, cli.model.templates
+    uploads, base, templates = cli.uploads, cli.model.base, cli.model.templates
     if len(uploads) > 1:
         raise InputError(f"--uploads: {cli.command} takes one, got {len(uploads)}; merge them first")
     if uploads and (Path(uploads[0]) / MODEL_CONFIG_FILE).is_file():

@@ -17,12 +17,11 @@ def first_line(error: Exception) -> str:
     return next(iter(str(error).strip().splitlines()), type(error).__name__)
 
 
-def check_share(name: str, value: float) -> float:
-    """A number in [0, 1], or an InputError that names the setting."""
+def check_share(name: str, value: float) -> None:
+    """Raises an InputError that names the setting when it does not lie in [0, 1]."""
     if not 0 <= value <= 1:
         hint = f"; {value:g} % is {value / 100:g}" if 10 <= value <= 100 else ""
         raise InputError(f"{name} must lie in [0, 1], got {value}{hint}")
-    return value
 
 
 def check_at_least(name: str, value: float, least: float) -> None:

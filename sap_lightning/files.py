@@ -31,7 +31,7 @@ def refuse_existing(folder: str | Path) -> None:
 
 
 @contextmanager
-def held(folder: str | Path) -> Iterator[None]:
+def locked(folder: str | Path) -> Iterator[None]:
     """Keeps other commands from writing to a folder; of several processes of one command the first one holds it.
 
     Raises:

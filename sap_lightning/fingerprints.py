@@ -30,16 +30,16 @@ def config_hash(config: Mapping[str, Any]) -> str:
 
 def fingerprint(module: nn.Module) -> str:
     """sha256 over the sorted names, shapes and float32 values of a module's state dict."""
-    digest = hashlib.sha256()
+    hashed = hashlib.sha256()
     for name, tensor in sorted(module.state_dict().items()):
-        hash_tensor(digest, name, tensor)
-    return digest.hexdigest()
+        hash_tensor(hashed, name, tensor)
+    return hashed.hexdigest()
 
 
-def hash_tensor(digest: Any, name: str, tensor: Tensor) -> None:
+def hash_tensor(hashed: Any, name: str, tensor: Tensor) -> None:
     """Takes a tensor's name, shape and float32 values into a hash."""
-    digest.update(f"{name}\0{tuple(tensor.shape)}\0".encode())
-    digest.update(tensor.detach().cpu().float().numpy().tobytes())
+    hashed.update(f"{name}\0{tuple(tensor.shape)}\0".encode())
+    hashed.update(tensor.detach().cpu().float().numpy().tobytes())
 
 
 def file_fingerprint(files: Sequence[Path | str]) -> str:

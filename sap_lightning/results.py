@@ -137,31 +137,33 @@ class Results:
         self.file = folder / "results.jsonl"
         self.csv = folder / "results.csv"
         refuse_earlier(folder)
-        written = self.file.read_text(encoding="utf-8") if self.file.is_file() else ""
-        lines, self._cut = written.rpartition("\n")[0], not written.endswith("\n") and bool(written)
-        self.rows: list[Result] = []
+        written = self.file.read_bytes() if self.file.is_file() else b""
+        lines, _, cut = written.rpartition(b"\n")
+        self._cut = bool(cut)
+        self._known: dict[tuple[Place, str], Result] = {}
         for row in _read(self.file, lines):
             self._take(row)
         self._correct: dict[str, Tensor] = {}
 
+    @property
+    def rows(self) -> list[Result]:
+        """All points, in the order of measurement."""
+        return list(self._known.values())
+
     def has(self, point: Result) -> bool:
         """Whether this very point is known."""
-        return any(row.key == point.key for row in self._of_measurement(point.measurement))
+        return point.key in self._known and self._predictions_file(point.measurement).is_file()
 
     def measured(self, measurement: str) -> Result | None:
         """A result of the same model on the same images, whatever it was called there."""
-        return next(iter(self._of_measurement(measurement)), None)
-
-    def _of_measurement(self, measurement: str) -> list[Result]:
         if not self._predictions_file(measurement).is_file():
-            return []
-        return [row for row in self.rows if row.measurement == measurement]
+            return None
+        return next((row for row in self._known.values() if row.measurement == measurement), None)
 
     def only(self, points: Iterable[Result]) -> Results:
         """What is known of these points alone, in this order, to be tabulated; what is on disk stays as it is."""
-        known = {row.key: row for row in self.rows}
         part = copy.copy(self)
-        part.rows = [known[point.key] for point in points]
+        part._known = {point.key: self._known[point.key] for point in points}
         return part
 
     def add(self, result: Result) -> None:
@@ -170,7 +172,8 @@ class Results:
         self._append(result)
 
     def _take(self, result: Result) -> None:
-        self.rows = [row for row in self.rows if row.key != result.key] + [result]
+        self._known.pop(result.key, None)
+        self._known[result.key] = result
 
     @rank_zero_only
     def _append(self, result: Result) -> None:
@@ -223,14 +226,19 @@ class Results:
 def refuse_earlier(folder: Path) -> None:
     """Raises InputError when a run folder was written by a version before 0.2, whose settings and results differ."""
     if (folder / EARLIER_FILE).exists():
-        raise InputError(
-            f"{folder}: was written by a version before 0.2, whose {EARLIER_FILE} is not read any more; use another"
-            " --federation.run_dir (with a copy of its uploads in it, no client is trained again), or version 0.1"
-        )
+        raise earlier_version(folder)
 
 
-def _read(file: Path, lines: str) -> Iterable[Result]:
-    for number, line in enumerate(lines.split("\n") if lines else (), start=1):
+def earlier_version(folder: Path) -> InputError:
+    """The error for a run folder of a version before 0.2."""
+    return InputError(
+        f"{folder}: was written by a version before 0.2, whose settings and results are not read any more; use another"
+        " --federation.run_dir (with a copy of its uploads in it, no client is trained again), or version 0.1"
+    )
+
+
+def _read(file: Path, lines: bytes) -> Iterable[Result]:
+    for number, line in enumerate(lines.split(b"\n") if lines else (), start=1):
         try:
             yield Result(**json.loads(line))
         except (ValueError, TypeError) as error:

@@ -222,7 +222,7 @@ def test_a_merge_method_s_settings_are_options_of_their_own(parsed, name, settin
     other = default[:1] if isinstance(default, list) else default / 2 if isinstance(default, float) else default
     fit = parsed(f"--merge.method={name}", f"--merge.method.{setting}={json.dumps(other)}")
     assert fit.settings()["merge"]["method"]["init_args"] == methods_settings(METHODS[name]) | {setting: other}
-    assert getattr(fit.merge.method, setting) == other
+    assert fit.merge.method.settings[setting] == other
 
 
 def test_every_setting_of_a_merge_method_reaches_it(parsed):
@@ -259,6 +259,50 @@ def test_settings_of_sap_stand_in_the_group_prune_alone(run, tmp_path, command, 
     with pytest.raises(InputError, match=r"merge\.method: the settings of sap have their place in the group prune"):
         run(command, *line, f"--federation.run_dir={tmp_path / 'run'}", *rest)
     assert not list(tmp_path.glob("run/*"))
+
+
+@pytest.mark.parametrize("command", ["fit", "merge"])
+@pytest.mark.parametrize("name", ["ties", "sap_auto"])
+def test_settings_of_the_group_prune_beside_another_method_are_refused(run, tmp_path, command, name):
+    rest = ["--uploads", "/nowhere"] if command == "merge" else []
+    with pytest.raises(InputError, match=r"--prune\.sparsity: merge\.method is not sap, so nothing would use it"):
+        run(command, f"--merge.method={name}", "--prune.sparsity=0.95", f"--federation.run_dir={tmp_path}/run", *rest)
+
+
+@pytest.mark.parametrize("line", [["--prune.space=factor"], ["--sweep.over", "{prune.space: [factor, delta]}"]])
+def test_settings_of_the_group_prune_in_a_sweep_without_sap_are_refused(run, tmp_path, line):
+    with pytest.raises(InputError, match=r"prune\.space: sweep\.methods does not name sap"):
+        run("sweep", "--sweep.methods=[average,ties]", *line, f"--federation.run_dir={tmp_path}/run")
+
+
+@pytest.mark.parametrize("name", ["merge.rank", "data.domain", "trainer.enable_checkpointing"])
+def test_what_a_sweep_would_ignore_cannot_be_gone_through(run, tmp_path, name):
+    with pytest.raises(InputError, match=rf"--{re.escape(name)}: sweep would ignore it"):
+        run("sweep", "--sweep.over", f"{{{name}: [1, 2]}}", f"--federation.run_dir={tmp_path}/run")
+
+
+@pytest.mark.parametrize("line", ["--merge.meth=ties", "--prune.spars=0.5", "--seed=3"])
+def test_an_abbreviated_option_is_not_guessed(parsed, capsys, line):
+    with pytest.raises(SystemExit) as end:
+        parsed(line)
+    assert end.value.code == 2
+    shown = capsys.readouterr().err
+    assert line.partition("=")[0] in shown and len(shown.splitlines()) < 8, "an error is no page of usage"
+
+
+def test_what_a_command_does_not_use_of_a_config_file_is_not_judged(parsed, tmp_path):
+    (tmp_path / "sap.yaml").write_text("merge: {method: {class_path: sap_lightning.merging.SAP}}")
+    assert cli.SapCLI("test", [f"--config={tmp_path / 'sap.yaml'}"]).uploads == []
+
+
+@pytest.mark.parametrize(("given", "uploads"), [("merged", ["merged"]), ("[a, b]", ["a", "b"]), ("null", [])])
+def test_uploads_may_stand_in_a_config_file(tmp_path, given, uploads):
+    (tmp_path / "uploads.yaml").write_text(f"uploads: {given}")
+    assert cli.SapCLI("test", [f"--config={tmp_path / 'uploads.yaml'}"]).uploads == uploads
+
+
+def test_every_command_is_in_the_table_of_takers():
+    assert set(cli.ALL) == set(COMMANDS)
 
 
 def test_a_variation_changes_what_it_names_and_all_that_is_linked_to_it(parsed):

@@ -1,8 +1,18 @@
 from __future__ import annotations
 
-import rich
+import logging
+import warnings
+from collections.abc import Iterator
 
-from sap_lightning.console import on_terminal, track
+import pytest
+import rich
+import transformers
+from rich.logging import RichHandler
+
+from sap_lightning.console import on_terminal, quieten, track
+
+PACKAGE = "sap_lightning"
+LIBRARIES = ("lightning.pytorch", "lightning.fabric", "datasets", "httpx")
 
 
 def test_somebody_watches_a_terminal_only_where_there_is_one(terminal):
@@ -20,3 +30,51 @@ def test_items_are_tracked_silently_without_a_terminal(capsys):
 def test_items_are_tracked_with_a_bar_on_a_terminal(terminal, capsys):
     assert list(track(["a", "b"], "scoring")) == ["a", "b"]
     assert "scoring" in capsys.readouterr().out
+
+
+@pytest.fixture
+def package(monkeypatch) -> Iterator[logging.Logger]:
+    """The package's logger without handlers; all loggers and warnings are as they were afterwards."""
+    loggers = [logging.getLogger(name) for name in (PACKAGE, *LIBRARIES)]
+    before = [(logger, logger.handlers[:], logger.level, logger.propagate) for logger in loggers]
+    verbosity = transformers.logging.get_verbosity()
+    loggers[0].handlers[:] = []
+    monkeypatch.delenv("LOCAL_RANK", raising=False)
+    monkeypatch.setenv("TOKENIZERS_PARALLELISM", "false")
+    with warnings.catch_warnings():
+        yield loggers[0]
+    transformers.logging.set_verbosity(verbosity)
+    transformers.logging.enable_progress_bar()
+    for logger, handlers, level, propagate in before:
+        logger.handlers[:], logger.propagate = handlers, propagate
+        logger.setLevel(level)
+
+
+def test_the_package_s_lines_have_the_time_without_a_terminal_and_libraries_only_errors(package, capsys):
+    quieten()
+    package.getChild("sweep").info("measured")
+    logging.getLogger("lightning.pytorch").warning("chatter")
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.endswith(" measured") and line[:4].isdigit()
+
+
+def test_the_package_s_lines_go_above_the_bars_of_a_terminal(package, terminal):
+    quieten()
+    (handler,) = package.handlers
+    assert isinstance(handler, RichHandler) and handler.console is rich.get_console()
+
+
+@pytest.mark.parametrize(("rank", "level"), [("0", logging.INFO), ("1", logging.WARNING)])
+def test_of_several_processes_the_first_one_speaks(package, monkeypatch, rank, level):
+    monkeypatch.setenv("LOCAL_RANK", rank)
+    quieten()
+    assert package.level == level and not package.propagate
+
+
+def test_only_the_known_noise_of_libraries_is_hidden(package):
+    quieten()
+    with pytest.warns(UserWarning, match="the disk is nearly full"):
+        warnings.warn("the disk is nearly full", stacklevel=1)
+    with warnings.catch_warnings(record=True) as shown:
+        warnings.warn("The 'val_dataloader' does not have many workers which may be a bottleneck", stacklevel=1)
+    assert shown == []

@@ -16,12 +16,12 @@ from sap_lightning.figures import (
     gallery_figure,
     overlap_figure,
     projection_figure,
-    share_kept,
     share_kept_figure,
     shares_figures,
     sparsity_figure,
 )
-from sap_lightning.results import Spread
+from sap_lightning.functional.agreement import share_kept
+from sap_lightning.functional.statistics import Spread
 
 ATTENTION = "vision_model.encoder.layers.{}.self_attn.{}"
 SHARES = {

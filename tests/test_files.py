@@ -6,7 +6,16 @@ from pathlib import Path
 import pytest
 
 from sap_lightning.errors import InputError
-from sap_lightning.files import held, new_folder, refuse_existing, write_json, write_text
+from sap_lightning.files import (
+    as_json,
+    cache_folder,
+    locked,
+    new_folder,
+    refuse_existing,
+    write_csv,
+    write_json,
+    write_text,
+)
 
 
 def test_a_new_folder_appears_with_all_that_was_put_into_it(tmp_path: Path) -> None:
@@ -68,7 +77,7 @@ def test_a_folder_inside_a_file_cannot_be_written(tmp_path: Path) -> None:
 
 def test_a_run_folder_that_is_a_file_is_refused_in_one_line(tmp_path: Path) -> None:
     make_file(tmp_path / "file")
-    with pytest.raises(InputError, match=r"file: cannot be written \("), held(tmp_path / "file"):
+    with pytest.raises(InputError, match=r"file: cannot be written \("), locked(tmp_path / "file"):
         pytest.fail("there is nothing to hold")
 
 
@@ -98,7 +107,24 @@ def test_json_that_cannot_be_written_leaves_the_old_file(tmp_path: Path) -> None
 
 def test_a_folder_that_is_held_is_refused_to_another_command_until_it_is_free(tmp_path):
     refused = pytest.raises(InputError, match=r"run: another command is writing there")
-    with held(tmp_path / "run"), refused, held(tmp_path / "run"):
+    with locked(tmp_path / "run"), refused, locked(tmp_path / "run"):
         pass
-    with held(tmp_path / "run"):
+    with locked(tmp_path / "run"):
         assert (tmp_path / "run").is_dir()
+
+
+def test_a_csv_file_is_the_same_on_every_system_and_quotes_what_it_must(tmp_path: Path) -> None:
+    write_csv(tmp_path / "file", [["name", "share"], ['a "b", c', 0.5], ["ρ", None]])
+    assert (tmp_path / "file").read_bytes() == 'name,share\n"a ""b"", c",0.5\nρ,\n'.encode()
+
+
+def test_what_json_does_not_know_becomes_text() -> None:
+    assert as_json({"folder": Path("runs"), "sizes": (1, 2), 3: None}) == {"folder": "runs", "sizes": [1, 2], "3": None}
+
+
+def test_the_cache_is_where_the_environment_says_or_in_the_home_folder(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("SAP_LIGHTNING_CACHE", "/somewhere")
+    assert cache_folder() == Path("/somewhere")
+    monkeypatch.setenv("SAP_LIGHTNING_CACHE", "")
+    monkeypatch.setenv("HOME", "/home/someone")
+    assert cache_folder() == Path("/home/someone/.cache/sap_lightning/images")

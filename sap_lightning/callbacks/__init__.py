@@ -1,4 +1,4 @@
-"""Lightning callbacks: scoring and pruning at the start of a merge."""
+"""Lightning callbacks: SAP for modules that merge on anchors, and what it pruned, shown."""
 
 from sap_lightning.callbacks.prune import SaliencyPruneCallback
 

@@ -8,6 +8,7 @@ from typing import Any
 import lightning as L
 
 from sap_lightning.callbacks.tensorboard import log_pruning
+from sap_lightning.errors import InputError
 from sap_lightning.io.adapter import Adapter
 from sap_lightning.merging.pruning import Pruning
 from sap_lightning.merging.sap import SAP
@@ -20,22 +21,29 @@ class SaliencyPruneCallback(L.Callback):
     """Prunes each adapter to its parameters of highest Taylor saliency on the anchors, and shows what is left of it.
 
     When a :class:`MergeModule` without a method of its own starts to validate on anchors, it merges by SAP at these
-    settings, on the trainer's device and precision.
+    settings, on the trainer's device and precision. Without settings the callback only shows, also of a module whose
+    own method is a SAP; of other methods the saliency is not known.
 
     Args:
         settings: those of :class:`sap_lightning.merging.SAP`, such as ``sparsity=0.9, space="factor"``.
 
     Raises:
-        InputError: as SAP does.
+        InputError: as SAP does; on use, when the module has another method than these settings.
     """
 
     def __init__(self, **settings: Any) -> None:
         self.method = SAP(**settings)
+        self._has_settings = bool(settings)
         self._shown: set[str] = set()
 
     def on_validation_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        if isinstance(pl_module, MergeModule):
-            pl_module.offer(self.method)
+        if not isinstance(pl_module, MergeModule):
+            return
+        if self._has_settings and pl_module.method not in (None, self.method):
+            raise InputError(
+                f"the module merges by {pl_module.method.name}, this callback by sap at other settings; leave one out"
+            )
+        pl_module.offer(self.method)
 
     def on_validation_epoch_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         if not isinstance(pl_module, MergeModule) or not pl_module.adapters:

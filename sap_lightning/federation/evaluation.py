@@ -84,22 +84,19 @@ class Evaluation:
         if point.method is None:
             self.merge.set_update(point.adapters[0].layers if point.adapters else {})
             return None
-        merged = self._prepare(point.method, point)
-        if point.result.sparsity != point.method.sparsity:
-            merged = merged.at(point.result.sparsity)
+        method, sources, merged = self._prepared or (None, [], None)
+        self._prepared = None  # two updates of a whole model need not be in memory
+        # Not by equality, which a class of one's own may inherit without its settings.
+        if merged is None or method is not point.method or sources != point.result.sources:
+            self.merge.set_update({})
+            merged = self._merge(point)
+        merged = merged.at(point.result.sparsity)
+        self._prepared = Preparation(point.method, point.result.sources, merged)
         self.merge.set_update(merged.update)
         return merged
 
-    def _prepare(self, method: MergeMethod, point: Point) -> Merged:
-        sources = point.result.sources
-        if self._prepared is None or self._prepared[:2] != (method, sources):
-            self._prepared = None  # what was prepared before need not stay in memory meanwhile
-            self.merge.set_update({})
-            self._prepared = Preparation(method, sources, self._merge(method, point))
-        return self._prepared.merged
-
-    def _merge(self, method: MergeMethod, point: Point) -> Merged:
-        self.merge.use(point.adapters, method)
+    def _merge(self, point: Point) -> Merged:
+        self.merge.use(point.adapters, point.method, point.result.sparsity)
         if not self.merge.looks_at_anchors:
             return self.merge.merge()
         self.server.validate(self.merge, datamodule=self.anchors, verbose=False)

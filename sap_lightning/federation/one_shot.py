@@ -21,7 +21,7 @@ from sap_lightning.federation.evaluation import Evaluation
 from sap_lightning.federation.points import Plan, Points, Sent
 from sap_lightning.federation.poison import HONEST, Poison
 from sap_lightning.federation.provenance import provenance
-from sap_lightning.federation.run_folder import FREE_SETTINGS, RunFolder, config_file, hold_to
+from sap_lightning.federation.run_folder import FREE_SETTINGS, RunFolder, config_file, require_settings
 from sap_lightning.files import as_json, write_text
 from sap_lightning.io.adapter import Adapter
 from sap_lightning.io.manifest import check_domain
@@ -136,10 +136,12 @@ class OneShotFederation:
         """
         self.check()
         if self.config:
-            hold_to(self.folder.path, self.config, self.free_settings)
+            require_settings(self.folder.path, self.config, self.free_settings)
         self._keep_settings()
         honest = self.collect(self.train())
-        self.sent = Sent(honest, self._poisoned(), self.poison.label if self.poison else "")
+        # A poison of no image or layer leaves an honest adapter.
+        poisoned = [adapter for adapter in self._poisoned() if adapter not in honest]
+        self.sent = Sent(honest, poisoned, self.poison.label if self.poison else "")
         made_with = provenance(self.settings)
         self.points = Points(
             self.plan, self.sent, self.data, self.anchors, self.merge, self.evaluator.precision, made_with
@@ -244,9 +246,9 @@ class OneShotFederation:
 
     def upload_of(self, adapter: Adapter) -> Path:
         """The folder that an adapter was read from."""
-        poisoned = self.poison is not None and adapter in self.sent.poisoned
-        folder = self.folder.poisoned(self.poison.name) if self.poison and poisoned else self.folder
-        return folder.upload(adapter.name)
+        if self.poison and adapter in self.sent.poisoned:
+            return self.folder.poisoned(self.poison.name).upload(adapter.name)
+        return self.folder.upload(adapter.name)
 
 
 def chosen_domains(setting: str, chosen: Sequence[str] | str | None, domains: Sequence[str]) -> list[str]:

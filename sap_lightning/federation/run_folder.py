@@ -11,7 +11,7 @@ import yaml
 from sap_lightning.errors import InputError
 from sap_lightning.files import write_text
 from sap_lightning.fingerprints import config_hash
-from sap_lightning.results import refuse_earlier
+from sap_lightning.results import earlier_version, refuse_earlier
 
 FREE_SETTINGS = (
     "federation.run_dir",
@@ -25,6 +25,8 @@ FREE_SETTINGS = (
 )
 """Settings, and groups of them, that may change from one start to the next: what is in the folder does not depend on
 them, or says itself what it was made with."""
+EARLIER_SETTING = "data.num_workers"
+"""A setting that every run folder of a version before 0.2 has."""
 SERVER_SETTINGS = (*FREE_SETTINGS, "federation", "anchors", "prune", "merge")
 """Settings that no client's training depends on."""
 
@@ -57,7 +59,7 @@ def config_file(settings: Mapping[str, Any]) -> str:
     return f"configs/{config_hash(settings)}.yaml"
 
 
-def hold_to(folder: Path, config: Mapping[str, Any], free: Sequence[str] = FREE_SETTINGS) -> None:
+def require_settings(folder: Path, config: Mapping[str, Any], free: Sequence[str] = FREE_SETTINGS) -> None:
     """Writes the folder's config.yaml, or compares with the one that stands once training has begun.
 
     Args:
@@ -76,6 +78,8 @@ def hold_to(folder: Path, config: Mapping[str, Any], free: Sequence[str] = FREE_
         write_text(file, yaml.safe_dump(dict(config), sort_keys=False, allow_unicode=True))
         return
     before, now = (dict(_flat(c)) for c in (yaml.safe_load(file.read_text(encoding="utf-8")), config))
+    if EARLIER_SETTING in before:
+        raise earlier_version(folder)
     changed = [
         f"{key} was {before.get(key)!r}, is {now.get(key)!r}"
         for key in sorted(before.keys() | now.keys())

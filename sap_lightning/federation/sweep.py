@@ -83,7 +83,7 @@ class Sweep:
             # In the order in which results.jsonl gives them back.
             yield seed, dict(sorted(zip(self.over, values, strict=True)))
 
-    def of(self, variant: Mapping[str, Any], sap: SAP) -> Plan:
+    def plan_of(self, variant: Mapping[str, Any], sap: SAP) -> Plan:
         """What is measured of one variant.
 
         Args:

@@ -18,7 +18,6 @@ from sap_lightning.files import new_folder
 from sap_lightning.fingerprints import hash_tensor
 from sap_lightning.functional.lora import LoRALayer
 from sap_lightning.io.factors import Shapes, StoredLayers, Weights, require_finite, weights_bytes
-from sap_lightning.io.files import MANIFEST_FILE, WEIGHTS_FILE, FilesInFolder, FilesInMemory, UploadFiles
 from sap_lightning.io.manifest import Manifest, manifest_from, require_base
 from sap_lightning.io.peft_config import (
     CLIP,
@@ -31,6 +30,7 @@ from sap_lightning.io.peft_config import (
     scaling_from,
 )
 from sap_lightning.io.rules import RANK, errors_in, json_bytes, require
+from sap_lightning.io.upload_files import MANIFEST_FILE, WEIGHTS_FILE, FilesInFolder, FilesInMemory, UploadFiles
 
 
 @dataclass(frozen=True)

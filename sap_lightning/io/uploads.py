@@ -14,10 +14,10 @@ from sap_lightning.errors import InputError, first_line
 from sap_lightning.files import cache_folder
 from sap_lightning.io.adapter import Adapter, PeftConfig, adapter_from, read_adapter
 from sap_lightning.io.factors import Shapes, WeightsInMemory
-from sap_lightning.io.files import MANIFEST_FILE, WEIGHTS_FILE
 from sap_lightning.io.manifest import require_base
 from sap_lightning.io.peft_config import CONFIG_FILE
 from sap_lightning.io.rules import errors_in
+from sap_lightning.io.upload_files import MANIFEST_FILE, WEIGHTS_FILE
 
 HUB_ID = re.compile(r"[\w-][\w.-]*/[\w.-]+")
 

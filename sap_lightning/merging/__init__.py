@@ -36,7 +36,7 @@ METHODS: dict[str, type[MergeMethod]] = {
 """The package's own methods by name."""
 
 
-def named(name: str) -> MergeMethod:
+def method_named(name: str) -> MergeMethod:
     """The package's own method of that name at its default settings.
 
     Raises:
@@ -53,5 +53,6 @@ def named(name: str) -> MergeMethod:
 __all__ = [
     "ATA", "ATAF", "DARE", "GRASP", "METHODS", "OPNP", "SAP", "TIES", "Average", "FedAvg", "Fisher", "KnOTS", "Krum",
     "LayerwiseMethod", "LoRM", "Magnitude", "Median", "MergeMethod", "Prepared", "PrunerZero", "Pruning",
-    "PruningMethod", "RegMean", "RobustMerge", "SAPAuto", "SensMerging", "TaskArithmetic", "TrimmedMean", "named",
+    "PruningMethod", "RegMean", "RobustMerge", "SAPAuto", "SensMerging", "TaskArithmetic", "TrimmedMean",
+    "method_named",
 ]  # fmt: skip

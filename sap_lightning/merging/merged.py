@@ -43,6 +43,7 @@ class Merged:
         weights: each adapter's share of the whole.
         prepared: the merge, ready for other sparsities.
         update: ΔW by layer.
+        sparsity: that the update was pruned to; None is the method's own.
         rejected: names of clients that were left out as outliers.
     """
 
@@ -52,11 +53,14 @@ class Merged:
     weights: Sequence[float]
     prepared: Prepared = field(repr=False)
     update: Mapping[str, Update] = field(repr=False)
+    sparsity: float | None = None
     rejected: Sequence[str] = ()
 
     def at(self, sparsity: float | None) -> Merged:
         """The same merge at another sparsity, or at the method's own."""
-        return replace(self, update=self.prepared.apply(sparsity))
+        if sparsity == self.sparsity:
+            return self
+        return replace(self, update=self.prepared.apply(sparsity), sparsity=sparsity)
 
     @cached_property
     def base_type(self) -> str:

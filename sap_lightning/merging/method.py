@@ -47,11 +47,13 @@ class MergeMethod(ABC):
     Attributes:
         name: what tables and the command line call it; the class's name if not given.
         needs_anchors: whether ``prepare`` looks at the server's anchors.
+        has_masks: whether it prepares a ``merging.pruning.Pruning``, which says what is pruned of each adapter.
         sparsity: ρ, the share of parameters set to zero; None where nothing is pruned.
     """
 
     name = ""
     needs_anchors = False
+    has_masks = False
     sparsity: float | None = None
 
     def __init_subclass__(cls, **kwargs: Any) -> None:

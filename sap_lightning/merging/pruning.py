@@ -51,6 +51,7 @@ class PruningMethod(MergeMethod):
     rescale_scope = cast(Scope, "layer")
     loss = cast(AnchorLoss, "cosine")
     not_asked = frozenset({"sparsity"})
+    has_masks = True
 
     def prepare(
         self, adapters: Sequence[Adapter], weights: Sequence[float], anchors: AnchorProbe | None = None

@@ -57,6 +57,7 @@ class SAPAuto(MergeMethod):
 
     name = "sap_auto"
     needs_anchors = True
+    has_masks = True
 
     sparsities: Sequence[float] = (0.0, 0.5, 0.8, 0.9, 0.95, 0.99)
     spaces: Sequence[SpaceName] = ("delta", "factor", "singular")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,7 @@ from sap_lightning.errors import InputError
 from sap_lightning.functional.saliency import alignment_loss
 from sap_lightning.io.adapter import Adapter
 from sap_lightning.io.uploads import read_uploads
-from sap_lightning.merging import MergeMethod, named
+from sap_lightning.merging import MergeMethod, method_named
 from sap_lightning.merging.clients import Weights, client_weights
 from sap_lightning.merging.merged import Format, Merged
 from sap_lightning.merging.method import required
@@ -48,7 +49,7 @@ class MergeModule(CLIPEvaluator):
 
     Attributes:
         adapters: what is merged, see ``use``.
-        merged: the last merge; None before the first.
+        merged: what was made of them; None before the first merge.
 
     Raises:
         InputError: when the rank is below 1, or given for a full model, or no method has that name.
@@ -69,18 +70,26 @@ class MergeModule(CLIPEvaluator):
         super().__init__(base, templates)
         if rank is not None and (rank < 1 or format == "model"):
             raise InputError(f"merge.rank {rank}: must be at least 1, and is for merge.format adapter or auto only")
-        self.method = named(method) if isinstance(method, str) else method
+        self.method = method_named(method) if isinstance(method, str) else method
         self.weights = weights
         self.reject_outliers = reject_outliers
         self.format = format
         self.rank = rank
         self.adapters: list[Adapter] = []
         self.merged: Merged | None = None
+        self._used: MergeMethod | None = None
         self._offered: MergeMethod | None = None
+        self._sparsity: float | None = None
+        self._anchor_images = ""
         self._captions: list[str] = []
         self._memory: Memory = {}
 
     # Adapters and their merge
+
+    @cached_property
+    def base_type(self) -> str:
+        """What the base's config says it is: clip, bert, …"""
+        return model_type(self.base)
 
     def read_uploads(self, uploads: Sequence[str | Path]) -> list[Adapter]:
         """Reads and validates uploads against the base, in an order that depends on their content only.
@@ -90,16 +99,26 @@ class MergeModule(CLIPEvaluator):
         Raises:
             InputError: when one is faulty or two are the same.
         """
-        if model_type(self.base) != "clip":
+        if self.base_type != "clip":
             return read_uploads(uploads, base_shapes=linear_shapes(self.base))
         self.configure_model()
         assert self.tower is not None
         return read_uploads(uploads, layer_shapes(self.tower), self.base_fingerprint)
 
-    def use(self, adapters: Iterable[Adapter], method: MergeMethod | None = None) -> None:
-        """From now on these adapters are merged, by this method if one is given."""
+    def use(
+        self, adapters: Iterable[Adapter], method: MergeMethod | None = None, sparsity: float | None = None
+    ) -> None:
+        """From now on these adapters are merged.
+
+        Args:
+            adapters: in an order that depends on their content only.
+            method: merges them in place of the module's own.
+            sparsity: ρ in place of the method's own.
+        """
         self.adapters = list(adapters)
-        self.method = method or self.method
+        self.merged = None
+        self._used = method
+        self._sparsity = sparsity
 
     def offer(self, method: MergeMethod) -> None:
         """From now on this method merges where the module has none of its own."""
@@ -107,12 +126,12 @@ class MergeModule(CLIPEvaluator):
 
     @property
     def merge_method(self) -> MergeMethod:
-        """The method that merges: the module's own, or what was offered.
+        """The method that merges: that in use, the module's own, or what was offered.
 
         Raises:
             InputError: when there is neither.
         """
-        method = self.method or self._offered
+        method = self._used or self.method or self._offered
         if method is None:
             raise InputError("merge.method is not set: name one, or give the trainer a SaliencyPruneCallback")
         return method
@@ -124,10 +143,10 @@ class MergeModule(CLIPEvaluator):
 
     def require_towers(self) -> None:
         """Raises InputError when the merge looks at anchors, which only a CLIP base can."""
-        if self.looks_at_anchors and (kind := model_type(self.base)) != "clip":
+        if self.looks_at_anchors and self.base_type != "clip":
             raise InputError(
-                f"merge.method {self.merge_method.name} looks at anchors through CLIP, but {self.base} is a {kind}"
-                " model; use one that needs none, such as --merge.method average or ties"
+                f"merge.method {self.merge_method.name} looks at anchors through CLIP, but {self.base} is a"
+                f" {self.base_type} model; use one that needs none, such as --merge.method average or ties"
             )
 
     def merge(self, anchors: AnchorProbe | None = None) -> Merged:
@@ -144,8 +163,9 @@ class MergeModule(CLIPEvaluator):
             adapters, rejected = without_outliers(self.adapters, required(anchors, method))
         weights = client_weights(adapters, self.weights)
         prepared = method.prepare(adapters, weights, anchors)
-        self.merged = Merged(self.base, method, adapters, weights, prepared, prepared.apply(), rejected)
-        if model_type(self.base) == "clip":
+        update = prepared.apply(self._sparsity)
+        self.merged = Merged(self.base, method, adapters, weights, prepared, update, self._sparsity, rejected)
+        if self.base_type == "clip":
             self.set_update(self.merged.update)
         return self.merged
 
@@ -164,6 +184,7 @@ class MergeModule(CLIPEvaluator):
 
     def on_validation_start(self) -> None:
         self.encode_captions(data_of(self.trainer).captions)
+        self._anchor_images = data_of(self.trainer).fingerprint
         if self.adapters:
             self.merge(self.probe())
 
@@ -175,7 +196,7 @@ class MergeModule(CLIPEvaluator):
             self.register_buffer("caption_features", self.texts(captions).to(self.device), persistent=False)
 
     def probe(self) -> AnchorProbe:
-        """The anchors of the trainer that validates or validated last, to be looked at by a merge method."""
+        """The anchors of the trainer that validates, or has validated and done nothing since."""
         return AnchorProbe(
             self._patched,
             self._anchor_batches,
@@ -183,7 +204,7 @@ class MergeModule(CLIPEvaluator):
             self.logit_scale,
             self._scoring_precision,
             self._sum_over_processes,
-            images=data_of(self.trainer).fingerprint,
+            images=self._anchor_images,
             memory=self._memory,
         )
 

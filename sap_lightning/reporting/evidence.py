@@ -269,7 +269,7 @@ class Inspection:
 
     def pruning(self, adapters: Sequence[Adapter], anchors: AnchorProbe) -> Pruning | None:
         """How the method prunes these clients; None where it prunes nothing, or cannot score them."""
-        if not adapters:
+        if not (adapters and self.method.has_masks):
             return None
         try:
             prepared = self.method.prepare(adapters, client_weights(adapters), anchors)

@@ -15,7 +15,7 @@ from sap_lightning.errors import InputError
 from sap_lightning.federation.poison import Poison, PoisonKind, shuffled, wrong_classes
 from sap_lightning.functional.lora import LoRALayer
 from sap_lightning.io.adapter import read_adapter
-from sap_lightning.io.files import MANIFEST_FILE
+from sap_lightning.io.upload_files import MANIFEST_FILE
 from sap_lightning.modules.merge import MergeModule
 
 EACH_LABEL_KIND = pytest.mark.parametrize("kind", ["label_flip", "label_shuffle"])

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import csv
 import importlib
 import json
 import os
@@ -11,18 +10,20 @@ import signal
 import subprocess
 import sys
 import time
-from dataclasses import replace
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 import torch
 import yaml
+from federation.runs import contents, lines_of, rows_of, times
 from places import REPOSITORY
 
-from sap_lightning import cli
+from sap_lightning.cli import SapCLI
 from sap_lightning.errors import InputError
-from sap_lightning.federation.sweep import Sweep, folder_of, label_of, options_of
+from sap_lightning.federation.sweep import SEED, Sweep, folder_of, label_of
 from sap_lightning.merging import SAP, TIES, Average, MergeMethod, SAPAuto
 from sap_lightning.results import Predictions, Result, Results
 
@@ -36,24 +37,8 @@ PLAN = [
 ONE_SEED = [*PLAN, "--sweep.seeds=[0]"]
 
 
-def lines_of(folder: Path) -> list[dict[str, str]]:
-    with (folder / "results.csv").open() as lines:
-        return list(csv.DictReader(lines))
-
-
 def results_of(folder: Path) -> dict[str, bytes]:
-    return {name: (folder / name).read_bytes() for name in ("results.csv", "results.json")}
-
-
-def files(folder: Path) -> dict[str, bytes]:
-    """Every file by its path in the folder, but for TensorBoard's events, which hold the time."""
-    found = (path for path in folder.rglob("*") if path.is_file() and "tfevents" not in path.name)
-    return {str(path.relative_to(folder)): path.read_bytes() for path in sorted(found)}
-
-
-def times(folder: Path, pattern: str) -> dict[str, int]:
-    """When files that match were written."""
-    return {str(path.relative_to(folder)): path.stat().st_mtime_ns for path in folder.glob(pattern)}
+    return {name: (folder / name).read_bytes() for name in ("results.csv", "results.jsonl")}
 
 
 @pytest.fixture(scope="module")
@@ -62,12 +47,6 @@ def swept(run, tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("swept") / "run"
     run("sweep", *PLAN, f"--federation.run_dir={folder}")
     return folder
-
-
-@pytest.fixture
-def copy(finished, tmp_path) -> Path:
-    """A run folder of fit in another place."""
-    return Path(shutil.copytree(finished, tmp_path / "copy"))
 
 
 @pytest.mark.parametrize(
@@ -109,9 +88,8 @@ def test_methods_go_by_their_names_and_sap_is_the_one_given() -> None:
     methods = Sweep(methods=["average", "sap", "ties", ties]).labelled(sap)
     assert list(methods) == ["average", "sap", "ties", "ties (scale 2)"]
     assert methods["sap"] is sap
-    own = methods["ties (scale 2)"]
-    assert own is not ties and own.settings == ties.settings, "what it learns of one variant stays there"
-    assert type(methods["average"]) is Average and methods["ties"].settings == TIES().settings
+    assert methods["ties (scale 2)"] is ties
+    assert (methods["average"], methods["ties"]) == (Average(), TIES())
 
 
 @pytest.mark.parametrize("methods", [["ties", "ties"], ["ties", TIES()], [SAP(), "sap"]])
@@ -120,13 +98,13 @@ def test_two_methods_of_one_name_are_refused(methods: list[MergeMethod | str]) -
         Sweep(methods=methods).labelled(SAP())
 
 
+@dataclass(frozen=True)
 class Needy(Average):
     """A method of one's own without a default for its argument."""
 
-    name = "needy"
+    name: ClassVar[str] = "needy"
 
-    def __init__(self, share: float) -> None:
-        self.share = share
+    share: float
 
 
 @pytest.mark.parametrize(
@@ -156,33 +134,78 @@ def test_sap_with_settings_of_its_own_is_told_from_what_the_name_stands_for() ->
     assert list(plan.labelled(configured)) == ["sap", "sap (sparsity 0.8, space delta)", "ties"]
 
 
-@pytest.mark.parametrize(
-    ("name", "value"),
-    [
-        ("anchors.num_pairs", 4),
-        ("anchors.noise", True),
-        ("model.targets", ["q_proj", "v_proj"]),
-        ("model.templates", ["a photo of a {}.", 'a "sketch", of a {}: #1']),
-        ("model.learning_rate", 1e-5),
-        ("federation.clients", ["photo", "sketch"]),
-        ("federation.clients", None),
-        ("federation.poison.domain", "photo"),
-        ("prune.space", "factor"),
-        ("anchors.root", "/data/co co: 1"),
-        ("merge.method", None),
-    ],
-)
-def test_a_value_survives_its_way_through_the_command_line(options: list[str], name: str, value: Any) -> None:
-    parsed = cli.SapCLI(cli.sweep, [*options, *options_of(5, {name: value})]).settings()
-    assert parsed["seed_everything"] == 5
+@pytest.fixture
+def sweep_cli(options) -> Callable[..., SapCLI]:
+    """The command as it reads its line."""
+    return lambda *more: SapCLI("sweep", [*options, *more])
+
+
+def setting(settings: dict[str, Any], name: str) -> Any:
+    """The value of a setting by its name, such as model.rank."""
+    value: Any = settings
     for part in name.split("."):
-        parsed = parsed[part]
-    assert parsed == value
+        value = value[part]
+    return value
+
+
+VALUES = [
+    ("anchors.num_pairs", 4),
+    ("anchors.noise", True),
+    ("model.targets", ["q_proj", "v_proj"]),
+    ("model.templates", ["a photo of a {}.", 'a "sketch", of a {}: #1']),
+    ("model.templates", ["-- {}", "{}\n=[", " {} "]),
+    ("model.learning_rate", 1e-5),
+    ("federation.clients", ["photo", "sketch"]),
+    ("federation.clients", None),
+    ("federation.poison.domain", "photo"),
+    ("prune.space", "factor"),
+    ("anchors.root", "/data/co co: 1"),
+    ("anchors.root", "1e3"),
+    ("anchors.root", "null"),
+    ("merge.method", None),
+]
+
+
+@pytest.mark.parametrize(("name", "value"), VALUES)
+def test_a_variant_is_the_command_s_settings_with_some_values_laid_over_them(sweep_cli, name, value):
+    command = sweep_cli()
+    before = command.settings()
+    varied = command.varied({SEED: 5, name: value}).settings()
+    assert varied[SEED] == 5
+    assert setting(varied, name) == value and type(setting(varied, name)) is type(value)
+    assert command.settings() == before, "the command itself stays as it was"
+    back = command.varied({SEED: 5, name: value}).varied({SEED: before[SEED], name: setting(before, name)})
+    assert back.settings() == before, "nothing but these values was changed"
+
+
+def test_a_variant_has_parts_of_its_own_made_of_its_values(sweep_cli):
+    command = sweep_cli("--prune.sparsity=0.5")
+    varied = command.varied({SEED: 5, "model.rank": 3, "prune.space": "factor", "anchors.num_pairs": 4})
+    assert varied.model.seed == varied.datamodule.seed == 5 and varied.model.rank == 3
+    assert varied.config_init.prune == SAP(0.5, "factor") == varied.merge.method
+    assert varied.config_init.anchors.num_pairs == 4
+    assert (command.model.seed, command.model.rank, command.merge.method) == (0, 8, SAP(0.5))
+    for part in ("model", "datamodule", "merge"):
+        assert getattr(varied, part) is not getattr(command, part)
+
+
+def test_a_variant_of_the_base_reaches_every_part_that_is_linked_to_it(sweep_cli):
+    varied = sweep_cli().varied({"model.base": "elsewhere"})
+    assert varied.datamodule.base == varied.config_init.anchors.base == varied.merge.base == "elsewhere"
+
+
+@pytest.mark.parametrize(
+    ("variant", "refusal"),
+    [({"prune.sparsity": 2.0}, r"prune\.sparsity must lie in"), ({"model.rank": 0}, r"model\.rank")],
+)
+def test_a_faulty_value_of_a_variant_is_refused_as_the_command_would(sweep_cli, variant, refusal):
+    with pytest.raises(InputError, match=refusal):
+        sweep_cli().varied(variant)
 
 
 def test_a_seed_and_settings_of_training_have_a_folder_of_their_own(tmp_path: Path) -> None:
     assert folder_of("run", 3, {}) == Path("run/seed_3")
-    server = {"anchors.num_pairs": 4, "prune.space": "factor", "merge.rescale": "l1", "federation.clients": ["photo"]}
+    server = {"anchors.num_pairs": 4, "prune.space": "factor", "prune.rescale": "l1", "federation.clients": ["photo"]}
     assert folder_of("run", 3, server) == Path("run/seed_3")
     assert folder_of("run", 3, {"model.rank": 4, **server}) == Path("run/seed_3,model.rank=4")
     targets = [folder_of(tmp_path, 0, {"model.targets": names}) for names in (["q_proj"], ["q_proj", "v_proj"])]
@@ -206,7 +229,8 @@ def test_a_point_is_known_again_when_it_is_read_back_whatever_the_order_of_the_s
     plan = Sweep(over={"prune.space": ["delta", "factor"], "prune.scope": ["layer"]})
     results = Results(tmp_path)
     points = [
-        Result("sap", "photo", f"{number}", variant=variant) for number, (_, variant) in enumerate(plan.variants())
+        Result("merge", "sap", "photo", f"{number}", variant=variant)
+        for number, (_, variant) in enumerate(plan.variants())
     ]
     for point in points:
         results.keep_predictions(point.measurement, Predictions(torch.ones(1, 1), torch.zeros(1), torch.zeros(1)))
@@ -228,7 +252,9 @@ def test_clients_that_fit_has_trained_are_used_where_they_are(tmp_path: Path) ->
         ("--sweep.seeds=[]", "error: sweep.seeds is empty"),
         ("--sweep.sparsities=[0.5,2]", "error: sweep.sparsities must lie in [0, 1], got 2.0"),
         ("--sweep.unseen=[clipart]", "error: sweep.unseen clipart: no such domain"),
-        ("--federation.unseen=[photo]", "error: federation.unseen is for fit; name domains in sweep.unseen"),
+        ("--federation.unseen=[photo]", "error: --federation.unseen: sweep would ignore it; it is an option of fit"),
+        ("--merge.method=ties", "error: --merge.method: sweep would ignore it; it is an option of fit, merge"),
+        ("--seed_everything=3", "error: --seed_everything: sweep would ignore it; it is an option of fit, client, "),
     ],
 )
 def test_a_faulty_option_ends_in_one_line_and_exit_code_1(run_in_shell, tmp_path, option, refusal):
@@ -237,6 +263,20 @@ def test_a_faulty_option_ends_in_one_line_and_exit_code_1(run_in_shell, tmp_path
     assert "Traceback" not in done.stderr
     assert done.stderr.strip().splitlines()[-1].startswith(refusal)
     assert not list(tmp_path.rglob("uploads"))
+
+
+@pytest.mark.parametrize(
+    ("config", "refusal"),
+    [
+        ({"federation": {"unseen": ["photo"]}}, r"^federation\.unseen is for fit; name domains in sweep\.unseen$"),
+        ({"merge": {"method": "ties"}}, r"^merge\.method is for fit and merge; name methods in sweep\.methods$"),
+    ],
+)
+def test_what_a_sweep_names_otherwise_is_refused_in_a_config_file_too(run, tmp_path, config, refusal):
+    (tmp_path / "config.yaml").write_text(yaml.safe_dump(config))
+    with pytest.raises(InputError, match=refusal):
+        run("sweep", f"--config={tmp_path / 'config.yaml'}", f"--federation.run_dir={tmp_path / 'run'}")
+    assert not (tmp_path / "run").exists()
 
 
 def test_the_table_has_a_line_for_every_point(swept):
@@ -273,16 +313,16 @@ def test_every_seed_has_clients_of_its_own_and_no_merged_models(swept):
         assert yaml.safe_load((home / "config.yaml").read_text())["seed_everything"] == seed
         assert len(list(home.glob("uploads/*"))) == 4
         assert not (home / "merged").exists()
-        assert not (home / "results.json").exists()
+        assert not (home / "results.jsonl").exists()
 
 
 def test_a_second_run_measures_nothing_and_changes_no_byte(swept, run):
-    before, predictions = files(swept), times(swept, "predictions/*")
+    before, predictions = contents(swept), times(swept, "predictions/*")
     checkpoints = times(swept, "seed_*/clients/*/last.ckpt")
     run("sweep", *PLAN, f"--federation.run_dir={swept}")
     assert times(swept, "predictions/*") == predictions
     assert times(swept, "seed_*/clients/*/last.ckpt") == checkpoints
-    assert files(swept) == before
+    assert contents(swept) == before
 
 
 def test_killed_in_the_middle_it_continues_to_the_same_bytes(swept, options, run, tmp_path):
@@ -297,8 +337,7 @@ def test_killed_in_the_middle_it_continues_to_the_same_bytes(swept, options, run
             time.sleep(0.01)
         process.send_signal(signal.SIGKILL)
         process.wait()
-        known = len(json.loads((swept / "results.json").read_text()))
-        assert 0 < known < len(json.loads((whole / "results.json").read_text())), "it should have been killed midway"
+        assert 0 < len(rows_of(swept)) < len(rows_of(whole)), "it should have been killed midway"
         first = times(swept, "seed_0/clients/*/last.ckpt") | times(swept, "predictions/*")
         run("sweep", *PLAN, f"--federation.run_dir={swept}")
         now = times(swept, "seed_0/clients/*/last.ckpt") | times(swept, "predictions/*")
@@ -352,7 +391,7 @@ def test_a_setting_of_training_has_clients_of_its_own(copy, run):
 
 
 def test_sap_that_prunes_nothing_and_does_not_rescale_is_the_average(copy, run):
-    nothing = ["--sweep.methods=[average,sap]", "--sweep.sparsities=[0]", "--merge.rescale=none"]
+    nothing = ["--sweep.methods=[average,sap]", "--sweep.sparsities=[0]", "--prune.rescale=none"]
     run("sweep", *nothing, "--sweep.unseen=[sketch]", f"--federation.run_dir={copy}")
     results = Results(copy)
     (average,) = [row for row in results.of("average") if row.unseen == "sketch"]
@@ -418,11 +457,11 @@ def test_a_faulty_value_is_refused_before_anything_is_trained(tmp_path, run_in_s
 
 def test_a_fault_in_the_last_variant_is_found_before_the_first_is_measured(copy, run) -> None:
     run("sweep", *ONE_SEED, f"--federation.run_dir={copy}")
-    before = files(copy)
+    before = contents(copy)
     over = json.dumps({"anchors.num_pairs": [4, 100_000]})
     with pytest.raises(InputError, match="num_pairs is 100000"):
         run("sweep", *ONE_SEED, f"--sweep.over={over}", f"--federation.run_dir={copy}")
-    assert files(copy) == before
+    assert contents(copy) == before
 
 
 def test_a_method_of_one_s_own_is_measured_again_when_its_code_has_changed(copy, run, tmp_path, monkeypatch) -> None:

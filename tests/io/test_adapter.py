@@ -36,9 +36,9 @@ from sap_lightning.errors import InputError
 from sap_lightning.fingerprints import fingerprint
 from sap_lightning.functional.lora import LoRALayer
 from sap_lightning.io.adapter import read_adapter, sha256_of, write_adapter
-from sap_lightning.io.files import MANIFEST_FILE, WEIGHTS_FILE
 from sap_lightning.io.manifest import Manifest
 from sap_lightning.io.peft_config import CONFIG_FILE
+from sap_lightning.io.upload_files import MANIFEST_FILE, WEIGHTS_FILE
 from sap_lightning.models.layers import layer_shapes
 
 TEXT = CLIPTextConfig(

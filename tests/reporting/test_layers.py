@@ -9,8 +9,8 @@ from places import SHAPES_CLIP
 
 from sap_lightning.functional.lora import LoRALayer, Update
 from sap_lightning.io.adapter import Adapter, sha256_of, write_adapter
+from sap_lightning.merging.clients import ClientLayers
 from sap_lightning.merging.magnitude import Magnitude
-from sap_lightning.merging.method import ClientLayers
 from sap_lightning.merging.ties import TIES
 from sap_lightning.models.clip import load_base
 from sap_lightning.models.layers import layer_shapes

@@ -14,9 +14,9 @@ from safetensors.torch import load, save
 from sap_lightning.errors import InputError
 from sap_lightning.functional.lora import LoRALayer
 from sap_lightning.io.adapter import adapter_files, adapter_from_bytes, read_adapter, sha256_of
-from sap_lightning.io.files import MANIFEST_FILE, WEIGHTS_FILE
 from sap_lightning.io.manifest import Manifest
 from sap_lightning.io.peft_config import CONFIG_FILE
+from sap_lightning.io.upload_files import MANIFEST_FILE, WEIGHTS_FILE
 
 SHAPES = {"encoder.q_proj": (6, 4), "encoder.fc1": (8, 4)}
 BASE = "ab" * 32

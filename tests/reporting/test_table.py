@@ -1,0 +1,206 @@
+"""The table of a run: rows, spreads and paired differences, on the terminal and in Markdown."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Sequence
+from pathlib import Path
+
+import pytest
+from reporting.samples import UNSEEN, answers, client, measure, result, two_clients
+from rich.console import Console
+from safetensors.torch import load_file
+
+from sap_lightning import results as stored
+from sap_lightning.functional.statistics import Interval, Spread, bootstrap_difference
+from sap_lightning.reporting.table import (
+    TableRow,
+    best_cells,
+    difference,
+    interval_text,
+    left_out,
+    markdown_table,
+    rich_table,
+    tabulate,
+)
+from sap_lightning.results import Results
+
+
+@pytest.fixture
+def results(tmp_path: Path) -> Results:
+    return two_clients(tmp_path)
+
+
+def cells(rows: Sequence[TableRow]) -> dict[str, list[str]]:
+    return {row.label: [str(cell) for cell in [*row.cells, row.mean]] for row in rows}
+
+
+def test_a_table_is_of_the_points_asked_for(results: Results) -> None:
+    points = {
+        scale: [result("ties", unseen, right, settings={"scale": scale}) for unseen in UNSEEN]
+        for scale, right in ((1.0, 3), (2.0, 4))
+    }
+    for measured in points.values():
+        measure(results, *measured)
+    for scale, right in ((1.0, "0.375"), (2.0, "0.500")):
+        assert cells(tabulate(results.only(points[scale]), UNSEEN)) == {"ties": [right] * 3}
+
+
+def test_the_clients_left_out_are_told_once_for_all_merges_of_a_condition(results: Results) -> None:
+    assert left_out(results) == []
+    for model in ("average", "sap"):
+        measure(results, result(model, "photo", 3, condition="rejecting outliers", rejected=["sketch", "cartoon"]))
+    assert left_out(results) == [
+        "Left out of the merges for unseen photo, seed 0 (rejecting outliers): sketch, cartoon."
+    ]
+
+
+def test_the_table_has_the_best_client_of_each_domain_after_the_clients(results: Results) -> None:
+    measure(results, client("cartoon", "photo", 6), client("cartoon", "sketch", 1))
+    rows = tabulate(results, UNSEEN)
+    table = cells(rows)
+    assert list(table) == ["zero-shot", "client cartoon", "client photo", "client sketch", "best client", "sap"]
+    assert [row.kind for row in rows] == ["zero-shot", "client", "client", "client", "client", "merge"]
+    assert table["best client"] == ["0.750", "0.375", "0.562"]
+    assert table["client photo"] == ["None", "0.375", "0.375"]
+
+
+def test_a_merge_that_is_called_like_a_client_is_none(results: Results) -> None:
+    measure(results, result("client of all", "photo", 8), result("client of all", "sketch", 8))
+    rows = {row.label: row for row in tabulate(results, UNSEEN)}
+    assert list(rows) == ["zero-shot", "client photo", "client sketch", "best client", "sap", "client of all"]
+    assert (rows["client of all"].kind, rows["client of all"].model) == ("merge", "client of all")
+    assert cells([rows["best client"]])["best client"] == ["0.625", "0.375", "0.500"]
+
+
+def test_the_table_can_be_of_some_domains(results: Results) -> None:
+    assert cells(tabulate(results, ["sketch"]))["sap"] == ["0.750", "0.750"]
+
+
+def test_a_poisoned_client_is_never_the_best_one(results: Results) -> None:
+    measure(results, *(client("photo", unseen, 8, condition="photo noise") for unseen in UNSEEN))
+    table = cells(tabulate(results, UNSEEN))
+    assert table["client photo, photo noise"] == ["1.000"] * 3
+    assert table["best client"] == ["0.625", "0.375", "0.500"]
+
+
+def test_a_best_client_is_of_its_own_seed_and_variant(tmp_path: Path) -> None:
+    results = Results(tmp_path)
+    for seed, rights in enumerate([(5, 2), (1, 4)]):
+        for name, right in zip("ab", rights, strict=True):
+            measure(results, client(name, "photo", right, seed=seed))
+    measure(results, client("a", "photo", 8, variant={"model.rank": 2}))
+    table = cells(tabulate(results, ["photo"]))
+    assert table["best client"] == ["0.562 ± 0.088", "0.562 ± 0.088"], "5/8 of seed 0 and 4/8 of seed 1"
+    assert table["best client, rank=2"] == ["1.000", "1.000"]
+
+
+def test_the_spread_is_over_seeds_of_the_mean_over_domains(tmp_path: Path) -> None:
+    results = Results(tmp_path)
+    for seed, rights in enumerate([(2, 4), (4, 6), (6, 8)]):
+        measure(results, *(result("sap", unseen, n, seed=seed) for unseen, n in zip(UNSEEN, rights, strict=True)))
+    (row,) = tabulate(results, UNSEEN)
+    assert row.cells == [Spread(0.5, 0.25, 3), Spread(0.75, 0.25, 3)]
+    assert row.mean == Spread(0.625, 0.25, 3)
+    assert str(row.mean) == "0.625 ± 0.250"
+    assert row.ece == pytest.approx(0.05)
+
+
+def test_a_difference_is_paired_over_the_images_domains_and_seeds_of_both(results: Results) -> None:
+    rows = {row.label: row for row in tabulate(results, UNSEEN)}
+    assert rows["sap"].over_zero_shot.difference == pytest.approx((2 / 8 + 2 / 8) / 2)
+    assert rows["client sketch"].over_zero_shot.difference == pytest.approx(3 / 8), "on photo alone"
+    assert rows["zero-shot"].over_zero_shot is None
+    assert rows["sap"].over_average is None, "no average was measured"
+    low, high = rows["sap"].over_zero_shot[1:]
+    assert 0 <= low < 0.25 < high <= 1
+
+
+def test_a_difference_is_to_the_reference_of_the_same_variant_and_seed(tmp_path: Path) -> None:
+    results = Results(tmp_path)
+    for variant, average, sap in (({}, 1, 8), ({"model.rank": 2}, 4, 5)):
+        name = str(variant)
+        measure(
+            results,
+            result("average", "photo", average, variant=variant, measurement=f"average{name}"),
+            result("sap", "photo", sap, variant=variant, measurement=f"sap{name}"),
+        )
+    measure(results, result("sap", "photo", 0, seed=1))
+    rows = {row.label: row for row in tabulate(results, ["photo"])}
+    assert rows["sap"].over_average.difference == pytest.approx(7 / 8), "seed 1 has no average to be compared with"
+    assert rows["sap, rank=2"].over_average.difference == pytest.approx(1 / 8)
+    assert difference(results, results.of("sap"), []) is None
+
+
+def test_a_difference_to_the_average_is_under_the_same_condition(results: Results) -> None:
+    measure(results, result("average", "photo", 2))
+    poisoned = {"condition": "photo noise"}
+    for model, right in (("average", 1), ("sap", 5)):
+        measure(results, result(model, "photo", right, **poisoned))
+    rows = {row.label: row for row in tabulate(results, ["photo"])}
+    assert rows["sap"].over_average.difference == pytest.approx(2 / 8)
+    assert rows["sap, photo noise"].over_average.difference == pytest.approx(4 / 8)
+    assert rows["average, photo noise"].over_average is None
+
+
+def test_the_predictions_of_a_result_are_read_from_disk_once_for_a_table(results: Results, monkeypatch) -> None:
+    measure(results, *(result(model, unseen, 5) for model in ("average", "ties") for unseen in UNSEEN))
+    reads: Counter[str] = Counter()
+
+    def load(file: Path) -> dict:
+        reads[Path(file).stem] += 1
+        return load_file(file)
+
+    monkeypatch.setattr(stored, "load_file", load)
+    part = Results(results.folder).only(results.rows)
+    rows = tabulate(part, UNSEEN)
+    assert all(row.over_zero_shot for row in rows if row.model not in ("zero-shot", "client photo"))
+    assert reads == dict.fromkeys((row.measurement for row in results.rows), 1)
+    assert tabulate(part, UNSEEN) == rows
+    assert set(reads.values()) == {1}
+
+
+def test_an_interval_is_in_points() -> None:
+    assert interval_text(None) == "–"
+    assert interval_text(difference_of(8, 0)) == "+100.0 [100.0, 100.0]"
+    assert interval_text(Interval(-0.0123, -0.05, 0.0)) == "-1.2 [-5.0, 0.0]"
+
+
+def difference_of(right: int, reference: int) -> Interval:
+    return bootstrap_difference([answers(right).correct[None]], [answers(reference).correct[None]])
+
+
+def test_the_best_of_a_column_is_so_as_printed_and_the_best_mean_is_over_all_domains(results: Results) -> None:
+    rows = tabulate(results, UNSEEN)
+    assert best_cells(rows) == [0.625, 0.75, 0.625]
+    partial = [row for row in rows if row.label == "client sketch"]
+    assert best_cells(partial) == [0.625, 0.0, 0.0]
+
+
+def test_markdown_has_a_dash_where_a_client_is_at_home_and_the_best_in_bold(results: Results) -> None:
+    lines = markdown_table(tabulate(results, UNSEEN), UNSEEN).splitlines()
+    assert lines[:2] == [
+        "| model | photo | sketch | mean | ECE | over average [95 %] | over zero-shot [95 %] |",
+        "| --- | ---: | ---: | ---: | ---: | ---: | ---: |",
+    ]
+    assert lines[2] == "| zero-shot | 0.250 | 0.500 | 0.375 | 0.030 | – | – |"
+    assert lines[3].startswith("| client photo | – | 0.375 | 0.375 | 0.030 | – | -12.5 [")
+    assert lines[-1].startswith("| sap | 0.500 | **0.750** | **0.625** | 0.050 | – | +25.0 [")
+
+
+def test_the_terminal_s_table_has_the_best_of_each_column_in_bold(results: Results) -> None:
+    table = rich_table(tabulate(results, UNSEEN), UNSEEN)
+    columns = [list(column.cells) for column in table.columns]
+    assert columns[0] == ["zero-shot", "client photo", "client sketch", "best client", "sap"]
+    assert columns[1] == ["0.250", "–", "[bold]0.625[/bold]", "[bold]0.625[/bold]", "0.500"]
+    assert columns[2] == ["0.500", "0.375", "–", "0.375", "[bold]0.750[/bold]"]
+    assert columns[3][-1] == "[bold]0.625[/bold]"
+
+
+def test_the_terminal_s_table_fits_eighty_columns(results: Results) -> None:
+    console = Console(width=80)
+    with console.capture() as shown:
+        console.print(rich_table(tabulate(results, UNSEEN), UNSEEN))
+    assert "top-1 accuracy on unseen domains" in shown.get()
+    assert "client sketch │ 0.625 │      – │ 0.625" in shown.get()
+    assert "its mean leaves it out" in shown.get()
