@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import lightning as L
@@ -237,12 +237,18 @@ class SapCLI(LightningCLI):
         return next((arg.partition("=")[0] for arg in self.line if re.match(rf"--{group}[.=]|--{group}$", arg)), None)
 
     def check_sweep(self, sweep: Sweep) -> None:
-        """Finds settings that a sweep would ignore.
+        """Finds settings that a sweep would ignore, or that are none.
 
         Raises:
             InputError: naming the first of them.
         """
         refuse_others("sweep", [f"--{name}" for name in sweep.over])
+        known = set(flat(self.settings()))
+        if unknown := [name for name in sweep.over if name not in known]:
+            raise InputError(
+                f"sweep.over.{unknown[0]}: no setting of its own; name one such as model.rank, not a group of them and"
+                " not what follows from another"
+            )
         varied = next((f"sweep.over.{name}" for name in sweep.over if name.split(".")[0] == "prune"), None)
         if SAP.name not in sweep.methods and (given := self._given("prune") or varied):
             raise InputError(
@@ -305,11 +311,35 @@ def is_taken(option: str, command: str) -> bool:
 
 def refuse_others(command: str, args: Sequence[str]) -> None:
     """Raises InputError for an option that this command would ignore, naming the commands that take it."""
-    for arg in args:
-        option = arg.partition("=")[0].removeprefix("--")
-        if arg.startswith("--") and (found := takers(option)) is not None and not is_taken(option, command):
-            where = f"it is an option of {', '.join(found)}" if found else "it is set by the commands themselves"
-            raise InputError(f"--{option}: {command} would ignore it; {where}")
+    for index, arg in enumerate(args):
+        option, _, value = arg.partition("=")
+        if not option.startswith("--"):
+            continue
+        name = option.removeprefix("--")
+        for inner in (name, *_settings_in(name, value or "".join(args[index + 1 : index + 2]))):
+            if (found := takers(inner)) is not None and not is_taken(inner, command):
+                where = f"it is an option of {', '.join(found)}" if found else "it is set by the commands themselves"
+                raise InputError(f"--{inner}: {command} would ignore it; {where}")
+
+
+def _settings_in(group: str, value: str) -> list[str]:
+    """Settings in a group that is given whole, such as ``--data '{domain: photo}'``."""
+    if not (group in TAKEN_BY and value.lstrip().startswith("{")):
+        return []
+    try:
+        given = yaml.safe_load(value)
+    except yaml.YAMLError:  # which the parser will say
+        return []
+    return [f"{group}.{name}" for name in given] if isinstance(given, dict) else []
+
+
+def flat(config: Any, name: str = "") -> Iterator[str]:
+    """The names of all settings of a config file: the reverse of ``nested``."""
+    if isinstance(config, Mapping) and config:
+        for key, value in config.items():
+            yield from flat(value, f"{name}.{key}".removeprefix("."))
+    else:
+        yield name
 
 
 def nested(settings: Mapping[str, Any]) -> dict[str, Any]:

@@ -124,7 +124,10 @@ def _leave_behind(merged: Merged, module: MergeModule, options: Any, metrics: Ma
 def test(args: Sequence[str]) -> None:
     """Evaluate zero-shot, an upload or a merged model (--uploads DIR) on the whole of --data.domain."""
     cli = SapCLI("test", args, test.__doc__)
-    cli.make_trainer(logger=False, **UNTRAINED).test(_model(cli), datamodule=cli.datamodule)
+    model = _model(cli)
+    # A merged model's images are preprocessed as it says itself.
+    data = cli.varied({"model.base": model.base}).datamodule
+    cli.make_trainer(logger=False, **UNTRAINED).test(model, datamodule=data)
 
 
 def predict(args: Sequence[str]) -> None:

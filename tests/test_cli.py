@@ -281,6 +281,30 @@ def test_what_a_sweep_would_ignore_cannot_be_gone_through(run, tmp_path, name):
         run("sweep", "--sweep.over", f"{{{name}: [1, 2]}}", f"--federation.run_dir={tmp_path}/run")
 
 
+@pytest.mark.parametrize("name", ["data.seed", "model.base.x", "prune", "federation.poison", "merge", "model.rnak"])
+def test_what_is_no_single_setting_cannot_be_gone_through(run, tmp_path, name):
+    with pytest.raises(InputError, match=rf"sweep\.over\.{re.escape(name)}: no setting of its own"):
+        run(
+            "sweep",
+            "--sweep.methods=[sap]",
+            "--sweep.over",
+            f"{{{name}: [1, 2]}}",
+            f"--federation.run_dir={tmp_path}/r",
+        )
+
+
+@pytest.mark.parametrize(
+    ("command", "line", "setting"),
+    [
+        ("fit", ["--data={domain: photo}"], "data.domain"),
+        ("test", ["--trainer", "{precision: 32-true, max_epochs: 3}"], "trainer.max_epochs"),
+        ("sweep", ["--merge", "{rank: 3}"], "merge.rank"),
+    ],
+)
+def test_a_group_that_is_given_whole_is_judged_by_what_stands_in_it(main, command, line, setting):
+    assert main(command, *line).startswith(f"error: --{setting}: {command} would ignore it; ")
+
+
 @pytest.mark.parametrize("line", ["--merge.meth=ties", "--prune.spars=0.5", "--seed=3"])
 def test_an_abbreviated_option_is_not_guessed(parsed, capsys, line):
     with pytest.raises(SystemExit) as end:

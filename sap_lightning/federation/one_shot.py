@@ -139,9 +139,7 @@ class OneShotFederation:
             require_settings(self.folder.path, self.config, self.free_settings)
         self._keep_settings()
         honest = self.collect(self.train())
-        # A poison of no image or layer leaves an honest adapter.
-        poisoned = [adapter for adapter in self._poisoned() if adapter not in honest]
-        self.sent = Sent(honest, poisoned, self.poison.label if self.poison else "")
+        self.sent = Sent.of(honest, self._poisoned(), self.poison.label if self.poison else "")
         made_with = provenance(self.settings)
         self.points = Points(
             self.plan, self.sent, self.data, self.anchors, self.merge, self.evaluator.precision, made_with

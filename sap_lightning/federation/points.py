@@ -73,6 +73,11 @@ class Sent(NamedTuple):
     poisoned: Sequence[Adapter] = ()
     label: str = ""
 
+    @classmethod
+    def of(cls, honest: Sequence[Adapter], sent: Sequence[Adapter], label: str) -> Sent:
+        """What was sent in place of honest adapters; one that a poison left as it was is honest."""
+        return cls(honest, [adapter for adapter in sent if adapter not in honest], label)
+
     @property
     def adapters(self) -> list[Adapter]:
         """What the server gets, in the order of their content."""

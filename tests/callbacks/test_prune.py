@@ -235,11 +235,23 @@ def test_a_method_of_the_module_s_own_stays_and_nothing_is_scored(uploads, ancho
     own = Average()
     module = MergeModule(SHAPES_CLIP, method=own)
     module.use(module.read_uploads(uploads))
-    validate(module, anchors, SaliencyPruneCallback(sparsity=0.7))
+    validate(module, anchors, SaliencyPruneCallback())
     assert module.method is module.merged.method is own
     assert module.probe().memory == {}
     for name, update in module.merged.update.items():
         assert_close(dense(update), sum(a.layers[name].delta() for a in module.adapters) / 2, atol=1e-6, rtol=0)
+
+
+def test_settings_beside_another_method_of_the_module_s_own_are_refused(uploads, anchors):
+    for own in (Average(), SAP(sparsity=0.5)):
+        module = MergeModule(SHAPES_CLIP, method=own)
+        module.use(module.read_uploads(uploads))
+        with pytest.raises(
+            InputError, match=rf"the module merges by {own.name}, this callback by sap at other settings"
+        ):
+            validate(module, anchors, SaliencyPruneCallback(sparsity=0.7))
+    validate(module, anchors, SaliencyPruneCallback(sparsity=0.5))
+    assert module.merged.method == SAP(sparsity=0.5)
 
 
 def test_every_validation_follows_its_own_callback(validated, anchors):

@@ -88,6 +88,16 @@ def test_honest_and_poisoned_clients_are_prepared_apart(federation, prepared):
     assert prepared == [("magnitude", WITHOUT_SKETCH)] * 2
 
 
+def test_a_poison_that_changes_nothing_leaves_honest_clients_and_merges(federation, prepared):
+    of = federation(Average(), unseen=["sketch"], poison=Poison("photo", "scale", 0.0))
+    results = of.run()
+    assert results.labels == ["zero-shot", "client cartoon", "client painting", "client photo", "average"]
+    assert prepared == [("average", WITHOUT_SKETCH)]
+    assert not any(point.poisoned for point in of.points.on("sketch"))
+    assert [of.sent.label_of(adapter) for adapter in of.sent.adapters] == [""] * 3
+    assert {of.upload_of(adapter) for adapter in of.sent.adapters} == set(map(of.folder.upload, WITHOUT_SKETCH))
+
+
 def test_the_anchors_are_asked_once_about_each_client(federation, monkeypatch):
     asked, gradients = [], AnchorProbe.gradients
 

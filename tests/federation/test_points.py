@@ -132,13 +132,6 @@ def test_on_its_own_domain_a_poisoned_client_has_no_part():
     assert labels(found) == ["zero-shot", "client cartoon", "client painting", "client sketch", "average"]
 
 
-def test_a_poison_that_changes_nothing_leaves_honest_merges_honest():
-    (photo,) = [one for one in HONEST if one.name == "photo"]
-    found = points(plan_of(Average()), Sent(HONEST, [photo], "photo scale 0")).on("sketch")
-    honest = [point for point in found if not point.result.condition]
-    assert len(honest) == 5 and not any(point.poisoned for point in honest)
-
-
 def test_a_merge_that_rejects_outliers_says_so_in_its_condition():
     found = list(points(plan_of(Average()), POISONED, reject_outliers=True).on("sketch"))
     assert labels(found)[-2:] == ["average, rejecting outliers", "average, photo noise, rejecting outliers"]

@@ -258,14 +258,15 @@ def test_a_module_s_own_method_merges_and_saves(module, uploads, tmp_path):
         torch.testing.assert_close(delta, mean_of(clients, name), atol=1e-6, rtol=0)
 
 
-def test_what_is_used_may_bring_its_method_and_keeps_it_otherwise(module):
+def test_what_is_used_may_bring_its_method_which_goes_before_the_module_s_own(module):
     first = module.merge()
     module.use(module.adapters[:2], TIES(0.5))
     module.offer(Average())
     second = module.merge()
-    assert (second.method, len(second.adapters)) == (TIES(0.5), 2), "its own method goes before what is offered"
+    assert (second.method, len(second.adapters)) == (TIES(0.5), 2)
     module.use(first.adapters)
-    assert (module.merge().method, len(module.merged.adapters)) == (TIES(0.5), 3)
+    assert module.merged is None, "what was merged before is not taken for a merge of these"
+    assert (module.merge().method, len(module.merged.adapters)) == (Average(), 3)
     assert (first.method, len(first.adapters)) == (Average(), 3), "an earlier merge stays as it was"
 
 

@@ -19,7 +19,7 @@ import pytest
 import torch
 from PIL import Image
 from places import REPOSITORY
-from reporting.samples import UNSEEN, add, evidence, swept
+from reporting.samples import UNSEEN, add, evidence, measure, swept
 
 from sap_lightning.federation.run_folder import config_file
 from sap_lightning.reporting.draw import draw
@@ -205,7 +205,7 @@ def test_a_client_that_breaks_the_base_stands_out_in_the_report(tmp_path: Path) 
 def test_clients_that_were_left_out_are_named(tmp_path: Path) -> None:
     results = swept(tmp_path)
     row = replace(results.rows[0], model="sap", condition="rejecting outliers", rejected=["cartoon"])
-    results.rows += [row, replace(row, model="average")]
+    measure(results, row, replace(row, model="average"), of=20)
     page = Page(write(tmp_path, results, UNSEEN, None, {}))
     assert page.text.count("Left out of the merges for unseen photo, seed 0 (rejecting outliers): cartoon.") == 1
 
