@@ -39,11 +39,8 @@ NAMES = {name_of(file) for file in MODULES}
 
 
 def imports_of(file: Path) -> set[str]:
-    """Modules of the package that a file imports, also inside functions, but for those that only types need."""
+    """Modules of the package that a file imports, also inside functions and for types alone."""
     tree = ast.parse(file.read_text(encoding="utf-8"))
-    for node in ast.walk(tree):
-        if isinstance(node, ast.If) and ast.unparse(node.test) == "TYPE_CHECKING":
-            node.body = [ast.Pass()]
     found: set[str] = set()
     for node in ast.walk(tree):
         if isinstance(node, ast.ImportFrom):
