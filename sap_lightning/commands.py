@@ -21,6 +21,7 @@ from sap_lightning.federation.one_shot import OneShotFederation, chosen_domains,
 from sap_lightning.federation.run_folder import SERVER_SETTINGS, RunFolder, require_settings
 from sap_lightning.federation.sweep import SEED, check, folder_of, measure
 from sap_lightning.files import locked, refuse_existing, write_csv, write_text
+from sap_lightning.io.manifest import check_domain
 from sap_lightning.merging.merged import Merged, push_to_hub
 from sap_lightning.merging.selection import check_rejection
 from sap_lightning.modules.merge import MergeModule
@@ -77,6 +78,8 @@ def client(args: Sequence[str]) -> None:
     cli = SapCLI("client", args, client.__doc__)
     folder, domain = RunFolder(cli.config_init.federation.run_dir), cli.datamodule.domain
     refuse_earlier(folder.path)
+    if domain is not None:
+        check_domain(domain)  # before it names a folder
     if (folder.path / "config.yaml").is_file():
         require_settings(folder.path, cli.settings())
     if domain is not None:
