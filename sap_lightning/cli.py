@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import lightning as L
@@ -17,6 +17,7 @@ from sap_lightning.data.anchors import AnchorDataModule
 from sap_lightning.data.domains import DomainDataModule
 from sap_lightning.errors import InputError
 from sap_lightning.federation.one_shot import OneShotFederation
+from sap_lightning.federation.run_folder import flat
 from sap_lightning.federation.sweep import Sweep
 from sap_lightning.merging import METHODS, SAP
 from sap_lightning.modules.clip_lora import CLIPLoRAModule
@@ -243,7 +244,7 @@ class SapCLI(LightningCLI):
             InputError: naming the first of them.
         """
         refuse_others("sweep", [f"--{name}" for name in sweep.over])
-        known = set(flat(self.settings()))
+        known = dict(flat(self.settings()))
         if unknown := [name for name in sweep.over if name not in known]:
             raise InputError(
                 f"sweep.over.{unknown[0]}: no setting of its own; name one such as model.rank, not a group of them and"
@@ -331,15 +332,6 @@ def _settings_in(group: str, value: str) -> list[str]:
     except yaml.YAMLError:  # which the parser will say
         return []
     return [f"{group}.{name}" for name in given] if isinstance(given, dict) else []
-
-
-def flat(config: Any, name: str = "") -> Iterator[str]:
-    """The names of all settings of a config file: the reverse of ``nested``."""
-    if isinstance(config, Mapping) and config:
-        for key, value in config.items():
-            yield from flat(value, f"{name}.{key}".removeprefix("."))
-    else:
-        yield name
 
 
 def nested(settings: Mapping[str, Any]) -> dict[str, Any]:

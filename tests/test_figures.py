@@ -20,7 +20,6 @@ from sap_lightning.figures import (
     shares_figures,
     sparsity_figure,
 )
-from sap_lightning.functional.agreement import share_kept
 from sap_lightning.functional.statistics import Spread
 
 ATTENTION = "vision_model.encoder.layers.{}.self_attn.{}"
@@ -45,11 +44,6 @@ def drawn(figure: Figure) -> Image.Image:
 
 def texts_of(figure: Figure) -> dict[tuple[float, float], str]:
     return {text.get_position(): text.get_text() for text in figure.axes[0].texts}
-
-
-def test_the_share_kept_is_over_all_parameters_of_a_layer() -> None:
-    A, B = torch.tensor([[True, False], [False, False]]), torch.tensor([[True, True]])
-    assert share_kept({"factors": (A, B), "delta": (A,)}) == {"factors": 3 / 6, "delta": 1 / 4}
 
 
 def test_the_heat_map_has_a_row_for_each_layer_in_order_and_a_column_for_each_module() -> None:

@@ -77,7 +77,7 @@ def require_settings(folder: Path, config: Mapping[str, Any], free: Sequence[str
         folder.mkdir(parents=True, exist_ok=True)
         write_text(file, yaml.safe_dump(dict(config), sort_keys=False, allow_unicode=True))
         return
-    before, now = (dict(_flat(c)) for c in (yaml.safe_load(file.read_text(encoding="utf-8")), config))
+    before, now = (dict(flat(c)) for c in (yaml.safe_load(file.read_text(encoding="utf-8")), config))
     if EARLIER_SETTING in before:
         raise earlier_version(folder)
     changed = [
@@ -97,9 +97,10 @@ def belongs_to(setting: str, groups: Iterable[str]) -> bool:
     return any(setting == name or setting.startswith(f"{name}.") for name in groups)
 
 
-def _flat(config: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
+def flat(config: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """Name and value of every setting of a config file: ``{"model": {"rank": 8}}`` gives ``("model.rank", 8)``."""
     if isinstance(config, Mapping) and config:
         for key, value in config.items():
-            yield from _flat(value, f"{prefix}{key}.")
+            yield from flat(value, f"{prefix}{key}.")
     else:
         yield prefix.removesuffix("."), config

@@ -20,7 +20,6 @@ from sap_lightning.io.rules import MAX_FLOAT32, errors_in, short
 
 Shapes = Mapping[str, tuple[int, ...]]
 """Weight shape (d_out, d_in) of every linear layer of a base, by name."""
-_FLOAT_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 _DTYPE_NAMES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 _FACTOR_KEY = re.compile(r"base_model\.model\.(?P<layer>.+)\.lora_(?P<factor>[AB])\.weight")
 
@@ -207,7 +206,7 @@ def _stated_shape(tensors: OpenWeights, keys: dict[str, str]) -> tuple[int, int]
 
 def _read_factor(tensors: OpenWeights, key: str, shape: tuple[int, int]) -> Tensor:
     stated = tensors.stated(key)
-    if stated.dtype not in _FLOAT_DTYPES:
+    if stated.dtype not in _DTYPE_NAMES.values():
         raise InputError(f"{key} has dtype {stated.dtype}, expected one of {', '.join(_DTYPE_NAMES)}")
     if stated.shape != shape:
         raise InputError(

@@ -20,8 +20,9 @@ from sap_lightning.errors import InputError, check_at_least
 from sap_lightning.functional.consensus import weighted_sum
 from sap_lightning.functional.lora import LoRALayer, Update
 from sap_lightning.io.adapter import Adapter
+from sap_lightning.merging.clients import client_layers
 from sap_lightning.merging.distances import squared_distances
-from sap_lightning.merging.method import MergeMethod, Prepared, PreparedLayers, client_layers, required
+from sap_lightning.merging.method import MergeMethod, Prepared, PreparedLayers, required
 from sap_lightning.models.probe import AnchorProbe
 
 log = logging.getLogger(__name__)

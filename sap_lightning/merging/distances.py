@@ -9,7 +9,7 @@ from torch import Tensor
 
 from sap_lightning.console import track
 from sap_lightning.io.adapter import Adapter
-from sap_lightning.merging.method import client_layers
+from sap_lightning.merging.clients import client_layers
 
 
 def squared_distances(adapters: Sequence[Adapter]) -> Tensor:

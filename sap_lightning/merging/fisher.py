@@ -17,7 +17,8 @@ from sap_lightning.errors import InputError
 from sap_lightning.functional.lora import LoRALayer
 from sap_lightning.functional.spaces import DeltaSpace
 from sap_lightning.io.adapter import Adapter
-from sap_lightning.merging.method import MergeMethod, Prepared, PreparedLayers, client_layers, required
+from sap_lightning.merging.clients import client_layers
+from sap_lightning.merging.method import MergeMethod, Prepared, PreparedLayers, required
 from sap_lightning.models.probe import AnchorProbe
 
 

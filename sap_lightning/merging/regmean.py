@@ -17,8 +17,8 @@ from sap_lightning.errors import check_share
 from sap_lightning.functional.consensus import weighted_sum
 from sap_lightning.functional.lora import Update, dense
 from sap_lightning.io.adapter import Adapter
-from sap_lightning.merging.clients import ClientLayers
-from sap_lightning.merging.method import MergeMethod, Prepared, PreparedLayers, client_layers, required
+from sap_lightning.merging.clients import ClientLayers, client_layers
+from sap_lightning.merging.method import MergeMethod, Prepared, PreparedLayers, required
 from sap_lightning.models.probe import AnchorProbe
 
 # Directions of a Gram matrix of float32 inputs below this share of the largest are rounding errors.

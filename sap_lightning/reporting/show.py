@@ -32,8 +32,9 @@ def show(federation: OneShotFederation, results: Results) -> None:
     if not federation.server.is_global_zero:
         return
     figures, table = draw(results, rows, evidence), markdown_table(rows, unseen)
-    for board in tensorboards(federation.server):
-        log_figures([board], figures)
+    boards = tensorboards(federation.server)
+    log_figures(boards, figures)
+    for board in boards:
         board.add_text("results", table)
         board.flush()
     write_csv(folder / "clients.csv", [Client._fields, *evidence.clients])

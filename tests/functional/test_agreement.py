@@ -31,6 +31,11 @@ def test_the_share_kept_is_counted_over_all_tensors_of_a_layer(kept) -> None:
     assert share_kept(masks(kept)) == {name: sum(flags) / 4 for name, flags in kept.items()}
 
 
+def test_the_share_kept_is_over_all_parameters_of_a_layer() -> None:
+    A, B = torch.tensor([[True, False], [False, False]]), torch.tensor([[True, True]])
+    assert share_kept({"factors": (A, B), "delta": (A,)}) == {"factors": 3 / 6, "delta": 1 / 4}
+
+
 def test_what_only_the_larger_rank_has_is_kept_by_one() -> None:
     small, large = {"q": (torch.ones(2, 3).bool(),)}, {"q": (torch.ones(4, 3).bool(),)}
     assert overlap(small, large) == 6 / 12
