@@ -8,8 +8,9 @@ quickstart: .venv/installed
 	test -d runs/shapes_world || $(BIN)/python -m sap_lightning.data.shapes runs/shapes_world
 	$(BIN)/python -m sap_lightning fit --config configs/shapes.yaml
 
+# Two processes of one thread each: tests are many small models, which gain nothing from more threads.
 test: .venv/installed
-	$(BIN)/python -m pytest
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist worksteal
 
 lint: .venv/installed
 	$(BIN)/ruff check .

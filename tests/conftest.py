@@ -12,6 +12,7 @@ import pytest
 import rich
 from places import REPOSITORY, SHAPES_CLIP
 
+from sap_lightning.__main__ import main
 from sap_lightning.cli import is_taken
 from sap_lightning.commands import COMMANDS
 from sap_lightning.data.shapes.world import draw_world
@@ -65,6 +66,21 @@ def run_in_shell(options):
         )
 
     return run_command
+
+
+@pytest.fixture
+def refusal(options, monkeypatch):
+    """Runs the program in this process with a fault, and returns what it ends with: one line, beside exit code 1."""
+
+    def run_program(command: str, *more: str) -> str:
+        monkeypatch.setattr(sys, "argv", ["sap_lightning", command, *taken(options, command), *more])
+        with pytest.raises(SystemExit) as ended:
+            main()
+        assert isinstance(ended.value.code, str), "a text is printed to standard error, and the exit code is 1"
+        (line,) = ended.value.code.splitlines()
+        return line
+
+    return run_program
 
 
 @pytest.fixture(scope="session")
