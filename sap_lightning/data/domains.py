@@ -111,6 +111,11 @@ class DomainDataModule(PixelDataModule):
         other._test_images, other._relabel = test_images, relabel
         return other
 
+    def held_out(self, number: int) -> Batch:
+        """At most so many images of the validation part, spread evenly over it, as pixels; known after `setup`."""
+        part = self._val
+        return part[_spread(torch.arange(len(part)), number).tolist()]
+
     def images(self) -> np.ndarray:
         """All images of the domain as they are decoded, uint8 (n, 3, h, w); zeros where one could not be."""
         self._load()

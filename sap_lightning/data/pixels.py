@@ -42,6 +42,10 @@ class PixelDataModule(LightningDataModule):
 
     def on_after_batch_transfer(self, batch: Any, dataloader_idx: int) -> Any:
         """Normalises, on the device."""
+        return self.normalised(batch)
+
+    def normalised(self, batch: Any) -> Any:
+        """A batch of pixels in 0…255 with the tower's input for images, in the trainer's precision."""
         assert self.trainer is not None
         normalised = batch._replace(images=self._preprocess.normalise(batch.images))
         # The loader's bytes passed the trainer's precision untouched; the floats made of them must not.

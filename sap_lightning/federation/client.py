@@ -12,6 +12,7 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.loggers import TensorBoardLogger
 
 from sap_lightning.callbacks.progress import training_progress
+from sap_lightning.callbacks.reach import ReachCallback
 from sap_lightning.console import on_terminal
 from sap_lightning.data.domains import DomainDataModule
 from sap_lightning.errors import InputError
@@ -51,9 +52,10 @@ def train_client(
         return upload
     home = folder.client(data.domain)
     checkpoint = home / "last.ckpt"
+    reach = ReachCallback()
     trainer = make_trainer(
         logger=TensorBoardLogger(home.parent, name="", version=home.name, default_hp_metric=False),
-        callbacks=[_last_checkpoint(home), training_progress(title)],
+        callbacks=[_last_checkpoint(home), training_progress(title), *([reach] if module.reach else [])],
         default_root_dir=home,
         enable_checkpointing=True,
         enable_progress_bar=on_terminal(),
@@ -62,7 +64,7 @@ def train_client(
     if trainer.interrupted:
         raise KeyboardInterrupt
     if trainer.is_global_zero:
-        module.write_upload(upload, data.domain, data.num_samples)
+        module.write_upload(upload, data.domain, data.num_samples, reach.reach)
     trainer.strategy.barrier()
     return upload
 

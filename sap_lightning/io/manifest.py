@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from sap_lightning.errors import InputError
+from sap_lightning.functional.reach import LENGTHS, MEASURED, Reach
 from sap_lightning.io.rules import NUMBER, TEXT, TEXT_BY_NAME, Rule, is_integer, is_text, matches, require, short
 
 _TEXTS = Rule(lambda value: isinstance(value, tuple) and all(map(is_text, value)), "a list of texts")
@@ -14,6 +15,23 @@ _SHA256 = Rule(matches(r"[0-9a-f]{64}"), "a sha256 in hex")
 _COUNT = Rule(lambda value: is_integer(value, 1), "a positive integer")
 _SEED = Rule(lambda value: is_integer(value, 0), "an integer from 0")
 _VERSION = Rule(lambda value: is_integer(value, 1, 1), "1, the only version known here")
+
+
+def _is_reach(value: Any) -> bool:
+    return (
+        isinstance(value, dict) and (not value or set(value) == set(MEASURED)) and all(map(_is_curve, value.values()))
+    )
+
+
+def _is_curve(value: Any) -> bool:
+    return (
+        isinstance(value, tuple | list)
+        and len(value) == len(LENGTHS)
+        and all(type(share) in (int, float) and 0 <= share <= 1 for share in value)
+    )
+
+
+_REACH = Rule(_is_reach, f"{len(LENGTHS)} numbers in [0, 1] for each of {', '.join(MEASURED)}, or nothing")
 _RULES = {
     "format_version": _VERSION,
     "base": TEXT,
@@ -27,7 +45,9 @@ _RULES = {
     "seed": _SEED,
     "packages": TEXT_BY_NAME,
     "tensors_sha256": _SHA256,
+    "reach": _REACH,
 }
+_OPTIONAL = {"reach"}
 
 
 @dataclass(frozen=True)
@@ -46,6 +66,7 @@ class Manifest:
         seed: seed of the training.
         packages: versions of the packages that trained it.
         tensors_sha256: `sha256_of` the adapter's layers.
+        reach: how far the adapter reaches, see `functional.reach`; empty where the client does not say.
         format_version: version of the manifest's format.
 
     Raises:
@@ -63,6 +84,7 @@ class Manifest:
     seed: int
     packages: dict[str, str]
     tensors_sha256: str
+    reach: Reach = field(default_factory=dict)
     format_version: int = 1
 
     def __post_init__(self) -> None:
@@ -77,12 +99,18 @@ def manifest_from(content: dict[str, Any]) -> Manifest:
         InputError: naming a field that is missing, unknown or wrong.
     """
     require("format_version", content.get("format_version"), _VERSION)
-    if missing := sorted(_RULES.keys() - content.keys()):
+    if missing := sorted(_RULES.keys() - _OPTIONAL - content.keys()):
         raise InputError(f"{missing[0]} is missing; write the upload again")
     if unknown := sorted(content.keys() - _RULES.keys()):
         raise InputError(f"unknown field {short(unknown[0])}; write the upload again")
-    values: dict[str, Any] = {key: tuple(v) if isinstance(v, list) else v for key, v in content.items()}
-    return Manifest(**values)
+    return Manifest(**_frozen(content))
+
+
+def _frozen(value: Any) -> Any:
+    """The same with tuples for lists."""
+    if isinstance(value, dict):
+        return {key: _frozen(inner) for key, inner in value.items()}
+    return tuple(map(_frozen, value)) if isinstance(value, list) else value
 
 
 def require_base(trained_on: str, expected: str | None, name: str = "") -> None:

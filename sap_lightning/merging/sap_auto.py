@@ -16,6 +16,7 @@ from sap_lightning.io.adapter import Adapter
 from sap_lightning.merging.distances import mean_cosine
 from sap_lightning.merging.method import MergeMethod, required
 from sap_lightning.merging.pruning import Pruning
+from sap_lightning.merging.reach import AtLength, ReachOfClients, reach_of
 from sap_lightning.merging.sap import SAP
 from sap_lightning.models.probe import AnchorProbe
 
@@ -35,11 +36,15 @@ class Trial(NamedTuple):
 class SAPAuto(MergeMethod):
     """SAP at the settings that the clients and the anchors suggest.
 
-    Where the clients' updates point the same way, their mean cosine above 0, what they learned is shared: half of it
-    stays, and the mean is made a little longer. Where they contradict each other, each has learned what holds at home
-    only, and most must go: half of the anchors then score, and the others measure the alignment loss of every space and
-    sparsity, and of every scale of the best of them. The lowest loss wins, ties go to what was tried first. The
-    findings hold all trials.
+    Where every client says how far its adapter reaches (``functional.reach``), they decide how long the merge is:
+    ``merging.reach`` at ρ = ``agreed_sparsity``. Where nothing that they learned carries over to other styles, the
+    merge is the base itself, and the log says so.
+
+    Where they do not say, the updates themselves are asked. Where these point the same way, their mean cosine above 0,
+    what the clients learned is shared: half of it stays, and the mean is made a little longer. Where they contradict
+    each other, each has learned what holds at home only, and most must go: half of the anchors then score, and the
+    others measure the alignment loss of every space and sparsity, and of every scale of the best of them. The lowest
+    loss wins, ties go to what was tried first. The findings hold all trials.
 
     Agreement between environments as a sign of what carries over: Parascandolo et al. 2021, arXiv:2009.00329.
 
@@ -47,7 +52,7 @@ class SAPAuto(MergeMethod):
         sparsities: values of ρ to try.
         spaces: spaces to try.
         scales: factors to try on the merged update.
-        agreed_sparsity: ρ where the clients agree.
+        agreed_sparsity: ρ where the clients agree, or say how far they reach.
         agreed_scale: λ where the clients agree, above 0.
         reduction: as for SAP.
 
@@ -82,6 +87,8 @@ class SAPAuto(MergeMethod):
         self, adapters: Sequence[Adapter], weights: Sequence[float], anchors: AnchorProbe | None = None
     ) -> Pruning:
         anchors = required(anchors, self)
+        if reach := reach_of(adapters, weights):
+            return self._as_far_as_they_reach(reach, adapters, weights, anchors)
         agreement = mean_cosine(adapters)
         if agreement > 0:
             trials = Trials(adapters, weights, self.reduction, anchors, anchors)
@@ -102,6 +109,25 @@ class SAPAuto(MergeMethod):
             "tried": [trial._asdict() for trial in trials.tried],
         }
         return replace(trials.prepared(chosen), findings=findings)
+
+    def _as_far_as_they_reach(
+        self, reach: ReachOfClients, adapters: Sequence[Adapter], weights: Sequence[float], anchors: AnchorProbe
+    ) -> Pruning:
+        sap = SAP(self.agreed_sparsity, reduction=self.reduction)
+        if reach.factor > 0:
+            log.info(
+                "sap_auto: clients reach furthest at %g times their adapters; sparsity %g",
+                reach.factor,
+                self.agreed_sparsity,
+            )
+        else:
+            log.warning(
+                "sap_auto: nothing that the clients learned carries over to other styles; the merge is the base"
+            )
+        prepared = sap.prepare(adapters, weights, anchors)
+        return AtLength(
+            sap, prepared.adapters, prepared.weights, prepared.space_of, prepared.answers, reach.findings, reach.length
+        )
 
     def _search(self, adapters: Sequence[Adapter], weights: Sequence[float], anchors: AnchorProbe) -> Trials:
         if len(anchors.pairs) < 2:

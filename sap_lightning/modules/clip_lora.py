@@ -20,6 +20,7 @@ from sap_lightning.data.loaders import Batch
 from sap_lightning.errors import InputError, check_at_least, check_share
 from sap_lightning.fingerprints import fingerprint
 from sap_lightning.functional.lora import LoRALayer
+from sap_lightning.functional.reach import Reach
 from sap_lightning.io.adapter import sha256_of, write_adapter
 from sap_lightning.io.manifest import Manifest
 from sap_lightning.models.clip import load_base
@@ -41,6 +42,7 @@ class CLIPLoRAModule(CLIPClassifier):
         weight_decay: weight decay of AdamW.
         warmup: share of the steps over which the learning rate rises; then it falls as a cosine.
         label_smoothing: label smoothing of the cross-entropy.
+        reach: measure how far the adapter reaches on held-out images in changed styles, and say so in the manifest.
         seed: seed of the adapter's initial values and of dropout.
 
     Raises:
@@ -59,6 +61,7 @@ class CLIPLoRAModule(CLIPClassifier):
         weight_decay: float = 0.01,
         warmup: float = 0.1,
         label_smoothing: float = 0.0,
+        reach: bool = True,
         seed: int = 0,
     ) -> None:
         super().__init__()
@@ -73,6 +76,7 @@ class CLIPLoRAModule(CLIPClassifier):
         self.weight_decay = weight_decay
         self.warmup = warmup
         self.label_smoothing = label_smoothing
+        self.reach = reach
         self.seed = seed
         # Checkpoints hold the adapter without the frozen base (on_save_checkpoint).
         self.strict_loading = False
@@ -160,8 +164,8 @@ class CLIPLoRAModule(CLIPClassifier):
             if isinstance(module, LoraLayer)
         }
 
-    def write_upload(self, folder: str | Path, domain: str, num_samples: int) -> Path:
-        """Writes what the client sends: the adapter in PEFT format and its manifest.
+    def write_upload(self, folder: str | Path, domain: str, num_samples: int, reach: Reach) -> Path:
+        """Writes what the client sends: the adapter in PEFT format and its manifest, which says how far it reaches.
 
         Raises:
             InputError: when the folder already exists.
@@ -179,6 +183,7 @@ class CLIPLoRAModule(CLIPClassifier):
             seed=self.seed,
             packages={name: version(name) for name in ("lightning", "peft", "torch", "transformers")},
             tensors_sha256=sha256_of(layers),
+            reach=reach,
         )
         return write_adapter(folder, layers, self.base, manifest)
 

@@ -35,6 +35,7 @@ from transformers import (
 from sap_lightning.errors import InputError
 from sap_lightning.fingerprints import fingerprint
 from sap_lightning.functional.lora import LoRALayer
+from sap_lightning.functional.reach import MEASURED
 from sap_lightning.io.adapter import read_adapter, sha256_of, write_adapter
 from sap_lightning.io.manifest import Manifest
 from sap_lightning.io.peft_config import CONFIG_FILE
@@ -596,6 +597,12 @@ def test_configs_without_the_essentials_are_refused(upload: Path, shapes: dict[s
         ("packages", {"torch": 2}, "packages is"),
         ("tensors_sha256", "0" * 64, "tensors_sha256 is 0000"),
         ("tensors_sha256", None, "tensors_sha256 is None"),
+        ("reach", {"grey": [0.5] * 7}, "reach is .* expected 7 numbers in .0, 1. for each of plain, grey"),
+        ("reach", dict.fromkeys(MEASURED, [0.5] * 6), "reach is"),
+        ("reach", dict.fromkeys(MEASURED, [0.5] * 6 + [1.5]), "reach is"),
+        ("reach", dict.fromkeys(MEASURED, [0.5] * 6 + [True]), "reach is"),
+        ("reach", dict.fromkeys(MEASURED, "0123456"), "reach is"),
+        ("reach", [0.5] * 7, "reach is"),
         ("format_version", 2, "format_version is 2, expected 1"),
         ("format_version", True, "format_version is True"),
         ("pickle", "yes", "unknown field 'pickle'"),
@@ -606,6 +613,21 @@ def test_bad_manifests_are_refused(
 ) -> None:
     edit_json(upload / MANIFEST_FILE, **{name: value})
     assert_refused(upload, shapes, f"{MANIFEST_FILE}: {message}")
+
+
+def test_a_manifest_need_not_say_how_far_the_adapter_reaches(upload: Path, shapes: dict[str, torch.Size]) -> None:
+    manifest = json.loads((upload / MANIFEST_FILE).read_text())
+    del manifest["reach"]
+    (upload / MANIFEST_FILE).write_text(json.dumps(manifest))
+    adapter = read_adapter(upload, shapes)
+    assert adapter.manifest is not None and adapter.manifest.reach == {}
+
+
+def test_what_a_manifest_says_of_the_reach_comes_back(tmp_path, upload, shapes) -> None:
+    adapter = read_adapter(upload, shapes)
+    assert adapter.manifest is not None
+    said = replace(adapter.manifest, reach={style: (0.0, 0.25, 0.5, 1, 0.5, 0.25, 0.0) for style in MEASURED})
+    assert read_adapter(write_adapter(tmp_path / "again", adapter.layers, "tiny-clip", said), shapes).manifest == said
 
 
 def test_manifests_with_a_field_missing_are_refused(upload: Path, shapes: dict[str, torch.Size]) -> None:

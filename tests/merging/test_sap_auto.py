@@ -3,17 +3,21 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Mapping
+from dataclasses import replace
 
 import pytest
 import torch
-from adapters import adapter_of
+from adapters import adapter_of, exact_delta
 from probes import captions, images, model_of, probe, relative_gap, tower, unlike_clients
 from torch.func import functional_call
 
 from sap_lightning.errors import InputError
 from sap_lightning.functional.lora import Update, dense
+from sap_lightning.functional.reach import LENGTHS, MEASURED
 from sap_lightning.io.adapter import Adapter
+from sap_lightning.io.manifest import Manifest
 from sap_lightning.merging.distances import mean_cosine
 from sap_lightning.merging.pruning import Pruning
 from sap_lightning.merging.sap import SAP
@@ -103,6 +107,38 @@ def test_where_the_clients_agree_its_own_sparsity_and_scale_are_kept():
     assert relative_gap(method.merge(agreeing(), WEIGHTS[:2], probe()), expected) == 0
 
 
+def saying(adapters: list[Adapter], curve: list[float]) -> list[Adapter]:
+    """The adapters of clients that say this of every style."""
+    manifests = [
+        Manifest(
+            "tiny", "0" * 64, one.name, ("cat",), 10, 3, 6, ("q",), 0, {}, one.sha256, dict.fromkeys(MEASURED, curve)
+        )
+        for one in adapters
+    ]
+    return [replace(one, manifest=manifest) for one, manifest in zip(adapters, manifests, strict=True)]
+
+
+def test_where_clients_say_how_far_they_reach_the_merge_is_as_long_as_that():
+    adapters = saying(disagreeing(), [0.1, 0.2, 0.3, 0.4, 0.3, 0.2, 0.1])
+    prepared = auto().prepare(adapters, WEIGHTS, probe())
+    plain = SAP(sparsity=0.5).merge(adapters, WEIGHTS, probe())
+    norms = [sum(float(exact_delta(x).square().sum()) for x in one.layers.values()) ** 0.5 for one in adapters]
+    wanted = 0.75 * sum(weight * norm for weight, norm in zip(WEIGHTS, norms, strict=True))
+    size = sum(float(dense(update).double().square().sum()) for update in plain.values()) ** 0.5
+    expected = {name: wanted / size * dense(update) for name, update in plain.items()}
+    assert relative_gap(prepared.apply(), expected) < 1e-5
+    assert prepared.findings["reach"] == 0.75
+    assert prepared.findings["length"] == pytest.approx(wanted)
+
+
+def test_where_nothing_carries_over_the_merge_is_the_base_and_the_log_says_so(caplog):
+    adapters = saying(agreeing(), [0.6, 0.5, 0.4, 0.3, 0.3, 0.3, 0.3])
+    with caplog.at_level("WARNING"):
+        merged = auto().merge(adapters, WEIGHTS[:2], probe())
+    assert "nothing that the clients learned carries over" in caplog.text
+    assert merged and all(not dense(update).any() for update in merged.values())
+
+
 def test_the_agreement_is_the_mean_cosine_of_the_clients(prepared):
     assert prepared.findings["agreement"] == mean_cosine(disagreeing()) < 0
 
@@ -139,7 +175,8 @@ def test_the_findings_are_json_and_name_every_trial(prepared):
     assert findings["tried"][0].keys() == {"space", "sparsity", "scale", "loss"}
 
 
-def test_the_command_leaves_the_findings_in_the_record(run, finished, tmp_path):
+def record_of(run, uploads, tmp_path):
+    """What sap_auto found of these uploads, as the command writes it down."""
     run(
         "merge",
         "--merge.method=sap_auto",
@@ -148,12 +185,25 @@ def test_the_command_leaves_the_findings_in_the_record(run, finished, tmp_path):
         "--merge.method.scales=[1.0,2.0]",
         f"--merge.output={tmp_path / 'out'}",
         "--uploads",
-        *(str(finished / "uploads" / domain) for domain in ("cartoon", "photo")),
+        *map(str, uploads),
     )
-    record = json.loads((tmp_path / "out" / "merge.json").read_text())
+    return json.loads((tmp_path / "out" / "merge.json").read_text())
+
+
+def test_the_command_leaves_the_findings_in_the_record(run, finished, tmp_path):
+    uploads = [shutil.copytree(finished / "uploads" / name, tmp_path / name) for name in ("cartoon", "photo")]
+    for upload in uploads:
+        (upload / "manifest.json").unlink()
+    record = record_of(run, uploads, tmp_path)
     assert len(record["findings"]["tried"]) == 3
     assert record["findings"]["chosen"]["loss"] == min(trial["loss"] for trial in record["findings"]["tried"])
     assert record["settings"]["sparsities"] == [0.5, 0.9]
+
+
+def test_the_command_leaves_how_far_the_clients_reach_in_the_record(run, finished, tmp_path):
+    record = record_of(run, [finished / "uploads" / name for name in ("cartoon", "photo")], tmp_path)
+    assert record["findings"]["reach"] in LENGTHS
+    assert record["findings"]["carried_over"]["0.0"] == 0
 
 
 def test_it_needs_two_anchors_and_something_to_try():

@@ -1,0 +1,77 @@
+"""How long a merge should be, from what the clients say of how far their adapters reach."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from sap_lightning.functional.lora import LoRALayer, Update, times
+from sap_lightning.functional.reach import LENGTHS, Reach, best_length, carried_over
+from sap_lightning.functional.rescaling import norm
+from sap_lightning.io.adapter import Adapter
+from sap_lightning.merging.distances import inner_products
+from sap_lightning.merging.pruning import Pruning
+
+
+@dataclass(frozen=True)
+class AtLength(Pruning):
+    """A merge of pruned clients that is made as long as it should be.
+
+    Attributes:
+        length: Frobenius norm of the merged update over all layers; at 0 the merge is the base.
+    """
+
+    length: float = 0.0
+
+    def apply(self, sparsity: float | None = None) -> dict[str, Update]:
+        merged = super().apply(sparsity)
+        size = math.hypot(*(norm(update, 2) for update in merged.values()))
+        if self.length == 0 or size == 0:
+            return {name: _nothing(update) for name, update in merged.items()}
+        return times(merged, self.length / size)
+
+
+@dataclass(frozen=True)
+class ReachOfClients:
+    """What clients say of how far their adapters reach, and what follows for a merge of them.
+
+    Attributes:
+        factor: λ, the multiple of a client's adapter at which most carries over to every style; 0 if nothing does.
+        length: λ times the clients' mean Frobenius norm, which is how long their merge should be. A mean of updates
+            that are nearly at right angles is shorter than each of them.
+        carried_over: what is won over λ = 0 in the style that wins the least, by λ.
+    """
+
+    factor: float
+    length: float
+    carried_over: Mapping[float, float]
+
+    @property
+    def findings(self) -> dict[str, Any]:
+        """For the merge's record."""
+        return {"reach": self.factor, "length": self.length, "carried_over": dict(self.carried_over)}
+
+
+def reach_of(adapters: Sequence[Adapter], weights: Sequence[float]) -> ReachOfClients | None:
+    """What follows from the clients' manifests; None where one of them does not say how far it reaches.
+
+    Args:
+        adapters: the clients'.
+        weights: each one's share of the whole.
+    """
+    reaches: list[Reach] = [one.manifest.reach for one in adapters if one.manifest and one.manifest.reach]
+    if len(reaches) < len(adapters):
+        return None
+    norms = inner_products(adapters).diagonal().sqrt()
+    factor = best_length(reaches)
+    length = factor * float(norms @ torch.tensor(weights, dtype=torch.float64))
+    return ReachOfClients(factor, length, dict(zip(LENGTHS, carried_over(reaches).tolist(), strict=True)))
+
+
+def _nothing(update: Update) -> LoRALayer:
+    d_out, d_in = update.shape
+    return LoRALayer(torch.zeros(1, d_in), torch.zeros(d_out, 1))
