@@ -97,6 +97,7 @@ MERGE_COMMAND: dict[str, dict[str, Any]] = {
     },
     "push_to_hub": {"type": str | None, "default": None, "help": "id of a repository on the hub to upload it to"},
 }
+REPORT = {"type": bool, "default": True, "help": "write report.html and its figures; else the table alone"}
 UPLOADS = "PEFT folders, hub ids or our own checkpoints; for test and predict one, or a folder that merge wrote"
 
 
@@ -198,6 +199,7 @@ class SapCLI(LightningCLI):
             parser.link_arguments("seed_everything", target)
         if self.command == "sweep":
             parser.add_class_arguments(Sweep, "sweep")
+        (parser.groups or {})["federation"].add_argument("--federation.report", **REPORT)
         if self.command == "merge":
             group = (parser.groups or {})["merge"]
             for name, option in MERGE_COMMAND.items():
@@ -272,6 +274,7 @@ class SapCLI(LightningCLI):
     def federation(self, **others: Any) -> OneShotFederation:
         """The federation as configured, but for the arguments that are given."""
         parts = self.config_init
+        settings = {name: value for name, value in parts.federation.items() if name != "report"}
         return OneShotFederation(
             client=self.model,
             data=self.datamodule,
@@ -279,7 +282,7 @@ class SapCLI(LightningCLI):
             merge=self.merge,
             make_trainer=self.make_trainer,
             config=self.settings(),
-            **{**parts.federation, **others},
+            **{**settings, **others},
         )
 
     def varied(self, settings: Mapping[str, Any]) -> SapCLI:

@@ -39,7 +39,7 @@ def fit(args: Sequence[str]) -> None:
     with locked(cli.config_init.federation.run_dir):
         federation = cli.federation()
         federation.run()
-        show(federation, federation.comparable())
+        show(federation, federation.comparable(), cli.config_init.federation.report)
 
 
 def sweep(args: Sequence[str]) -> None:
@@ -70,7 +70,7 @@ def sweep(args: Sequence[str]) -> None:
         results = Results(run_dir)  # anew, as another command may have written until now
         write_text(run_dir / "sweep.yaml", yaml.safe_dump(cli.settings(), sort_keys=False, allow_unicode=True))
         first, points = measure(wanted, partial(federation_of, results=results))
-        show(first, results.only(points))
+        show(first, results.only(points), cli.config_init.federation.report)
 
 
 def client(args: Sequence[str]) -> None:

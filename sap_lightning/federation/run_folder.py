@@ -18,6 +18,7 @@ FREE_SETTINGS = (
     "federation.unseen",
     "federation.clients",
     "federation.poison",
+    "federation.report",
     "data.domain",
     "merge.method",
     "merge.reject_outliers",

@@ -4,19 +4,23 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 import torch
+from lightning.pytorch.utilities import rank_zero_only
+from safetensors.torch import load_file, save
 from torch import Tensor
 from torchmetrics.functional.classification import multiclass_confusion_matrix
 
 from sap_lightning.errors import InputError
 from sap_lightning.federation.one_shot import OneShotFederation
 from sap_lightning.federation.points import Point
+from sap_lightning.files import write_bytes
+from sap_lightning.fingerprints import digest
 from sap_lightning.functional.agreement import overlap, principal_components, share_kept, sign_conflict
 from sap_lightning.functional.lora import dense
 from sap_lightning.functional.outliers import robust_z_scores
@@ -301,17 +305,34 @@ class Inspection:
         return Projection(principal_components(before[0]), principal_components(after[0]), domains, classes)
 
     def features(self, point: Point) -> tuple[Tensor, list[str], list[int]]:
-        """Features (n, d) of some images of every domain, and the domain and class of each."""
+        """Features (n, d) of some images of every domain, and the domain and class of each; computed once in a run."""
+        files = {domain: self._features_file(point, domain) for domain in self.federation.data.domains}
+        if missing := {domain: file for domain, file in files.items() if not file.is_file()}:
+            self._compute_features(point, missing)
+        parts = {domain: load_file(file) for domain, file in files.items()}
+        domains = [domain for domain, part in parts.items() for _ in part["labels"]]
+        labels = torch.cat([part["labels"] for part in parts.values()]).tolist()
+        return torch.cat([part["features"] for part in parts.values()]), domains, labels
+
+    def _features_file(self, point: Point, domain: str) -> Path:
+        images = self.federation.data.fingerprint(domain)
+        name = digest(point.result.measurement, domain, images, PROJECTED_IMAGES)
+        return self.federation.results.folder / "features" / f"{name}.safetensors"
+
+    def _compute_features(self, point: Point, files: Mapping[str, Path]) -> None:
         self.federation.evaluation.become(point)
         self.merge.remember_stem(())
-        features, domains, labels = [], [], []
-        for domain in self.federation.data.domains:
+        for domain, file in files.items():
             data = self.federation.data.for_domain(domain, test_images=PROJECTED_IMAGES)
             self.federation.evaluator.test(self.merge, datamodule=data, verbose=False)
-            features.append(self.merge.tested_features)
-            domains += [domain] * len(self.merge.tested_features)
-            labels += self.merge.predictions.labels.tolist()
-        return torch.cat(features), domains, labels
+            _write(file, {"features": self.merge.tested_features, "labels": self.merge.predictions.labels})
+        self.federation.server.strategy.barrier()
+
+
+@rank_zero_only
+def _write(file: Path, tensors: Mapping[str, Tensor]) -> None:
+    file.parent.mkdir(exist_ok=True)
+    write_bytes(file, save({name: tensor.contiguous() for name, tensor in tensors.items()}))
 
 
 def pruned_bytes(pruning: Pruning, adapter: Adapter, sparsity: float | None) -> int:

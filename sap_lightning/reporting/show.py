@@ -21,26 +21,33 @@ LOG_WIDTH = 160
 """Columns of the table where no terminal sets them."""
 
 
-def show(federation: OneShotFederation, results: Results) -> None:
-    """Prints these results as a table, writes the report, and puts both into TensorBoard."""
+def show(federation: OneShotFederation, results: Results, report: bool = True) -> None:
+    """Prints these results as a table, writes it and, if wanted, the report, and puts both into TensorBoard."""
     federation.server.strategy.barrier()
     folder, unseen = results.folder, federation.unseen
     rows = tabulate(results, unseen)
     if federation.server.is_global_zero:
         print_table(rows, unseen, left_out(results))
+    if report:
+        _report(federation, results, rows)
+    if federation.server.is_global_zero:
+        table = markdown_table(rows, unseen)
+        write_text(folder / TABLE_FILE, table)
+        for board in tensorboards(federation.server):
+            board.add_text("results", table)
+            board.flush()
+        print(f"Table: {results.csv}\nFigures: tensorboard --logdir {folder}")
+
+
+def _report(federation: OneShotFederation, results: Results, rows: Sequence[TableRow]) -> None:
     evidence = collect_evidence(federation)
     if not federation.server.is_global_zero:
         return
-    figures, table = draw(results, rows, evidence), markdown_table(rows, unseen)
-    boards = tensorboards(federation.server)
-    log_figures(boards, figures)
-    for board in boards:
-        board.add_text("results", table)
-        board.flush()
-    write_csv(folder / "clients.csv", [Client._fields, *evidence.clients])
-    write_text(folder / TABLE_FILE, table)
-    report = write_report(folder, results, rows, unseen, figures, evidence, federation.settings)
-    print(f"Report: {report}\nTable: {results.csv}\nFigures: tensorboard --logdir {folder}")
+    figures = draw(results, rows, evidence)
+    log_figures(tensorboards(federation.server), figures)
+    write_csv(results.folder / "clients.csv", [Client._fields, *evidence.clients])
+    page = write_report(results.folder, results, rows, federation.unseen, figures, evidence, federation.settings)
+    print(f"Report: {page}")
 
 
 def print_table(rows: Sequence[TableRow], unseen: Sequence[str], sentences: Sequence[str]) -> None:

@@ -13,7 +13,7 @@ from sap_lightning.errors import InputError
 from sap_lightning.functional.traffic import sparse_upload
 from sap_lightning.io.adapter import read_adapter
 from sap_lightning.merging import TIES
-from sap_lightning.reporting import show
+from sap_lightning.reporting import evidence, show
 from sap_lightning.reporting.page import file_names
 from sap_lightning.reporting.table import markdown_table, tabulate
 from sap_lightning.results import Results
@@ -66,6 +66,24 @@ def test_what_is_shown_says_where_the_rest_stands(copy, run, capsys):
     shown = capsys.readouterr().out
     for line in (f"Report: {copy / 'report.html'}", f"Table: {copy / 'results.csv'}", f"tensorboard --logdir {copy}"):
         assert line in shown
+
+
+def test_without_a_report_there_is_the_table_alone(copy, run, capsys):
+    for part in ("report.html", "table.md", "clients.csv"):
+        (copy / part).unlink()
+    shutil.rmtree(copy / "figures")
+    run("fit", "--federation.report=false", f"--federation.run_dir={copy}")
+    assert "Report:" not in (shown := capsys.readouterr().out) and "top-1 accuracy on unseen domains" in shown
+    assert (copy / "table.md").is_file()
+    assert not any((copy / part).exists() for part in ("report.html", "clients.csv", "figures"))
+
+
+def test_features_are_computed_once_in_a_run(copy, run, monkeypatch):
+    for part in ("report.html", "clients.csv"):
+        (copy / part).unlink()
+    monkeypatch.setattr(evidence.Inspection, "_compute_features", None)
+    run("fit", f"--federation.run_dir={copy}")
+    assert (copy / "report.html").is_file()
 
 
 def test_the_report_s_masks_are_those_of_the_method_it_is_about(copy, run):
