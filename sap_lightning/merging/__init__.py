@@ -4,10 +4,14 @@ from sap_lightning.errors import InputError
 from sap_lightning.merging.ata import ATA
 from sap_lightning.merging.ataf import ATAF
 from sap_lightning.merging.average import Average
+from sap_lightning.merging.cart import CART
 from sap_lightning.merging.dare import DARE
+from sap_lightning.merging.dc_merge import DCMerge
 from sap_lightning.merging.fedavg import FedAvg
 from sap_lightning.merging.fisher import Fisher
 from sap_lightning.merging.grasp import GRASP
+from sap_lightning.merging.iso_c import IsoC
+from sap_lightning.merging.iso_cts import IsoCTS
 from sap_lightning.merging.knots import KnOTS
 from sap_lightning.merging.krum import Krum
 from sap_lightning.merging.lorm import LoRM
@@ -25,12 +29,15 @@ from sap_lightning.merging.sens_merging import SensMerging
 from sap_lightning.merging.task_arithmetic import TaskArithmetic
 from sap_lightning.merging.ties import TIES
 from sap_lightning.merging.trimmed_mean import TrimmedMean
+from sap_lightning.merging.tsv_m import TSVM
+from sap_lightning.merging.wudi import WUDI
 
 METHODS: dict[str, type[MergeMethod]] = {
     method.name: method
     for method in (
         Average, FedAvg, TaskArithmetic, TIES, DARE, Magnitude, RobustMerge, KnOTS, Fisher, RegMean, LoRM, SensMerging,
         OPNP, PrunerZero, GRASP, ATA, ATAF, SAP, SAPAuto, Median, TrimmedMean, Krum,
+        TSVM, IsoC, IsoCTS, CART, WUDI, DCMerge,
     )
 }  # fmt: skip
 """The package's own methods by name."""
@@ -51,8 +58,8 @@ def method_named(name: str) -> MergeMethod:
 
 
 __all__ = [
-    "ATA", "ATAF", "DARE", "GRASP", "METHODS", "OPNP", "SAP", "TIES", "Average", "FedAvg", "Fisher", "KnOTS", "Krum",
-    "LayerwiseMethod", "LoRM", "Magnitude", "Median", "MergeMethod", "Prepared", "PrunerZero", "Pruning",
-    "PruningMethod", "RegMean", "RobustMerge", "SAPAuto", "SensMerging", "TaskArithmetic", "TrimmedMean",
-    "method_named",
+    "ATA", "ATAF", "CART", "DARE", "GRASP", "METHODS", "OPNP", "SAP", "TIES", "TSVM", "WUDI", "Average", "DCMerge",
+    "FedAvg", "Fisher", "IsoC", "IsoCTS", "KnOTS", "Krum", "LayerwiseMethod", "LoRM", "Magnitude", "Median",
+    "MergeMethod", "Prepared", "PrunerZero", "Pruning", "PruningMethod", "RegMean", "RobustMerge", "SAPAuto",
+    "SensMerging", "TaskArithmetic", "TrimmedMean", "method_named",
 ]  # fmt: skip

@@ -14,8 +14,12 @@ from references import reproducibly
 from sap_lightning.functional.lora import LoRALayer, dense
 from sap_lightning.io.adapter import Adapter
 from sap_lightning.merging.average import Average
+from sap_lightning.merging.cart import CART
 from sap_lightning.merging.dare import DARE
+from sap_lightning.merging.dc_merge import DCMerge
 from sap_lightning.merging.fedavg import FedAvg
+from sap_lightning.merging.iso_c import IsoC
+from sap_lightning.merging.iso_cts import IsoCTS
 from sap_lightning.merging.knots import KnOTS
 from sap_lightning.merging.krum import Krum
 from sap_lightning.merging.magnitude import Magnitude
@@ -25,10 +29,13 @@ from sap_lightning.merging.robustmerge import RobustMerge
 from sap_lightning.merging.task_arithmetic import TaskArithmetic
 from sap_lightning.merging.ties import TIES
 from sap_lightning.merging.trimmed_mean import TrimmedMean
+from sap_lightning.merging.tsv_m import TSVM
+from sap_lightning.merging.wudi import WUDI
 
 few_examples = settings(reproducibly, max_examples=20)
 
-UNPRUNED = [Average(), FedAvg(), TaskArithmetic(), Median(), TrimmedMean(0.25), Krum()]
+SUBSPACE = [TSVM(), IsoC(), IsoCTS(), CART(), WUDI(), WUDI(None), DCMerge()]
+UNPRUNED = [Average(), FedAvg(), TaskArithmetic(), Median(), TrimmedMean(0.25), Krum(), *SUBSPACE]
 PRUNED = [
     Magnitude(0.6),
     Magnitude(0.6, scope="global", space="factor"),
@@ -59,6 +66,10 @@ FAITHFUL = [
     TIES(0, variant="mergekit", majority="frequency"),
     KnOTS(0),
     RobustMerge(0, scale=1),
+    TSVM(),
+    CART(),
+    WUDI(),
+    WUDI(None),
 ]
 
 
