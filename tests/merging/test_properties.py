@@ -14,21 +14,26 @@ from references import reproducibly
 from sap_lightning.functional.lora import LoRALayer, dense
 from sap_lightning.io.adapter import Adapter
 from sap_lightning.merging.average import Average
+from sap_lightning.merging.breadcrumbs import Breadcrumbs
+from sap_lightning.merging.consensus import Consensus
 from sap_lightning.merging.dare import DARE
+from sap_lightning.merging.della import DELLA
 from sap_lightning.merging.fedavg import FedAvg
 from sap_lightning.merging.knots import KnOTS
 from sap_lightning.merging.krum import Krum
 from sap_lightning.merging.magnitude import Magnitude
 from sap_lightning.merging.median import Median
 from sap_lightning.merging.method import MergeMethod
+from sap_lightning.merging.pcb import PCB
 from sap_lightning.merging.robustmerge import RobustMerge
+from sap_lightning.merging.sce import SCE
 from sap_lightning.merging.task_arithmetic import TaskArithmetic
 from sap_lightning.merging.ties import TIES
 from sap_lightning.merging.trimmed_mean import TrimmedMean
 
 few_examples = settings(reproducibly, max_examples=20)
 
-UNPRUNED = [Average(), FedAvg(), TaskArithmetic(), Median(), TrimmedMean(0.25), Krum()]
+UNPRUNED = [Average(), FedAvg(), TaskArithmetic(), Median(), TrimmedMean(0.25), Krum(), Consensus()]
 PRUNED = [
     Magnitude(0.6),
     Magnitude(0.6, scope="global", space="factor"),
@@ -41,6 +46,13 @@ PRUNED = [
     TIES(0.6, variant="mergekit"),
     KnOTS(0.6),
     RobustMerge(0.6),
+    Breadcrumbs(0.6, 0.05),
+    Breadcrumbs(0.6, 0.05, scope="row"),
+    DELLA(0.6),
+    DELLA(0.6, rescale="l1"),
+    SCE(0.6),
+    SCE(0.6, variant="authors"),
+    PCB(0.6),
 ]
 FAITHFUL = [
     Average(),
@@ -59,6 +71,12 @@ FAITHFUL = [
     TIES(0, variant="mergekit", majority="frequency"),
     KnOTS(0),
     RobustMerge(0, scale=1),
+    Consensus(scale=1),
+    Breadcrumbs(0, largest=0, scale=1),
+    DELLA(0, scale=1),
+    DELLA(0, scale=1, rescale="l1"),
+    SCE(),
+    SCE(variant="authors"),
 ]
 
 
@@ -113,14 +131,15 @@ def test_krum_of_equal_adapters_is_that_adapter(seed: int, clients: int) -> None
     assert_same(Krum().merge([adapter] * clients), adapter.layers)
 
 
-@each_method
+# PCB's tanh knows the size of updates.
+@pytest.mark.parametrize("method", [m for m in UNPRUNED + PRUNED if not isinstance(m, PCB)], ids=title)
 @few_examples
 @given(data=st.data())
 def test_updates_times_c_merge_to_c_times_the_merge(method: MergeMethod, data: st.DataObject) -> None:
     adapters = data.draw(random_clients(method.least_clients))
     c = data.draw(st.sampled_from([0.25, 3.0]))
     larger = [
-        # The same hash, as DARE draws by it.
+        # The same hash, as DARE and DELLA draw by it.
         Adapter(a.name, {name: x._replace(scale=c * x.scale) for name, x in a.layers.items()}, a.sha256, None)
         for a in adapters
     ]
@@ -128,13 +147,15 @@ def test_updates_times_c_merge_to_c_times_the_merge(method: MergeMethod, data: s
     assert_same(method.merge(larger, shares(adapters)), expected, 1e-5)
 
 
-@pytest.mark.parametrize("method", [m for m in PRUNED if isinstance(m, Magnitude | TIES)], ids=title)
+@pytest.mark.parametrize("method", [m for m in PRUNED if isinstance(m, Magnitude | TIES | Breadcrumbs)], ids=title)
 @few_examples
 @given(seed=st.integers(0, 1000), rank=st.integers(1, 4), sparsity=st.floats(0, 1))
 def test_exactly_the_share_is_pruned(method, seed: int, rank: int, sparsity: float) -> None:
     adapter = random_adapter(seed, rank)
     kept = method.prepare([adapter], [1.0]).kept(adapter, sparsity)
     masks = [torch.cat([mask.flatten() for mask in layer]) for layer in kept.values()]
+    if method.scope == "row":
+        masks = [row for layer in kept.values() for row in layer[0]]
     for mask in [torch.cat(masks)] if method.scope == "global" else masks:
         assert int((~mask).sum()) == round(sparsity * len(mask))
 
