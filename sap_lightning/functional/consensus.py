@@ -125,14 +125,21 @@ class ElectedMean(Consensus):
         self.by_count = by_count
         self.votes: Tensor | None = None
 
-    def add(self, update: Update, weight: float) -> None:
+    def add(self, update: Update, weight: float, vote: float | None = None) -> None:
+        """Takes one client's update into account.
+
+        Args:
+            update: in factor form, or dense of shape (d_out, d_in).
+            weight: in the mean.
+            vote: in the election by ``total``; if not given, 1 by count, else the weight.
+        """
         delta = dense(update)
         if self.votes is None:
             self.votes = torch.zeros_like(delta)
             self.sums = [torch.zeros_like(delta) for _ in range(2)]
             self.support = [torch.zeros_like(delta) for _ in range(2)]
         if self.majority == "total":
-            self.votes.add_(delta, alpha=1.0 if self.by_count else weight)
+            self.votes.add_(delta, alpha=(1.0 if self.by_count else weight) if vote is None else vote)
         else:
             self.votes += delta.sign()
         for side, part in enumerate((delta.clamp(min=0), delta.clamp(max=0))):

@@ -88,6 +88,68 @@ def keep_in_rows(scores: Tensor, sparsity: float) -> Tensor:
     return torch.ones_like(scores, dtype=torch.bool).scatter_(-1, lowest, False)
 
 
+def keep_middle(scores: Tensor, sparsity: float, largest: float, rows: bool = False) -> Tensor:
+    """True where a score is neither among the lowest nor among the highest; round(ρ·N) of N go altogether.
+
+    Model Breadcrumbs' mask (Davari & Belilovsky 2024, arXiv:2312.06795). Of equal scores the first count as lower.
+
+    Args:
+        scores: shape (d_out, d_in), none negative, no NaN.
+        sparsity: ρ in [0, 1], the share that goes at both ends.
+        largest: the part of ρ that goes at the upper end; all of ρ where it is less.
+        rows: N counts a row, each of which loses its own ends, not the matrix.
+
+    Returns:
+        bool (d_out, d_in).
+
+    Example:
+        >>> import torch
+        >>> from sap_lightning.functional.masking import keep_middle
+        >>> scores = torch.tensor([[1.0, 2.0, 3.0, 4.0], [8.0, 7.0, 6.0, 5.0]])
+        >>> keep_middle(scores, sparsity=0.5, largest=0.25).int().tolist()
+        [[0, 0, 1, 1], [0, 0, 1, 1]]
+        >>> keep_middle(scores, sparsity=0.5, largest=0.25, rows=True).int().tolist()
+        [[0, 1, 1, 0], [0, 1, 1, 0]]
+    """
+    size = scores.shape[-1] if rows else scores.numel()
+    drop = round(sparsity * size)
+    highest = min(round(largest * size), drop)
+    if not rows:
+        return keep_mask(scores, (drop - highest) / size) & ~keep_mask(scores, 1 - highest / size)
+    order = _row_order(scores)
+    gone = torch.cat([order[:, : drop - highest], order[:, size - highest :]], dim=1)
+    return torch.ones_like(scores, dtype=torch.bool).scatter_(-1, gone, False)
+
+
+def row_ranks(scores: Tensor) -> Tensor:
+    """Each score's rank among those of its row, from 0, the lowest, to 1, the highest; of equal scores the first first.
+
+    Args:
+        scores: shape (d_out, d_in), none negative, no NaN.
+
+    Returns:
+        float (d_out, d_in).
+
+    Example:
+        >>> import torch
+        >>> from sap_lightning.functional.masking import row_ranks
+        >>> row_ranks(torch.tensor([[10.0, 30.0, 20.0], [5.0, 5.0, 5.0]])).tolist()
+        [[0.0, 1.0, 0.5], [0.0, 0.5, 1.0]]
+    """
+    steps = torch.linspace(0, 1, scores.shape[-1], device=scores.device).expand_as(scores)
+    return torch.empty_like(steps).scatter_(-1, _row_order(scores), steps)
+
+
+def _row_order(scores: Tensor) -> Tensor:
+    if scores.device.type == "cpu" and scores.dtype == torch.float32:
+        # Bits of floats that are not negative have the floats' order, and numpy sorts whole numbers four times as
+        # quickly as torch finds an order; below them stands the column.
+        keys = scores.numpy().view(np.int32).astype(np.int64) << 32 | np.arange(scores.shape[-1])
+        keys.sort(axis=-1)
+        return torch.from_numpy(keys & 0xFFFFFFFF)
+    return scores.argsort(dim=-1, stable=True)
+
+
 def keep_masks(scores: Mapping[str, Parameters], sparsity: float, scope: Scope) -> dict[str, Parameters]:
     """Masks of a whole adapter, with one threshold (``global``) or one for each layer (``layer``).
 

@@ -4,9 +4,12 @@ from sap_lightning.errors import InputError
 from sap_lightning.merging.ata import ATA
 from sap_lightning.merging.ataf import ATAF
 from sap_lightning.merging.average import Average
+from sap_lightning.merging.breadcrumbs import Breadcrumbs
 from sap_lightning.merging.cart import CART
+from sap_lightning.merging.consensus import Consensus
 from sap_lightning.merging.dare import DARE
 from sap_lightning.merging.dc_merge import DCMerge
+from sap_lightning.merging.della import DELLA
 from sap_lightning.merging.fedavg import FedAvg
 from sap_lightning.merging.fisher import Fisher
 from sap_lightning.merging.grasp import GRASP
@@ -19,12 +22,14 @@ from sap_lightning.merging.magnitude import Magnitude
 from sap_lightning.merging.median import Median
 from sap_lightning.merging.method import LayerwiseMethod, MergeMethod, Prepared
 from sap_lightning.merging.opnp import OPNP
+from sap_lightning.merging.pcb import PCB
 from sap_lightning.merging.pruner_zero import PrunerZero
 from sap_lightning.merging.pruning import Pruning, PruningMethod
 from sap_lightning.merging.regmean import RegMean
 from sap_lightning.merging.robustmerge import RobustMerge
 from sap_lightning.merging.sap import SAP
 from sap_lightning.merging.sap_auto import SAPAuto
+from sap_lightning.merging.sce import SCE
 from sap_lightning.merging.sens_merging import SensMerging
 from sap_lightning.merging.task_arithmetic import TaskArithmetic
 from sap_lightning.merging.ties import TIES
@@ -38,6 +43,7 @@ METHODS: dict[str, type[MergeMethod]] = {
         Average, FedAvg, TaskArithmetic, TIES, DARE, Magnitude, RobustMerge, KnOTS, Fisher, RegMean, LoRM, SensMerging,
         OPNP, PrunerZero, GRASP, ATA, ATAF, SAP, SAPAuto, Median, TrimmedMean, Krum,
         TSVM, IsoC, IsoCTS, CART, WUDI, DCMerge,
+        DELLA, Breadcrumbs, Consensus, PCB, SCE,
     )
 }  # fmt: skip
 """The package's own methods by name."""
@@ -58,8 +64,9 @@ def method_named(name: str) -> MergeMethod:
 
 
 __all__ = [
-    "ATA", "ATAF", "CART", "DARE", "GRASP", "METHODS", "OPNP", "SAP", "TIES", "TSVM", "WUDI", "Average", "DCMerge",
-    "FedAvg", "Fisher", "IsoC", "IsoCTS", "KnOTS", "Krum", "LayerwiseMethod", "LoRM", "Magnitude", "Median",
-    "MergeMethod", "Prepared", "PrunerZero", "Pruning", "PruningMethod", "RegMean", "RobustMerge", "SAPAuto",
-    "SensMerging", "TaskArithmetic", "TrimmedMean", "method_named",
+    "ATA", "ATAF", "CART", "DARE", "DELLA", "GRASP", "METHODS", "OPNP", "PCB", "SAP", "SCE", "TIES", "TSVM", "WUDI",
+    "Average", "Breadcrumbs", "Consensus", "DCMerge", "FedAvg", "Fisher", "IsoC", "IsoCTS", "KnOTS", "Krum",
+    "LayerwiseMethod", "LoRM", "Magnitude", "Median", "MergeMethod", "Prepared", "PrunerZero", "Pruning",
+    "PruningMethod", "RegMean", "RobustMerge", "SAPAuto", "SensMerging", "TaskArithmetic", "TrimmedMean",
+    "method_named",
 ]  # fmt: skip

@@ -46,15 +46,17 @@ class DARE(PruningMethod):
 
     def scores(self, adapter: Adapter, spaces: Mapping[str, Space], answer: Answer) -> dict[str, Parameters]:
         """Uniform random numbers in [0, 1)."""
-        return {name: self._draws(adapter, name, space) for name, space in spaces.items()}
+        return {name: draws(self.seed, adapter, name, space) for name, space in spaces.items()}
 
     def masks(self, scores: Mapping[str, Parameters], sparsity: float) -> dict[str, Parameters]:
-        return {name: tuple(draw >= sparsity for draw in draws) for name, draws in scores.items()}
+        return {name: tuple(draw >= sparsity for draw in layer) for name, layer in scores.items()}
 
     def consensus(self) -> Consensus:
         return ElectedMean() if self.election else WeightedSum()
 
-    def _draws(self, adapter: Adapter, layer: str, space: Space) -> Parameters:
-        digest = hashlib.sha256(f"{self.seed}\0{adapter.sha256}\0{layer}".encode()).digest()
-        generator = torch.Generator().manual_seed(int.from_bytes(digest[:8]))
-        return tuple(torch.rand(theta.shape, generator=generator) for theta in space.parameters)
+
+def draws(seed: int, adapter: Adapter, layer: str, space: Space) -> Parameters:
+    """Uniform random numbers in [0, 1) for a layer's parameters, from the seed, the adapter and the layer's name."""
+    digest = hashlib.sha256(f"{seed}\0{adapter.sha256}\0{layer}".encode()).digest()
+    generator = torch.Generator().manual_seed(int.from_bytes(digest[:8]))
+    return tuple(torch.rand(theta.shape, generator=generator) for theta in space.parameters)

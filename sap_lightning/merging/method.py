@@ -135,6 +135,27 @@ class PreparedLayers(Prepared):
         return {name: self.merge_layer(name) for name in track(self.names, f"{self.title}: layers")}
 
 
+@dataclass(frozen=True)
+class SparseLayers(Prepared):
+    """A merge of every layer on its own, at the method's sparsity or another.
+
+    Attributes:
+        names: of the layers, in order.
+        merge_layer: one layer's update from its name and a sparsity.
+        sparsity: the method's own.
+        title: what a progress bar calls it.
+    """
+
+    names: Sequence[str]
+    merge_layer: Callable[[str, float], Update]
+    sparsity: float
+    title: str
+
+    def apply(self, sparsity: float | None = None) -> dict[str, Update]:
+        sparsity = self.sparsity if sparsity is None else sparsity
+        return {name: self.merge_layer(name, sparsity) for name in track(self.names, f"{self.title}: layers")}
+
+
 class LayerwiseMethod(MergeMethod):
     """Merges every layer on its own from the clients' factors, read from disk when they are looked at."""
 

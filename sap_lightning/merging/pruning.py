@@ -91,6 +91,12 @@ class PruningMethod(MergeMethod):
         """True for the parameters that stay, of the layers whose scores are given (one, or all: see ``scores``)."""
         return keep_masks(scores, sparsity, self.scope)
 
+    def made_up(self, adapter: Adapter, pruned: Mapping[str, Update], sparsity: float) -> Mapping[str, Update]:
+        """An adapter's pruned layers, scaled up to make up for what is gone."""
+        if self.rescale == "none":
+            return pruned
+        return rescaled(layers_named(adapter, pruned), pruned, self.rescale, self.rescale_scope, sparsity)
+
     def consensus(self) -> Consensus:
         """How the clients' pruned updates of one layer become one."""
         return WeightedSum()
@@ -162,11 +168,8 @@ class Pruning(Prepared):
         merged: dict[str, Consensus] = defaultdict(method.consensus)
         clients = list(zip(self.adapters, self.weights, strict=True))
         for adapter, weight in track(clients, progress) if progress else clients:
-            pruned: Mapping[str, Update] = self.pruned(adapter, sparsity, names)
-            if method.rescale != "none":
-                whole = layers_named(adapter, names)
-                pruned = rescaled(whole, pruned, method.rescale, method.rescale_scope, sparsity)
-            for name, update in pruned.items():
+            pruned = self.pruned(adapter, sparsity, names)
+            for name, update in method.made_up(adapter, pruned, sparsity).items():
                 merged[name].add(update, weight)
         return {name: merged[name].result() for name in names}
 

@@ -11,15 +11,14 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from sap_lightning.console import track
 from sap_lightning.errors import check_share
 from sap_lightning.functional.consensus import balanced_factors, padded_sum
-from sap_lightning.functional.lora import LoRALayer, Update
+from sap_lightning.functional.lora import LoRALayer
 from sap_lightning.functional.masking import smallest
 from sap_lightning.functional.rescaling import complementary_scales
 from sap_lightning.io.adapter import Adapter
 from sap_lightning.merging.clients import client_layers
-from sap_lightning.merging.method import MergeMethod, Prepared
+from sap_lightning.merging.method import MergeMethod, Prepared, SparseLayers
 from sap_lightning.models.probe import AnchorProbe
 
 
@@ -50,7 +49,13 @@ class RobustMerge(MergeMethod):
     def prepare(
         self, adapters: Sequence[Adapter], weights: Sequence[float], anchors: AnchorProbe | None = None
     ) -> Prepared:
-        return Trimmed(self, adapters, weights)
+        layers = client_layers(adapters)
+        return SparseLayers(
+            list(layers),
+            lambda name, sparsity: self.merge_layer(layers[name], weights, sparsity),
+            self.sparsity,
+            self.name,
+        )
 
     def merge_layer(self, layers: Sequence[LoRALayer], weights: Sequence[float], sparsity: float) -> LoRALayer:
         """One layer's update of clients that are trimmed to a sparsity."""
@@ -65,23 +70,6 @@ class RobustMerge(MergeMethod):
                 merged_B = padded_sum(merged_B, factor * s * B)
                 sum_of_s = padded_sum(sum_of_s, s[None])
         return LoRALayer(merged_A, torch.where(sum_of_s > 0, merged_B / sum_of_s, 0))
-
-
-@dataclass(frozen=True)
-class Trimmed(Prepared):
-    """Clients to be trimmed and merged layer by layer."""
-
-    method: RobustMerge
-    adapters: Sequence[Adapter]
-    weights: Sequence[float]
-
-    def apply(self, sparsity: float | None = None) -> dict[str, Update]:
-        sparsity = self.method.sparsity if sparsity is None else sparsity
-        layers = list(client_layers(self.adapters).items())
-        return {
-            name: self.method.merge_layer(clients, self.weights, sparsity)
-            for name, clients in track(layers, f"{self.method.name}: layers")
-        }
 
 
 def trim(matrix: Tensor, sparsity: float) -> Tensor:

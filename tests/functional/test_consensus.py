@@ -122,6 +122,15 @@ def test_every_update_has_one_vote_whatever_its_weight() -> None:
     assert elected(UPDATES, [0.9, 0.05, 0.05], majority="frequency")[0, 1] == pytest.approx(-3)
 
 
+def test_a_vote_counts_in_the_election_alone() -> None:
+    election = ElectedMean()
+    for update, weight, vote in zip(UPDATES, [0.5, 0.3, 0.2], [1.0, 1.0, 4.0], strict=True):
+        election.add(update, weight, vote)
+    # Third element: 4 < 1 + 4·1. The last: 2 = 2, and the third client says nothing there.
+    expected = torch.tensor([[0.5 + 0.9 + 0.4, -(0.6 + 0.8) / 0.5, -1.0, 0.0, -6.0, 2.0]])
+    assert_close(election.result(), expected)
+
+
 def test_an_update_in_factor_form_is_elected_by_its_elements() -> None:
     assert_close(elected(LAYERS, WEIGHTS), elected([dense(layer) for layer in LAYERS], WEIGHTS))
 

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from references import reproducibly
 from torch import Tensor
 
-from sap_lightning.functional.masking import Scope, keep_in_rows, keep_mask, keep_masks
+from sap_lightning.functional.masking import Scope, keep_in_rows, keep_mask, keep_masks, keep_middle, row_ranks
 
 sparsities = st.floats(0, 1) | st.sampled_from([0.0, 0.5, 0.8, 0.95, 1.0])
 distinct = st.floats(0, 1e6, width=32)
@@ -143,3 +143,31 @@ def test_a_sparsity_outside_zero_to_one_is_refused(sparsity: float) -> None:
 def test_a_score_that_is_not_a_number_is_refused(sparsity: float) -> None:
     with pytest.raises(ValueError, match="NaN"):
         keep_mask(torch.tensor([1.0, math.nan, 3.0]), sparsity)
+
+
+@reproducibly
+@given(matrices(), sparsities, sparsities, st.booleans(), st.sampled_from([torch.float32, torch.float64]))
+def test_the_middle_is_what_neither_end_takes(
+    rows: list[list[float]], sparsity: float, largest: float, by_rows: bool, dtype: torch.dtype
+) -> None:
+    scores = torch.tensor(rows, dtype=dtype)
+    keep = keep_middle(scores, sparsity, largest, by_rows)
+    assert keep.dtype == torch.bool
+    for values, stays in zip(scores, keep, strict=True) if by_rows else [(scores.flatten(), keep.flatten())]:
+        size = len(values)
+        top = min(round(largest * size), round(sparsity * size))
+        order = np.argsort(values.numpy(), kind="stable")
+        expected = np.zeros(size, dtype=bool)
+        expected[order[round(sparsity * size) - top : size - top]] = True
+        np.testing.assert_array_equal(stays.numpy(), expected)
+
+
+@reproducibly
+@given(matrices(), st.sampled_from([torch.float32, torch.float64]))
+def test_ranks_run_from_zero_to_one_and_of_equal_scores_the_first_is_lower(
+    rows: list[list[float]], dtype: torch.dtype
+) -> None:
+    ranks = row_ranks(torch.tensor(rows, dtype=dtype))
+    for values, of_row in zip(rows, ranks.tolist(), strict=True):
+        assert list(np.argsort(of_row)) == list(np.argsort(values, kind="stable"))
+        assert sorted(of_row) == pytest.approx([i / max(len(values) - 1, 1) for i in range(len(values))])

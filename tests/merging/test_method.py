@@ -93,6 +93,7 @@ CHANGES = {
     "ataf": {"steps": 3},
     "trimmed_mean": {"trim": 0.4},
     "krum": {"multi": 2},
+    "consensus": {"wanted_by": 1},
     "sap_auto": {"scales": (1.0, 2.0)},
 }
 """Another setting of each method that has settings, but no sparsity."""
@@ -134,7 +135,7 @@ def test_methods_of_equal_settings_are_equal_and_hash_alike(name):
 @pytest.mark.parametrize("name", sorted(name for name, method in METHODS.items() if method().settings))
 def test_methods_of_other_settings_are_not_equal(name):
     method = METHODS[name]
-    other = {"sparsity": 0.3} if method().sparsity is not None else CHANGES[name]
+    other = {"sparsity": 0.35} if method().sparsity is not None else CHANGES[name]
     assert method(**other) != method() and method(**other) == method(**other)
     assert method(**other).settings != method().settings
 

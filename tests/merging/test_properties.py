@@ -14,9 +14,12 @@ from references import reproducibly
 from sap_lightning.functional.lora import LoRALayer, dense
 from sap_lightning.io.adapter import Adapter
 from sap_lightning.merging.average import Average
+from sap_lightning.merging.breadcrumbs import Breadcrumbs
 from sap_lightning.merging.cart import CART
+from sap_lightning.merging.consensus import Consensus
 from sap_lightning.merging.dare import DARE
 from sap_lightning.merging.dc_merge import DCMerge
+from sap_lightning.merging.della import DELLA
 from sap_lightning.merging.fedavg import FedAvg
 from sap_lightning.merging.iso_c import IsoC
 from sap_lightning.merging.iso_cts import IsoCTS
@@ -25,7 +28,9 @@ from sap_lightning.merging.krum import Krum
 from sap_lightning.merging.magnitude import Magnitude
 from sap_lightning.merging.median import Median
 from sap_lightning.merging.method import MergeMethod
+from sap_lightning.merging.pcb import PCB
 from sap_lightning.merging.robustmerge import RobustMerge
+from sap_lightning.merging.sce import SCE
 from sap_lightning.merging.task_arithmetic import TaskArithmetic
 from sap_lightning.merging.ties import TIES
 from sap_lightning.merging.trimmed_mean import TrimmedMean
@@ -35,7 +40,7 @@ from sap_lightning.merging.wudi import WUDI
 few_examples = settings(reproducibly, max_examples=20)
 
 SUBSPACE = [TSVM(), IsoC(), IsoCTS(), CART(), WUDI(), WUDI(None), DCMerge()]
-UNPRUNED = [Average(), FedAvg(), TaskArithmetic(), Median(), TrimmedMean(0.25), Krum(), *SUBSPACE]
+UNPRUNED = [Average(), FedAvg(), TaskArithmetic(), Median(), TrimmedMean(0.25), Krum(), Consensus(), *SUBSPACE]
 PRUNED = [
     Magnitude(0.6),
     Magnitude(0.6, scope="global", space="factor"),
@@ -48,6 +53,13 @@ PRUNED = [
     TIES(0.6, variant="mergekit"),
     KnOTS(0.6),
     RobustMerge(0.6),
+    Breadcrumbs(0.6, 0.05),
+    Breadcrumbs(0.6, 0.05, scope="row"),
+    DELLA(0.6),
+    DELLA(0.6, rescale="l1"),
+    SCE(0.6),
+    SCE(0.6, variant="authors"),
+    PCB(0.6),
 ]
 FAITHFUL = [
     Average(),
@@ -70,6 +82,12 @@ FAITHFUL = [
     CART(),
     WUDI(),
     WUDI(None),
+    Consensus(scale=1),
+    Breadcrumbs(0, largest=0, scale=1),
+    DELLA(0, scale=1),
+    DELLA(0, scale=1, rescale="l1"),
+    SCE(),
+    SCE(variant="authors"),
 ]
 
 
@@ -124,14 +142,15 @@ def test_krum_of_equal_adapters_is_that_adapter(seed: int, clients: int) -> None
     assert_same(Krum().merge([adapter] * clients), adapter.layers)
 
 
-@each_method
+# PCB's tanh knows the size of updates.
+@pytest.mark.parametrize("method", [m for m in UNPRUNED + PRUNED if not isinstance(m, PCB)], ids=title)
 @few_examples
 @given(data=st.data())
 def test_updates_times_c_merge_to_c_times_the_merge(method: MergeMethod, data: st.DataObject) -> None:
     adapters = data.draw(random_clients(method.least_clients))
     c = data.draw(st.sampled_from([0.25, 3.0]))
     larger = [
-        # The same hash, as DARE draws by it.
+        # The same hash, as DARE and DELLA draw by it.
         Adapter(a.name, {name: x._replace(scale=c * x.scale) for name, x in a.layers.items()}, a.sha256, None)
         for a in adapters
     ]
@@ -139,13 +158,15 @@ def test_updates_times_c_merge_to_c_times_the_merge(method: MergeMethod, data: s
     assert_same(method.merge(larger, shares(adapters)), expected, 1e-5)
 
 
-@pytest.mark.parametrize("method", [m for m in PRUNED if isinstance(m, Magnitude | TIES)], ids=title)
+@pytest.mark.parametrize("method", [m for m in PRUNED if isinstance(m, Magnitude | TIES | Breadcrumbs)], ids=title)
 @few_examples
 @given(seed=st.integers(0, 1000), rank=st.integers(1, 4), sparsity=st.floats(0, 1))
 def test_exactly_the_share_is_pruned(method, seed: int, rank: int, sparsity: float) -> None:
     adapter = random_adapter(seed, rank)
     kept = method.prepare([adapter], [1.0]).kept(adapter, sparsity)
     masks = [torch.cat([mask.flatten() for mask in layer]) for layer in kept.values()]
+    if method.scope == "row":
+        masks = [row for layer in kept.values() for row in layer[0]]
     for mask in [torch.cat(masks)] if method.scope == "global" else masks:
         assert int((~mask).sum()) == round(sparsity * len(mask))
 
