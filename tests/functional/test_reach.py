@@ -6,8 +6,8 @@ import pytest
 
 from sap_lightning.functional.reach import LENGTHS, MEASURED, best_length, carried_over
 
-RISING = [0.2, 0.3, 0.4, 0.5, 0.6, 0.5, 0.4]
-FALLING = [0.8, 0.7, 0.6, 0.5, 0.4, 0.3, 0.2]
+RISING = [0.2, 0.3, 0.4, 0.6, 0.5]
+FALLING = [0.8, 0.7, 0.6, 0.5, 0.4]
 
 
 def reach(**changed: list[float]) -> dict[str, list[float]]:
@@ -20,25 +20,25 @@ def test_nothing_is_won_at_length_0():
 
 
 def test_one_style_that_loses_is_enough_to_stay_at_the_base():
-    assert best_length([reach()]) == 1.0
+    assert best_length([reach()]) == 0.75
     assert best_length([reach(edges=FALLING)]) == 0.0
 
 
 def test_what_images_win_as_they_are_does_not_count():
-    assert best_length([reach(plain=FALLING)]) == 1.0
+    assert best_length([reach(plain=FALLING)]) == 0.75
 
 
 def test_clients_count_alike_and_what_one_loses_another_may_win():
-    loses = [0.5, 0.45, 0.4, 0.35, 0.3, 0.25, 0.2]
+    loses = [0.5, 0.45, 0.4, 0.35, 0.3]
     expected = [(a - 0.2 + b - 0.5) / 2 for a, b in zip(RISING, loses, strict=True)]
     assert carried_over([reach(), reach(grey=loses)]).tolist() == pytest.approx(expected)
-    assert best_length([reach(), reach(grey=loses)]) == 1.0
+    assert best_length([reach(), reach(grey=loses)]) == 0.75
 
 
 def test_of_lengths_that_are_alike_the_shortest_is_taken():
-    flat = [0.2, 0.6, 0.6, 0.6, 0.6, 0.6, 0.6]
+    flat = [0.2, 0.6, 0.6, 0.6, 0.6]
     assert best_length([dict.fromkeys(MEASURED, flat)]) == 0.25
-    assert best_length([dict.fromkeys(MEASURED, [0.5] * 7)]) == 0.0
+    assert best_length([dict.fromkeys(MEASURED, [0.5] * 5)]) == 0.0
 
 
 def test_the_order_of_clients_and_styles_does_not_matter():

@@ -597,12 +597,12 @@ def test_configs_without_the_essentials_are_refused(upload: Path, shapes: dict[s
         ("packages", {"torch": 2}, "packages is"),
         ("tensors_sha256", "0" * 64, "tensors_sha256 is 0000"),
         ("tensors_sha256", None, "tensors_sha256 is None"),
-        ("reach", {"grey": [0.5] * 7}, "reach is .* expected 7 numbers in .0, 1. for each of plain, grey"),
-        ("reach", dict.fromkeys(MEASURED, [0.5] * 6), "reach is"),
-        ("reach", dict.fromkeys(MEASURED, [0.5] * 6 + [1.5]), "reach is"),
-        ("reach", dict.fromkeys(MEASURED, [0.5] * 6 + [True]), "reach is"),
-        ("reach", dict.fromkeys(MEASURED, "0123456"), "reach is"),
-        ("reach", [0.5] * 7, "reach is"),
+        ("reach", {"grey": [0.5] * 5}, "reach is .* expected 5 numbers in .0, 1. for each of plain, grey"),
+        ("reach", dict.fromkeys(MEASURED, [0.5] * 4), "reach is"),
+        ("reach", dict.fromkeys(MEASURED, [0.5] * 4 + [1.5]), "reach is"),
+        ("reach", dict.fromkeys(MEASURED, [0.5] * 4 + [True]), "reach is"),
+        ("reach", dict.fromkeys(MEASURED, "01234"), "reach is"),
+        ("reach", [0.5] * 5, "reach is"),
         ("format_version", 2, "format_version is 2, expected 1"),
         ("format_version", True, "format_version is True"),
         ("pickle", "yes", "unknown field 'pickle'"),
@@ -626,7 +626,7 @@ def test_a_manifest_need_not_say_how_far_the_adapter_reaches(upload: Path, shape
 def test_what_a_manifest_says_of_the_reach_comes_back(tmp_path, upload, shapes) -> None:
     adapter = read_adapter(upload, shapes)
     assert adapter.manifest is not None
-    said = replace(adapter.manifest, reach={style: (0.0, 0.25, 0.5, 1, 0.5, 0.25, 0.0) for style in MEASURED})
+    said = replace(adapter.manifest, reach={style: (0.0, 0.25, 0.5, 1, 0.5) for style in MEASURED})
     assert read_adapter(write_adapter(tmp_path / "again", adapter.layers, "tiny-clip", said), shapes).manifest == said
 
 

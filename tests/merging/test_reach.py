@@ -16,8 +16,7 @@ from sap_lightning.merging.magnitude import Magnitude
 from sap_lightning.merging.reach import AtLength, reach_of
 
 WEIGHTS = [0.5, 0.3, 0.2]
-HALF = [0.1, 0.2, 0.3, 0.2, 0.2, 0.2, 0.2]
-WORSE = [0.6, 0.5, 0.5, 0.5, 0.5, 0.5, 0.5]
+HALF = [0.1, 0.2, 0.3, 0.2, 0.2]
 
 
 def saying(adapter: Adapter, curve: list[float]) -> Adapter:

@@ -119,7 +119,7 @@ def saying(adapters: list[Adapter], curve: list[float]) -> list[Adapter]:
 
 
 def test_where_clients_say_how_far_they_reach_the_merge_is_as_long_as_that():
-    adapters = saying(disagreeing(), [0.1, 0.2, 0.3, 0.4, 0.3, 0.2, 0.1])
+    adapters = saying(disagreeing(), [0.1, 0.2, 0.3, 0.4, 0.3])
     prepared = auto().prepare(adapters, WEIGHTS, probe())
     plain = SAP(sparsity=0.5).merge(adapters, WEIGHTS, probe())
     norms = [sum(float(exact_delta(x).square().sum()) for x in one.layers.values()) ** 0.5 for one in adapters]
@@ -132,7 +132,7 @@ def test_where_clients_say_how_far_they_reach_the_merge_is_as_long_as_that():
 
 
 def test_where_nothing_carries_over_the_merge_is_the_base_and_the_log_says_so(caplog):
-    adapters = saying(agreeing(), [0.6, 0.5, 0.4, 0.3, 0.3, 0.3, 0.3])
+    adapters = saying(agreeing(), [0.6, 0.5, 0.4, 0.3, 0.3])
     with caplog.at_level("WARNING"):
         merged = auto().merge(adapters, WEIGHTS[:2], probe())
     assert "nothing that the clients learned carries over" in caplog.text
