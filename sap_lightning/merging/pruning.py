@@ -36,7 +36,7 @@ class PruningMethod(MergeMethod):
 
     Attributes:
         space: what is scored and masked: elements of A and B, elements of ΔW, or singular triplets of ΔW.
-        scope: one threshold for a whole adapter, or one for each layer.
+        scope: one threshold for a whole adapter, one for each layer, or one for each of its tensors.
         rescale: how a pruned adapter is scaled up again, see ``functional.rescaling``.
         rescale_scope: whether l1 and l2 restore the norm of each layer or of the whole adapter.
         loss: the anchors' loss that ``examine`` looks at.
@@ -79,7 +79,7 @@ class PruningMethod(MergeMethod):
     def scores(self, adapter: Adapter, spaces: Mapping[str, Space], answer: Answer) -> Mapping[str, Parameters]:
         """How much each parameter matters, by layer, for at least the layers in ``spaces``.
 
-        With scope ``layer`` these are one layer at a time, else all layers of the adapter.
+        These are one layer at a time unless a scope is ``global``: then all layers of the adapter.
 
         Args:
             adapter: whose parameters they are.

@@ -26,7 +26,8 @@ class SAP(PruningMethod):
         sparsity: ρ, the share of parameters set to zero.
         space: what is scored and masked: elements of A and B (factor), elements of ΔW (delta), or singular
             triplets of ΔW (singular).
-        scope: one threshold for the whole adapter (global) or one for each layer (layer).
+        scope: one threshold for the whole adapter (global), one for each layer (layer), or one for each of its tensors,
+            A and B apart in factor space (tensor).
         reduction: how the anchors' gradients g_i become one score: |θ·mean g_i| (mean_then_abs),
             mean |θ·g_i| (abs_then_mean) or mean (θ·g_i)² (square).
         rescale: how a pruned adapter is scaled up again: to its l1 or l2 norm before pruning, by 1 / (1 − ρ), or

@@ -33,6 +33,7 @@ PRUNED = [
     Magnitude(0.6),
     Magnitude(0.6, scope="global", space="factor"),
     Magnitude(0.6, scope="global", space="singular"),
+    Magnitude(0.6, scope="tensor", space="factor"),
     DARE(0.6),
     DARE(0.6, election=True),
     DARE(0.6, rescale="l1"),
@@ -135,6 +136,8 @@ def test_exactly_the_share_is_pruned(method, seed: int, rank: int, sparsity: flo
     adapter = random_adapter(seed, rank)
     kept = method.prepare([adapter], [1.0]).kept(adapter, sparsity)
     masks = [torch.cat([mask.flatten() for mask in layer]) for layer in kept.values()]
+    if method.scope == "tensor":
+        masks = [mask.flatten() for layer in kept.values() for mask in layer]
     for mask in [torch.cat(masks)] if method.scope == "global" else masks:
         assert int((~mask).sum()) == round(sparsity * len(mask))
 

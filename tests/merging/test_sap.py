@@ -49,6 +49,11 @@ def parameters(layer: LoRALayer, space: str) -> tuple[Thetas, Callable[[Tensor],
 
 def kept(scores: Mapping[str, Thetas], sparsity: float, scope: str) -> dict[str, Thetas]:
     """1 for what stays, 0 for the round(ρN) lowest."""
+    if scope == "tensor":
+        return {
+            name: [kept({"": [tensor]}, sparsity, "global")[""][0] for tensor in layer]
+            for name, layer in scores.items()
+        }
     if scope == "layer":
         return {name: kept({name: layer}, sparsity, "global")[name] for name, layer in scores.items()}
     flat = torch.cat([tensor.flatten() for layer in scores.values() for tensor in layer])
@@ -110,7 +115,7 @@ def test_the_scale_is_a_factor_on_the_merged_update(space):
 
 @pytest.mark.parametrize(("reduction", "space"), product(REDUCTIONS, ["factor", "delta", "singular"]))
 def test_sap_equals_its_formula_in_every_space_and_reduction(space, reduction):
-    for scope in ("global", "layer"):
+    for scope in ("global", "layer", "tensor"):
         method = SAP(0.7, space, scope, reduction)
         merged = method.merge(unlike_clients(), WEIGHTS, probe())
         assert relative_gap(merged, reference(unlike_clients(), WEIGHTS, method)) < 1e-4
