@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
+import math
 from abc import abstractmethod
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Any, cast
+from typing import Any, Literal, cast
 
 import torch
 from torch import Tensor
 
 from sap_lightning.console import track
-from sap_lightning.functional.consensus import Consensus, WeightedSum
+from sap_lightning.functional.consensus import Consensus, FactorSum, WeightedSum
 from sap_lightning.functional.lora import LoRALayer, Update, times
 from sap_lightning.functional.masking import Scope, keep_masks
 from sap_lightning.functional.rescaling import Rescale, rescaled
@@ -24,6 +25,7 @@ from sap_lightning.merging.clients import layer_names, layers_named
 from sap_lightning.merging.method import MergeMethod, Prepared, required
 from sap_lightning.models.probe import AnchorProbe, Answer
 
+MeanOf = Literal["delta", "factors"]
 NOTHING = Answer({}, float("nan"))
 """What anchors say that were not asked."""
 
@@ -38,7 +40,9 @@ class PruningMethod(MergeMethod):
         space: what is scored and masked: elements of A and B, elements of ΔW, or singular triplets of ΔW.
         scope: one threshold for a whole adapter, one for each layer, or one for each of its tensors.
         rescale: how a pruned adapter is scaled up again, see ``functional.rescaling``.
-        rescale_scope: whether l1 and l2 restore the norm of each layer or of the whole adapter.
+        rescale_scope: whether l1 and l2 restore the norm of each layer, of its A and its B, or of the whole adapter.
+        rescale_cap: the largest factor of l1 and l2; any if not given.
+        mean_of: whether the pruned ΔW are averaged, or their A and B apart, in factor space.
         loss: the anchors' loss that ``examine`` looks at.
         not_asked: names of settings that ``examine`` does not depend on.
     """
@@ -49,6 +53,8 @@ class PruningMethod(MergeMethod):
     scope = cast(Scope, "layer")
     rescale = cast(Rescale, "none")
     rescale_scope = cast(Scope, "layer")
+    rescale_cap = cast(float | None, None)
+    mean_of = cast(MeanOf, "delta")
     loss = cast(AnchorLoss, "cosine")
     not_asked = frozenset({"sparsity"})
     has_masks = True
@@ -93,7 +99,7 @@ class PruningMethod(MergeMethod):
 
     def consensus(self) -> Consensus:
         """How the clients' pruned updates of one layer become one."""
-        return WeightedSum()
+        return FactorSum() if self.mean_of == "factors" else WeightedSum()
 
     def factor(self, clients: int) -> float:
         """What the consensus of this many clients is multiplied by."""
@@ -165,7 +171,8 @@ class Pruning(Prepared):
             pruned: Mapping[str, Update] = self.pruned(adapter, sparsity, names)
             if method.rescale != "none":
                 whole = layers_named(adapter, names)
-                pruned = rescaled(whole, pruned, method.rescale, method.rescale_scope, sparsity)
+                cap = math.inf if method.rescale_cap is None else method.rescale_cap
+                pruned = rescaled(whole, pruned, method.rescale, method.rescale_scope, sparsity, cap)
             for name, update in pruned.items():
                 merged[name].add(update, weight)
         return {name: merged[name].result() for name in names}

@@ -13,8 +13,16 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import normalize
 
+from sap_lightning.errors import InputError
 from sap_lightning.functional.lora import Update
-from sap_lightning.functional.saliency import AnchorLoss, GradientSum, Reduction, alignment_loss, contrastive_loss
+from sap_lightning.functional.saliency import (
+    AnchorLoss,
+    GradientSum,
+    Reduction,
+    alignment_loss,
+    contrastive_loss,
+    symmetric_contrastive_loss,
+)
 from sap_lightning.functional.spaces import Parameters, Space
 from sap_lightning.models.layers import linear_weight
 from sap_lightning.models.patched import Patched
@@ -115,12 +123,17 @@ class AnchorProbe:
         Args:
             update: what the tower wears.
             spaces: each layer, by name, as parameters, on the tower's device.
-            reduction: how the anchors' gradients become one.
-            loss: 1 − cos of a pair, or InfoNCE from image to text.
+            reduction: how the anchors' gradients become one; ``mean_then_abs`` where the loss is a batch's.
+            loss: 1 − cos of a pair, InfoNCE from image to text, or CLIP's own of a batch, whose gradients and losses
+                are averaged over the batches.
+
+        Raises:
+            InputError: for the loss of a batch where several processes share the batches.
         """
+        self._check_processes(loss)
         self.patched.set_update(update)
         sums = {name: GradientSum(space, reduction) for name, space in spaces.items()}
-        total = torch.zeros(())
+        total, count = torch.zeros(()), torch.zeros(())
         with self._hooked({name: _on_gradient(layer_sum.add) for name, layer_sum in sums.items()}):
             for images, indices in self._chosen_batches():
                 # Every weight is frozen: the images carry the graph.
@@ -128,11 +141,12 @@ class AnchorProbe:
                 losses = self._losses(features, indices, loss)
                 losses.sum().backward()
                 total += losses.detach().sum().cpu()
+                count += len(losses)
         for layer_sum in sums.values():
             layer_sum.sums = tuple(self.sum_over_processes(tensor) for tensor in layer_sum.sums)
-        count = len(self.pairs)
-        gradients = {name: layer_sum.mean(count) for name, layer_sum in sums.items()}
-        return Answer(gradients, float(self.sum_over_processes(total)) / count)
+        losses_in_all = float(self.sum_over_processes(count))
+        gradients = {name: layer_sum.mean(losses_in_all) for name, layer_sum in sums.items()}
+        return Answer(gradients, float(self.sum_over_processes(total)) / losses_in_all)
 
     @torch.inference_mode(False)
     @torch.no_grad()
@@ -162,7 +176,9 @@ class AnchorProbe:
         return (self.logit_scale * self.features(update) @ self.captions.T).cpu()
 
     def loss(self, update: Mapping[str, Update], loss: AnchorLoss = "cosine") -> float:
-        """Mean loss over the pairs at base + update."""
+        """Mean loss over the pairs, or over the batches, at base + update."""
+        if loss == "contrastive_symmetric":
+            return self._batch_loss(update)
         indices = torch.tensor(list(self.pairs), device=self.device)
         return float(self._losses(self.features(update), indices, loss).mean())
 
@@ -170,10 +186,30 @@ class AnchorProbe:
         with self.precision():
             return normalize(self.patched.model(images).image_embeds, dim=-1)
 
+    @torch.inference_mode(False)
+    @torch.no_grad()
+    def _batch_loss(self, update: Mapping[str, Update]) -> float:
+        self._check_processes("contrastive_symmetric")
+        self.patched.set_update(update)
+        losses = [
+            self._losses(self._image_features(images).float(), indices, "contrastive_symmetric")
+            for images, indices in self._chosen_batches()
+        ]
+        return float(torch.cat(losses).mean())
+
     def _losses(self, features: Tensor, indices: Tensor, loss: AnchorLoss) -> Tensor:
+        """A loss for each pair of a batch, or the one of the batch."""
+        if loss == "contrastive_symmetric":
+            return symmetric_contrastive_loss(features, self.captions[indices], self.logit_scale)[None]
         if loss == "contrastive":
             return contrastive_loss(features, self.captions, indices, self.logit_scale)
         return alignment_loss(features, self.captions[indices])
+
+    def _check_processes(self, loss: AnchorLoss) -> None:
+        if loss == "contrastive_symmetric" and self.sum_over_processes(torch.ones(())) > 1:
+            raise InputError(
+                "prune.loss contrastive_symmetric needs the whole of a batch in one process; use --trainer.devices 1"
+            )
 
     def _chosen_batches(self) -> Iterator[tuple[Tensor, Tensor]]:
         chosen = torch.tensor(list(self.pairs), device=self.device)
