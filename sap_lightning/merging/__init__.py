@@ -17,6 +17,7 @@ from sap_lightning.merging.method import LayerwiseMethod, MergeMethod, Prepared
 from sap_lightning.merging.opnp import OPNP
 from sap_lightning.merging.pruner_zero import PrunerZero
 from sap_lightning.merging.pruning import Pruning, PruningMethod
+from sap_lightning.merging.random_pruning import RandomPruning
 from sap_lightning.merging.regmean import RegMean
 from sap_lightning.merging.robustmerge import RobustMerge
 from sap_lightning.merging.sap import SAP
@@ -29,8 +30,8 @@ from sap_lightning.merging.trimmed_mean import TrimmedMean
 METHODS: dict[str, type[MergeMethod]] = {
     method.name: method
     for method in (
-        Average, FedAvg, TaskArithmetic, TIES, DARE, Magnitude, RobustMerge, KnOTS, Fisher, RegMean, LoRM, SensMerging,
-        OPNP, PrunerZero, GRASP, ATA, ATAF, SAP, SAPAuto, Median, TrimmedMean, Krum,
+        Average, FedAvg, TaskArithmetic, TIES, DARE, Magnitude, RandomPruning, RobustMerge, KnOTS, Fisher, RegMean,
+        LoRM, SensMerging, OPNP, PrunerZero, GRASP, ATA, ATAF, SAP, SAPAuto, Median, TrimmedMean, Krum,
     )
 }  # fmt: skip
 """The package's own methods by name."""
@@ -53,6 +54,6 @@ def method_named(name: str) -> MergeMethod:
 __all__ = [
     "ATA", "ATAF", "DARE", "GRASP", "METHODS", "OPNP", "SAP", "TIES", "Average", "FedAvg", "Fisher", "KnOTS", "Krum",
     "LayerwiseMethod", "LoRM", "Magnitude", "Median", "MergeMethod", "Prepared", "PrunerZero", "Pruning",
-    "PruningMethod", "RegMean", "RobustMerge", "SAPAuto", "SensMerging", "TaskArithmetic", "TrimmedMean",
-    "method_named",
+    "PruningMethod", "RandomPruning", "RegMean", "RobustMerge", "SAPAuto", "SensMerging", "TaskArithmetic",
+    "TrimmedMean", "method_named",
 ]  # fmt: skip

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import math
 from abc import abstractmethod
 from collections import defaultdict
@@ -184,3 +185,13 @@ class Pruning(Prepared):
 def masked(parameters: Parameters, masks: Sequence[Tensor]) -> Parameters:
     """Parameters with zeros where their masks are False."""
     return tuple(theta * mask for theta, mask in zip(parameters, masks, strict=True))
+
+
+def uniform_scores(seed: int, adapter: Adapter, spaces: Mapping[str, Space]) -> dict[str, Parameters]:
+    """A random number in [0, 1) for every parameter, drawn by the seed, the adapter and the layer alone."""
+    scores = {}
+    for name, space in spaces.items():
+        digest = hashlib.sha256(f"{seed}\0{adapter.sha256}\0{name}".encode()).digest()
+        generator = torch.Generator().manual_seed(int.from_bytes(digest[:8]))
+        scores[name] = tuple(torch.rand(theta.shape, generator=generator) for theta in space.parameters)
+    return scores

@@ -21,6 +21,7 @@ from sap_lightning.merging.krum import Krum
 from sap_lightning.merging.magnitude import Magnitude
 from sap_lightning.merging.median import Median
 from sap_lightning.merging.method import MergeMethod
+from sap_lightning.merging.random_pruning import RandomPruning
 from sap_lightning.merging.robustmerge import RobustMerge
 from sap_lightning.merging.task_arithmetic import TaskArithmetic
 from sap_lightning.merging.ties import TIES
@@ -34,6 +35,8 @@ PRUNED = [
     Magnitude(0.6, scope="global", space="factor"),
     Magnitude(0.6, scope="global", space="singular"),
     Magnitude(0.6, scope="tensor", space="factor"),
+    RandomPruning(0.6),
+    RandomPruning(0.6, "factor", "tensor", mean_of="factors"),
     DARE(0.6),
     DARE(0.6, election=True),
     DARE(0.6, rescale="l1"),
@@ -52,6 +55,8 @@ FAITHFUL = [
     Magnitude(0),
     Magnitude(0, space="factor"),
     Magnitude(0, space="singular"),
+    RandomPruning(0),
+    RandomPruning(0, "factor", mean_of="factors"),
     DARE(0),
     DARE(0, election=True),
     DARE(0, rescale="l1"),
@@ -129,7 +134,7 @@ def test_updates_times_c_merge_to_c_times_the_merge(method: MergeMethod, data: s
     assert_same(method.merge(larger, shares(adapters)), expected, 1e-5)
 
 
-@pytest.mark.parametrize("method", [m for m in PRUNED if isinstance(m, Magnitude | TIES)], ids=title)
+@pytest.mark.parametrize("method", [m for m in PRUNED if isinstance(m, Magnitude | RandomPruning | TIES)], ids=title)
 @few_examples
 @given(seed=st.integers(0, 1000), rank=st.integers(1, 4), sparsity=st.floats(0, 1))
 def test_exactly_the_share_is_pruned(method, seed: int, rank: int, sparsity: float) -> None:
