@@ -6,7 +6,7 @@ import math
 from collections.abc import Sequence
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from lightning.pytorch.utilities.types import OptimizerLRSchedulerConfig
@@ -14,7 +14,7 @@ from peft import LoraConfig, get_peft_model
 from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
-from transformers import get_cosine_schedule_with_warmup
+from transformers import get_constant_schedule_with_warmup, get_cosine_schedule_with_warmup
 
 from sap_lightning.data.loaders import Batch
 from sap_lightning.errors import InputError, check_at_least, check_share
@@ -39,7 +39,8 @@ class CLIPLoRAModule(CLIPClassifier):
         templates: class prompts, averaged after normalisation; ``{}`` stands for the class name.
         learning_rate: peak learning rate of AdamW.
         weight_decay: weight decay of AdamW.
-        warmup: share of the steps over which the learning rate rises; then it falls as a cosine.
+        warmup: share of the steps over which the learning rate rises.
+        schedule: what it does then: it falls as a cosine to nothing, or stays (constant).
         label_smoothing: label smoothing of the cross-entropy.
         seed: seed of the adapter's initial values and of dropout.
 
@@ -58,6 +59,7 @@ class CLIPLoRAModule(CLIPClassifier):
         learning_rate: float = 1e-3,
         weight_decay: float = 0.01,
         warmup: float = 0.1,
+        schedule: Literal["cosine", "constant"] = "cosine",
         label_smoothing: float = 0.0,
         seed: int = 0,
     ) -> None:
@@ -72,6 +74,7 @@ class CLIPLoRAModule(CLIPClassifier):
         self.learning_rate = learning_rate
         self.weight_decay = weight_decay
         self.warmup = warmup
+        self.schedule = schedule
         self.label_smoothing = label_smoothing
         self.seed = seed
         # Checkpoints hold the adapter without the frozen base (on_save_checkpoint).
@@ -141,7 +144,11 @@ class CLIPLoRAModule(CLIPClassifier):
         trainable = [parameter for parameter in self.parameters() if parameter.requires_grad]
         optimizer = torch.optim.AdamW(trainable, lr=self.learning_rate, weight_decay=self.weight_decay)
         steps = int(self.trainer.estimated_stepping_batches)
-        schedule = get_cosine_schedule_with_warmup(optimizer, round(self.warmup * steps), steps)
+        rising = round(self.warmup * steps)
+        if self.schedule == "constant":
+            schedule = get_constant_schedule_with_warmup(optimizer, rising)
+        else:
+            schedule = get_cosine_schedule_with_warmup(optimizer, rising, steps)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
