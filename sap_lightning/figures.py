@@ -363,4 +363,7 @@ def _plain(text: str) -> str:
 def _row_and_column(layer: str) -> tuple[float, str]:
     # The projection is in no transformer layer; it comes after them all.
     number = re.search(r"\.layers\.(\d+)\.", layer)
-    return (int(number.group(1)) if number else math.inf, layer.rsplit(".", 1)[-1])
+    module = layer.rsplit(".", 1)[-1]
+    if layer.startswith("text_model."):
+        module = f"text {module}"
+    return int(number.group(1)) if number else math.inf, module
