@@ -178,6 +178,7 @@ def test_the_authors_table_is_one_command_on_a_tree_like_office_home(office_home
     COMMANDS["sweep"]([*(f"--config={file}" for file in configs), *places, *small])
     rows = Results(tmp_path / "run").rows
     assert {row.unseen for row in rows} == {"Real World"} and len({tuple(row.sources) for row in rows}) == 5
+    assert (tmp_path / "run" / "figures" / "tower_drift.png").is_file()
     merges = [row for row in rows if row.kind == "merge"]
     assert [row.model for row in merges].count("sap") == 3 and len(merges) == 1 + 4 * 3
     assert all(0 <= row.metrics["accuracy"] <= 1 for row in rows)

@@ -11,6 +11,7 @@ import lightning as L
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.loggers import TensorBoardLogger
 
+from sap_lightning.callbacks.epochs import KeepEpochs
 from sap_lightning.callbacks.progress import training_progress
 from sap_lightning.console import on_terminal
 from sap_lightning.data.domains import DomainDataModule
@@ -51,9 +52,10 @@ def train_client(
         return upload
     home = folder.client(data.domain)
     checkpoint = home / "last.ckpt"
+    kept = [KeepEpochs(folder.epochs(data.domain))] if len(module.towers) > 1 else []
     trainer = make_trainer(
         logger=TensorBoardLogger(home.parent, name="", version=home.name, default_hp_metric=False),
-        callbacks=[_last_checkpoint(home), training_progress(title)],
+        callbacks=[_last_checkpoint(home), training_progress(title), *kept],
         default_root_dir=home,
         enable_checkpointing=True,
         enable_progress_bar=on_terminal(),

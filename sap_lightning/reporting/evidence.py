@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import NamedTuple
 
@@ -27,6 +27,7 @@ from sap_lightning.merging.clients import client_layers, client_weights
 from sap_lightning.merging.pruning import masked
 from sap_lightning.merging.selection import losses_alone
 from sap_lightning.models.probe import AnchorProbe
+from sap_lightning.reporting.drift import Drift, drift_of
 from sap_lightning.results import Predictions
 
 log = logging.getLogger(__name__)
@@ -107,6 +108,7 @@ class Evidence:
         class_names: of the C classes.
         fixed: images that zero-shot got wrong and the merge right.
         broken: the other way round.
+        drift: how alike the clients are after every epoch by tower; empty but for clients that adapt both.
     """
 
     merged: str
@@ -120,6 +122,7 @@ class Evidence:
     class_names: list[str]
     fixed: list[GalleryPicture]
     broken: list[GalleryPicture]
+    drift: Drift = field(default_factory=dict)
 
 
 class MaskEvidence(NamedTuple):
@@ -241,6 +244,7 @@ class Inspection:
             class_names=class_names,
             fixed=fixed,
             broken=broken,
+            drift=drift_of([self.federation.folder.epochs(domain) for domain in self.federation.domains]),
         )
 
     def point(self, unseen: str) -> Point:
