@@ -41,7 +41,7 @@ def main(base: str = SHAPES_CLIP, num_pairs: int = 32, rank: int = 8, rounds: in
         rounds: how often each takes its turn.
     """
     quieten()
-    tower, texts, logit_scale = load_base(base)
+    tower, texts, logit_scale, _ = load_base(base)
     anchors = AnchorDataModule(str(images_in("anchors")), num_pairs=num_pairs, base=base)
     images, captions = anchors.images(), texts(anchors.captions)
     names = [name for name, _ in tower.named_modules() if name.rsplit(".")[-1] in TARGETS]

@@ -16,6 +16,7 @@ from matplotlib.axes import Axes
 from matplotlib.colors import to_hex
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
+from matplotlib.ticker import MaxNLocator
 from torch import Tensor
 
 from sap_lightning.functional.outliers import OUTLIER
@@ -163,6 +164,34 @@ def overlap_figure(clients: Sequence[str], matrix: Tensor) -> Figure:
     pairs = [(a, b, grid[i, j]) for i, a in enumerate(clients) for j, b in enumerate(clients) if i < j]
     said = "; ".join(f"{a} and {b} {value:.3f}" for a, b, value in pairs[:66])
     figure.set_label(f"Heat map of the overlap of the clients' masks: {said}.")
+    return figure
+
+
+def drift_figure(drift: Mapping[str, Sequence[tuple[int, float]]]) -> Figure:
+    """How alike the clients are after every epoch, a line a tower.
+
+    Args:
+        drift: by tower, pairs of epoch and mean cosine.
+    """
+    figure = Figure(figsize=(4.8, 3.2), layout="constrained")
+    axes = _plain_axes(figure)
+    for index, (tower, points) in enumerate(drift.items()):
+        epochs, cosines = zip(*points, strict=True)
+        axes.plot(
+            epochs,
+            cosines,
+            color=OKABE_ITO[index],
+            marker=MARKERS[index],
+            linestyle=DASHES[index],
+            linewidth=1.6,
+            label=f"{tower} tower",
+        )
+    axes.set_xlabel("epoch")
+    axes.set_ylabel("mean cosine of two clients")
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+    figure.legend(loc="outside lower center", ncols=2, frameon=False)
+    said = [f"{tower} from {points[0][1]:.3f} to {points[-1][1]:.3f}" for tower, points in drift.items()]
+    figure.set_label(f"Line chart of the clients' mean cosine by epoch: {'; '.join(said)}.")
     return figure
 
 
@@ -363,4 +392,7 @@ def _plain(text: str) -> str:
 def _row_and_column(layer: str) -> tuple[float, str]:
     # The projection is in no transformer layer; it comes after them all.
     number = re.search(r"\.layers\.(\d+)\.", layer)
-    return (int(number.group(1)) if number else math.inf, layer.rsplit(".", 1)[-1])
+    module = layer.rsplit(".", 1)[-1]
+    if layer.startswith("text_model."):
+        module = f"text {module}"
+    return int(number.group(1)) if number else math.inf, module

@@ -13,6 +13,7 @@ from sap_lightning.figures import (
     anchor_loss_figure,
     conflict_figure,
     confusion_figure,
+    drift_figure,
     gallery_figure,
     overlap_figure,
     projection_figure,
@@ -115,6 +116,20 @@ def test_the_overlap_of_a_client_with_itself_is_left_empty() -> None:
     figure = overlap_figure(["photo", "sketch"], torch.tensor([[1.0, 0.25], [0.125, 1.0]]))
     assert texts_of(figure) == {(1, 0): "0.250", (0, 1): "0.125"}
     assert figure.axes[0].images[0].get_clim() == (0, 0.25)
+
+
+def test_drift_has_a_line_for_each_tower_and_says_where_it_ends() -> None:
+    figure = drift_figure({"vision": [(1, 0.9), (2, 0.5)], "text": [(1, 0.95), (2, 0.93)]})
+    (axes,) = figure.axes
+    assert [line.get_label() for line in axes.get_lines()] == ["vision tower", "text tower"]
+    assert axes.get_lines()[0].get_ydata().tolist() == [0.9, 0.5]
+    assert "vision from 0.900 to 0.500; text from 0.950 to 0.930" in figure.get_label()
+
+
+def test_layers_of_the_text_tower_have_columns_of_their_own() -> None:
+    shares = {f"{tower}_model.encoder.layers.0.self_attn.q_proj": 0.5 for tower in ("vision", "text")}
+    ticks = share_kept_figure(shares, "photo").axes[0].get_xticklabels()
+    assert [tick.get_text() for tick in ticks] == ["q_proj", "text q_proj"]
 
 
 def test_sign_conflict_has_a_panel_for_each_module() -> None:

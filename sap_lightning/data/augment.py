@@ -15,7 +15,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-AREA = (0.6, 1.0)
 RATIO = (3 / 4, 4 / 3)
 
 
@@ -31,22 +30,22 @@ class Crops(NamedTuple):
     flips: Tensor
 
 
-def draw_crops(n: int, generator: torch.Generator) -> Crops:
-    """Draw n boxes that cover 0.6 to 1 of the area at an aspect ratio of 3:4 to 4:3, and n flips of a coin."""
-    area = torch.empty(n).uniform_(*AREA, generator=generator)
+def draw_crops(n: int, smallest: float, generator: torch.Generator) -> Crops:
+    """Draw n boxes that cover ``smallest`` to 1 of the area at an aspect ratio of 3:4 to 4:3, and n flips of a coin."""
+    area = torch.empty(n).uniform_(smallest, 1, generator=generator)
     ratio = torch.empty(n).uniform_(*map(math.log, RATIO), generator=generator).exp()
-    # A side longer than the image is cut to it; area and ratio stay within their ranges.
-    size = torch.stack([(area * ratio).sqrt(), (area / ratio).sqrt()], dim=1).clamp(max=1)
+    # A side longer than the image is cut to it and the other kept long enough, so that area and ratio stay in range.
+    size = torch.stack([(area * ratio).sqrt(), (area / ratio).sqrt()], dim=1).clamp(smallest, 1)
     corner = torch.rand(n, 2, generator=generator) * (1 - size)
     flips = torch.rand(n, generator=generator) < 0.5
     return Crops(torch.cat([corner, corner + size], dim=1), flips)
 
 
 @lru_cache(maxsize=1)
-def epoch_crops(n: int, seed: int, epoch: int) -> Crops:
-    """The crops of all n images of a domain in one epoch."""
+def epoch_crops(n: int, smallest: float, seed: int, epoch: int) -> Crops:
+    """The crops of all n images of a domain in one epoch, none of less than ``smallest`` of the area."""
     mixed = int(np.random.SeedSequence([seed, epoch]).generate_state(1)[0])
-    return draw_crops(n, torch.Generator().manual_seed(mixed))
+    return draw_crops(n, smallest, torch.Generator().manual_seed(mixed))
 
 
 def resized_crop(images: Tensor, boxes: Tensor, flips: Tensor) -> Tensor:

@@ -40,6 +40,7 @@ class DomainDataModule(PixelDataModule):
         batch_size: Images per batch over all processes.
         val_fraction: Share of the domain kept back from training for validation.
         augment: Whether to crop and flip training images at random.
+        crop_scale: The smallest share of an image's area that a crop has.
         cache: Whether to keep decoded images on disk, see `sap_lightning.data.cache`.
         domain_column: Column of a dataset that names the domain.
         label_column: Column of a dataset that holds the class.
@@ -58,6 +59,7 @@ class DomainDataModule(PixelDataModule):
         batch_size: int = 32,
         val_fraction: float = 0.2,
         augment: bool = True,
+        crop_scale: float = 0.6,
         cache: bool = True,
         domain_column: str = "domain",
         label_column: str = "label",
@@ -66,10 +68,13 @@ class DomainDataModule(PixelDataModule):
         super().__init__(base, batch_size)
         if not 0 <= val_fraction < 1:
             raise InputError(f"val_fraction must be at least 0 and below 1, got {val_fraction}")
+        if not 0 < crop_scale <= 1:
+            raise InputError(f"crop_scale must be above 0 and at most 1, got {crop_scale}")
         self.root = root
         self.domain = domain
         self.val_fraction = val_fraction
         self.augment = augment
+        self.crop_scale = crop_scale
         self.cache = cache
         self.domain_column = domain_column
         self.label_column = label_column
@@ -165,7 +170,7 @@ class DomainDataModule(PixelDataModule):
         assert self.trainer is not None
         if self.augment and self.trainer.training:
             images = batch.images.float()
-            crops = epoch_crops(len(self._labels), self.seed, self.trainer.current_epoch)
+            crops = epoch_crops(len(self._labels), self.crop_scale, self.seed, self.trainer.current_epoch)
             boxes, flips = (part.to(images.device)[batch.indices] for part in crops)
             batch = batch._replace(images=resized_crop(images, boxes, flips))
         normalised: Batch = super().on_after_batch_transfer(batch, dataloader_idx)

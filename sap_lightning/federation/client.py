@@ -11,6 +11,7 @@ import lightning as L
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.loggers import TensorBoardLogger
 
+from sap_lightning.callbacks.epochs import KeepEpochs
 from sap_lightning.callbacks.progress import training_progress
 from sap_lightning.callbacks.reach import ReachCallback
 from sap_lightning.console import on_terminal
@@ -53,9 +54,11 @@ def train_client(
     home = folder.client(data.domain)
     checkpoint = home / "last.ckpt"
     reach = ReachCallback()
+    measured = [reach] if module.reach else []
+    kept = [KeepEpochs(folder.epochs(data.domain))] if len(module.towers) > 1 else []
     trainer = make_trainer(
         logger=TensorBoardLogger(home.parent, name="", version=home.name, default_hp_metric=False),
-        callbacks=[_last_checkpoint(home), training_progress(title), *([reach] if module.reach else [])],
+        callbacks=[_last_checkpoint(home), training_progress(title), *measured, *kept],
         default_root_dir=home,
         enable_checkpointing=True,
         enable_progress_bar=on_terminal(),

@@ -206,7 +206,8 @@ class Points:
         if sparsity is not None:
             settings["sparsity"] = sparsity
         if method.needs_anchors or self.merge.reject_outliers:
-            settings["anchors"] = {name: getattr(self.anchors, name) for name in ("root", "num_pairs", "noise")}
+            names = ("root", "num_pairs", "noise", *(["batch_size"] if method.asks_by_batch else []))
+            settings["anchors"] = {name: getattr(self.anchors, name) for name in names}
             settings["anchors"]["content"] = self.anchors.fingerprint
         if self.merge.reject_outliers:
             settings["reject_outliers"] = True

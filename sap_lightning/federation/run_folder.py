@@ -42,6 +42,10 @@ class RunFolder:
         """A client's checkpoint and TensorBoard events."""
         return self.path / "clients" / domain
 
+    def epochs(self, domain: str) -> Path:
+        """A client's adapter after every epoch, where it adapts both towers; never sent."""
+        return self.client(domain) / "epochs"
+
     def upload(self, domain: str) -> Path:
         """What a client sent."""
         return self.path / "uploads" / domain

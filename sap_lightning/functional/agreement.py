@@ -32,6 +32,24 @@ def share_kept(masks: Mapping[str, Parameters]) -> dict[str, float]:
     }
 
 
+def mean_cosine(products: Tensor) -> float:
+    """Mean cosine over all pairs of K vectors from their inner products; one that is zero is at right angles to all.
+
+    Args:
+        products: shape (K, K), K at least 2.
+
+    Example:
+        >>> import torch
+        >>> from sap_lightning.functional.agreement import mean_cosine
+        >>> vectors = torch.tensor([[1.0, 0.0], [2.0, 0.0], [0.0, 3.0]])
+        >>> round(mean_cosine(vectors @ vectors.T), 3)  # of 1, 0 and 0
+        0.333
+    """
+    norms = products.diagonal().sqrt()
+    cosines = products / (norms[:, None] * norms).clamp(min=torch.finfo(products.dtype).tiny)
+    return float(cosines[~torch.eye(len(products), dtype=torch.bool)].mean())
+
+
 def overlap(one: Mapping[str, Parameters], other: Mapping[str, Parameters]) -> float:
     """Jaccard index of two clients' keep masks over all layers: kept by both / kept by either.
 

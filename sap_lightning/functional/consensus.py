@@ -96,6 +96,38 @@ class WeightedSum(Consensus):
         return self.factors[0] if len(self.factors) == 1 else stack(self.factors, [1.0] * len(self.factors))
 
 
+class FactorSum(Consensus):
+    """(Σ w_k·B_k)·(Σ w_k·A_k): A and B summed apart, so it has cross terms B_j·A_k that the sum of the ΔW_k has not.
+
+    Each client's scale goes into both factors by its root (`balanced_factors`); factors of lower rank are padded with
+    zeros, as in HetLoRA (Cho et al. 2024, arXiv:2401.06432). Updates must be in factor form.
+
+    Example:
+        >>> import torch
+        >>> from sap_lightning.functional.consensus import FactorSum
+        >>> from sap_lightning.functional.lora import LoRALayer
+        >>> one = LoRALayer(A=torch.tensor([[2.0, 0.0]]), B=torch.tensor([[4.0]]))
+        >>> other = LoRALayer(A=torch.tensor([[0.0, 6.0]]), B=torch.tensor([[2.0]]))
+        >>> mean = FactorSum()
+        >>> mean.add(one, weight=0.5)
+        >>> mean.add(other, weight=0.5)
+        >>> mean.result().A.tolist(), mean.result().B.tolist()
+        ([[1.0, 3.0]], [[3.0]])
+    """
+
+    def __init__(self) -> None:
+        self.A = self.B = torch.zeros(0, 0)
+
+    def add(self, update: Update, weight: float) -> None:
+        if not isinstance(update, LoRALayer):
+            raise ValueError("A and B summed apart need updates in factor form")
+        A, B = balanced_factors(update)
+        self.A, self.B = padded_sum(self.A, weight * A), padded_sum(self.B, weight * B)
+
+    def result(self) -> LoRALayer:
+        return LoRALayer(self.A, self.B)
+
+
 class ElectedMean(Consensus):
     """TIES: each element takes the sign of the larger mass, and the mean of the updates of that sign.
 

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from sap_lightning.functional.spaces import Parameters
 
-Scope = Literal["global", "layer"]
+Scope = Literal["global", "layer", "tensor"]
 
 
 def keep_mask(scores: Tensor, sparsity: float) -> Tensor:
@@ -151,7 +151,9 @@ def _row_order(scores: Tensor) -> Tensor:
 
 
 def keep_masks(scores: Mapping[str, Parameters], sparsity: float, scope: Scope) -> dict[str, Parameters]:
-    """Masks of a whole adapter, with one threshold (``global``) or one for each layer (``layer``).
+    """Masks of a whole adapter, with one threshold (``global``), one for each layer or one for each tensor.
+
+    A layer has one tensor in the spaces of ΔW and of its singular values, and two, A and B, in that of its factors.
 
     Args:
         scores: for each layer the scores of its tensors, of any shape.
@@ -164,15 +166,18 @@ def keep_masks(scores: Mapping[str, Parameters], sparsity: float, scope: Scope) 
     Example:
         >>> import torch
         >>> from sap_lightning.functional.masking import keep_masks
-        >>> scores = {"q_proj": (torch.tensor([1.0, 2.0]),), "v_proj": (torch.tensor([3.0, 4.0]),)}
-        >>> for scope in ("global", "layer"):
+        >>> scores = {"q": (torch.tensor([1.0, 2.0]), torch.tensor([3.0, 6.0])), "v": (torch.tensor([4.0, 5.0]),)}
+        >>> for scope in ("global", "layer", "tensor"):
         ...     masks = keep_masks(scores, sparsity=0.5, scope=scope)
-        ...     print(masks["q_proj"][0].tolist(), masks["v_proj"][0].tolist())
-        [False, False] [True, True]
-        [False, True] [False, True]
+        ...     print(scope, *(mask.tolist() for layer in masks.values() for mask in layer))
+        global [False, False] [False, True] [True, True]
+        layer [False, False] [True, True] [False, True]
+        tensor [False, True] [False, True] [False, True]
     """
     if scope == "global":
         return _keep_together(scores, sparsity)
+    if scope == "tensor":
+        return {name: tuple(keep_mask(tensor, sparsity) for tensor in layer) for name, layer in scores.items()}
     masks: dict[str, Parameters] = {}
     for name, layer in scores.items():
         masks |= _keep_together({name: layer}, sparsity)

@@ -16,16 +16,22 @@ Rescale = Literal["none", "l1", "l2", "inverse_keep", "robust"]
 
 
 def rescaled(
-    before: Mapping[str, LoRALayer], after: Mapping[str, Update], rescale: Rescale, scope: Scope, sparsity: float
+    before: Mapping[str, LoRALayer],
+    after: Mapping[str, Update],
+    rescale: Rescale,
+    scope: Scope,
+    sparsity: float,
+    cap: float = math.inf,
 ) -> dict[str, Update]:
     """Makes up for pruning in one of the ways of this file.
 
     Args:
         before: the whole adapter by layer.
-        after: the same pruned; ``robust`` needs it in factor form.
+        after: the same pruned; ``robust`` and the scope ``tensor`` need it in factor form.
         rescale: the way.
-        scope: whether l1 and l2 restore the norm of each layer or of the whole adapter.
+        scope: whether l1 and l2 restore the norm of each layer, of its A and its B, or of the whole adapter.
         sparsity: ρ, for ``inverse_keep``.
+        cap: the largest factor of l1 and l2.
 
     Returns:
         The pruned updates made up for, by layer; ``none`` leaves them as they are.
@@ -47,7 +53,7 @@ def rescaled(
     """
     match rescale:
         case "l1" | "l2":
-            return restore_norm(before, after, 1 if rescale == "l1" else 2, scope)
+            return restore_norm(before, after, 1 if rescale == "l1" else 2, scope, cap)
         case "inverse_keep":
             return inverse_keep(after, sparsity)
         case "robust":
@@ -57,7 +63,7 @@ def rescaled(
 
 def _factors(update: Update) -> LoRALayer:
     if not isinstance(update, LoRALayer):
-        raise ValueError("robust scales the ranks of B and needs updates in factor form")
+        raise ValueError("robust and the scope tensor look at A and B apart and need updates in factor form")
     return update
 
 
@@ -101,17 +107,19 @@ def relative_error(of: Mapping[str, Update], to: Mapping[str, Update]) -> float:
 
 
 def restore_norm(
-    before: Mapping[str, LoRALayer], after: Mapping[str, Update], p: int, scope: Scope
+    before: Mapping[str, LoRALayer], after: Mapping[str, Update], p: int, scope: Scope, cap: float = math.inf
 ) -> dict[str, Update]:
-    """Scales pruned updates back to their lp norm before pruning: ΔW'·‖ΔW‖_p / ‖ΔW'‖_p.
+    """Scales pruned updates back to their lp norm before pruning: ΔW'·min(‖ΔW‖_p / ‖ΔW'‖_p, cap).
 
-    A layer that pruning emptied stays empty.
+    What pruning emptied stays empty.
 
     Args:
         before: the whole adapter by layer.
         after: ΔW' of the same layers, in factor form or dense of shape (d_out, d_in).
         p: 1 or 2.
-        scope: whether each layer gets a factor of its own, or all get one from the norm of the whole adapter.
+        scope: whether each layer gets a factor of its own, its A and its B each get one (which needs factor form), or
+            all get one from the norm of the whole adapter.
+        cap: the largest factor.
 
     Returns:
         The scaled updates, each in the form it came in.
@@ -127,15 +135,28 @@ def restore_norm(
         ...     print(scope, restored["q"].tolist(), restored["v"].tolist())
         layer [[0.0, 7.0]] [[0.0, 9.0]]
         global [[0.0, 8.0]] [[0.0, 8.0]]
+        >>> halved = q._replace(A=torch.tensor([[3.0, 0.0]]))
+        >>> restore_norm({"q": q}, {"q": halved}, p=1, scope="tensor", cap=2.0)["q"].A.tolist()  # 7/3 is above 2
+        [[6.0, 0.0]]
     """
+    if scope == "tensor":
+        return {name: _restore_factors(before[name], _factors(layer), p, cap) for name, layer in after.items()}
     was = {name: norm(before[name], p) ** p for name in after}
     now = {name: norm(update, p) ** p for name, update in after.items()}
     if scope == "global":
         was, now = dict.fromkeys(after, sum(was.values())), dict.fromkeys(after, sum(now.values()))
     return {
-        name: scaled(update, (was[name] / now[name]) ** (1 / p)) if now[name] else update
+        name: scaled(update, min((was[name] / now[name]) ** (1 / p), cap)) if now[name] else update
         for name, update in after.items()
     }
+
+
+def _restore_factors(before: LoRALayer, after: LoRALayer, p: int, cap: float) -> LoRALayer:
+    A, B = (
+        min(norm(whole, p) / left, cap) * pruned if (left := norm(pruned, p)) else pruned
+        for whole, pruned in ((before.A, after.A), (before.B, after.B))
+    )
+    return after._replace(A=A, B=B)
 
 
 def inverse_keep(after: Mapping[str, Update], sparsity: float) -> dict[str, Update]:

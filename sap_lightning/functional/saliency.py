@@ -14,7 +14,7 @@ from torch.nn.functional import cosine_similarity, cross_entropy
 from sap_lightning.functional.spaces import Parameters, Space
 
 Reduction = Literal["mean_then_abs", "abs_then_mean", "square"]
-AnchorLoss = Literal["cosine", "contrastive"]
+AnchorLoss = Literal["cosine", "contrastive", "contrastive_symmetric"]
 
 
 def alignment_loss(image_features: Tensor, caption_features: Tensor) -> Tensor:
@@ -54,6 +54,31 @@ def contrastive_loss(image_features: Tensor, captions: Tensor, indices: Tensor, 
         [0.75, 0.25]
     """
     return cross_entropy(logit_scale * image_features @ captions.T, indices, reduction="none")
+
+
+def symmetric_contrastive_loss(image_features: Tensor, captions: Tensor, logit_scale: float) -> Tensor:
+    """CLIP's own loss of a batch (Radford et al. 2021, arXiv:2103.00020), a scalar.
+
+    The mean over the batch of InfoNCE from image to text and from text to image. An image's negatives are the batch's
+    other captions, a caption's its other images, so the loss is the batch's and no anchor has one of its own.
+
+    Args:
+        image_features: normalised, shape (n, d).
+        captions: normalised features of their captions, shape (n, d).
+        logit_scale: the base's inverse temperature.
+
+    Example:
+        >>> import math
+        >>> import torch
+        >>> from sap_lightning.functional.saliency import symmetric_contrastive_loss
+        >>> captions = torch.eye(2)
+        >>> images = torch.tensor([[1.0, 0.0], [1.0, 0.0]])  # the second looks like the other's caption
+        >>> loss = symmetric_contrastive_loss(images, captions, logit_scale=math.log(3))
+        >>> round(float((-4 * loss).exp()), 4)  # images 3/4 and 1/4, captions 1/2 and 1/2
+        0.0469
+    """
+    logits, own = logit_scale * image_features @ captions.T, torch.arange(len(captions), device=captions.device)
+    return (cross_entropy(logits, own) + cross_entropy(logits.T, own)) / 2
 
 
 class GradientSum:

@@ -7,7 +7,7 @@ bytes of these files. PEFT loads it as it is, and any LoRA folder that PEFT save
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field
 from hashlib import sha256
 from pathlib import Path
@@ -18,12 +18,12 @@ from sap_lightning.files import new_folder
 from sap_lightning.fingerprints import hash_tensor
 from sap_lightning.functional.lora import LoRALayer
 from sap_lightning.io.factors import Shapes, StoredLayers, Weights, require_finite, weights_bytes
-from sap_lightning.io.manifest import Manifest, manifest_from, require_base
+from sap_lightning.io.manifest import BaseFingerprint, Manifest, manifest_from, require_base
 from sap_lightning.io.peft_config import (
-    CLIP,
     CONFIG_FILE,
     MAX_PATTERNS,
     alpha_of,
+    clip_fields,
     model_fields,
     peft_config,
     require_plain_lora,
@@ -70,15 +70,15 @@ def sha256_of(layers: Mapping[str, LoRALayer]) -> str:
 
 
 def read_adapter(
-    folder: str | os.PathLike[str], shapes: Shapes | None = None, base_fingerprint: str | None = None
+    folder: str | os.PathLike[str], shapes: Shapes | None = None, base_fingerprint: BaseFingerprint = None
 ) -> Adapter:
     """Read an upload from its folder, whole or not at all. Nothing is unpickled.
 
     Args:
         folder: the upload.
-        shapes: `layer_shapes` of the base's vision tower; if not given, the adapter may be of any model, and its
-            layers keep the names that PEFT gave them.
-        base_fingerprint: `fingerprint` of that tower; compared with the manifest's, if there is one.
+        shapes: `layer_shapes` of the base's vision tower, or of both towers; if not given, the adapter may be of any
+            model, and its layers keep the names that PEFT gave them.
+        base_fingerprint: the base's; compared with the manifest's, if there is one.
 
     Raises:
         InputError: a file is missing, malformed or outside the folder; the adapter is for another base or of
@@ -93,7 +93,7 @@ def read_adapter(
 
 
 def adapter_from_bytes(
-    files: Mapping[str, bytes], sender: str, shapes: Shapes | None = None, base_fingerprint: str | None = None
+    files: Mapping[str, bytes], sender: str, shapes: Shapes | None = None, base_fingerprint: BaseFingerprint = None
 ) -> Adapter:
     """Read an upload from the bytes of its files, as `adapter_files` gives them. Nothing is unpickled.
 
@@ -109,13 +109,15 @@ def adapter_from_bytes(
     return _read(FilesInMemory(files, sender), sender, shapes, base_fingerprint)
 
 
-def _read(files: UploadFiles, name: str, shapes: Shapes | None, base_fingerprint: str | None) -> Adapter:
+def _read(files: UploadFiles, name: str, shapes: Shapes | None, base_fingerprint: BaseFingerprint) -> Adapter:
     manifest = None
     if files.has(MANIFEST_FILE):
         content = files.json(MANIFEST_FILE)
         with errors_in(files.place(MANIFEST_FILE)):
             manifest = manifest_from(content)
-            require_base(manifest.base_fingerprint, base_fingerprint, manifest.base)
+        expected = expected_base(base_fingerprint, files.weights)
+        with errors_in(files.place(MANIFEST_FILE)):
+            require_base(manifest.base_fingerprint, expected, manifest.base)
     config = PeftConfig(files.json(CONFIG_FILE), files.place(CONFIG_FILE))
     adapter = adapter_from(files.weights(), config, name, manifest, shapes)
     if manifest and manifest.tensors_sha256 != adapter.sha256:
@@ -124,6 +126,14 @@ def _read(files: UploadFiles, name: str, shapes: Shapes | None, base_fingerprint
             f"give {adapter.sha256}; the files have changed since they were written, upload them again"
         )
     return adapter
+
+
+def expected_base(base_fingerprint: BaseFingerprint, weights: Callable[[], Weights]) -> str | None:
+    """The base's fingerprint for what these weights adapt; None where any base is right."""
+    if not callable(base_fingerprint):
+        return base_fingerprint
+    with weights().opened() as tensors:
+        return base_fingerprint(tensors.keys())
 
 
 class PeftConfig(NamedTuple):
@@ -165,14 +175,16 @@ def write_adapter(
 ) -> Path:
     """Write an adapter that `PeftModel.from_pretrained(CLIPVisionModelWithProjection, folder)` loads.
 
+    One that changes the text tower too is for a `CLIPModel`.
+
     Equal adapters give equal bytes. Factors become float32; ranks and scales may differ between layers.
 
     Args:
         folder: must not exist; it appears complete or not at all.
-        layers: factors by the layer's name in `CLIPVisionModelWithProjection`.
+        layers: factors by the layer's name in `CLIPModel`, of which `CLIPVisionModelWithProjection` has a part.
         base: name or path of the base checkpoint, for PEFT's `base_model_name_or_path`.
         manifest: makes the folder an upload.
-        peft: what PEFT's config is to say of the model; a `CLIPVisionModelWithProjection` if not given.
+        peft: what PEFT's config is to say of the model; one of these two if not given.
 
     Returns:
         The folder.
@@ -208,7 +220,7 @@ def adapter_files(
         raise InputError("the manifest's tensors_sha256 is for other layers; use sha256_of(layers)")
     files = {
         WEIGHTS_FILE: weights_bytes(layers),
-        CONFIG_FILE: json_bytes(peft_config(layers, base) | dict(CLIP if peft is None else peft)),
+        CONFIG_FILE: json_bytes(peft_config(layers, base) | dict(clip_fields(layers) if peft is None else peft)),
     }
     if manifest:
         files[MANIFEST_FILE] = json_bytes(asdict(manifest))

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from sap_lightning.errors import InputError
 from sap_lightning.functional.lora import LoRALayer
-from sap_lightning.io.peft_config import Scaling
+from sap_lightning.io.peft_config import Scaling, in_text_tower
 from sap_lightning.io.rules import MAX_FLOAT32, errors_in, short
 
 Shapes = Mapping[str, tuple[int, ...]]
@@ -169,8 +169,6 @@ def factor_keys(file_keys: Iterable[str], shapes: Shapes | None) -> dict[str, di
 
 def _parse_key(key: str, shapes: Shapes | None) -> tuple[str, str]:
     """The layer, under our name for it, and the factor that a file's key stands for."""
-    if shapes is not None and ("text_model" in key or "text_projection" in key):
-        raise InputError(f"{short(key)} changes the text tower, only the vision tower can be merged")
     match = _FACTOR_KEY.fullmatch(key)
     if not match:
         raise InputError(f"{short(key)} is no LoRA factor; expected base_model.model.*.lora_A.weight or _B")
@@ -179,6 +177,8 @@ def _parse_key(key: str, shapes: Shapes | None) -> tuple[str, str]:
     for name in (match["layer"], f"vision_model.{match['layer']}"):
         if name in shapes:
             return name, match["factor"]
+    if in_text_tower(key) and not any(map(in_text_tower, shapes)):
+        raise InputError(f"{short(key)} changes the text tower, only the vision tower can be merged here")
     raise InputError(f"{short(key)}: the base has no such linear layer; train the adapter on this base")
 
 

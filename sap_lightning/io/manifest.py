@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -9,6 +10,8 @@ from sap_lightning.errors import InputError
 from sap_lightning.functional.reach import LENGTHS, MEASURED, Reach
 from sap_lightning.io.rules import NUMBER, TEXT, TEXT_BY_NAME, Rule, is_integer, is_text, matches, require, short
 
+BaseFingerprint = str | Callable[[Iterable[str]], str] | None
+"""`fingerprint` of a base, or what gives it for an adapter of these layers; any base is right where there is none."""
 _TEXTS = Rule(lambda value: isinstance(value, tuple) and all(map(is_text, value)), "a list of texts")
 _NAME = Rule(matches(r"[A-Za-z0-9_-][A-Za-z0-9 _.-]{0,63}"), "at most 64 letters, digits, spaces and _ - . (not first)")
 _SHA256 = Rule(matches(r"[0-9a-f]{64}"), "a sha256 in hex")
@@ -56,7 +59,7 @@ class Manifest:
 
     Attributes:
         base: name or path of the base checkpoint.
-        base_fingerprint: `fingerprint` of the base's vision tower.
+        base_fingerprint: `fingerprint` of the base's vision tower, or of both towers where it adapts the text tower.
         domain: the client's domain; a plain name, as it may name a folder.
         class_names: the classes it was trained on, in order.
         num_samples: number of training images.

@@ -18,13 +18,7 @@ from sap_lightning.io.rules import NUMBER, OBJECT, RANK, TEXT, TEXT_BY_NAME, Rul
 
 CONFIG_FILE = "adapter_config.json"
 MAX_PATTERNS = 4096
-CLIP = {
-    "auto_mapping": {
-        "base_model_class": "CLIPVisionModelWithProjection",
-        "parent_library": "transformers.models.clip.modeling_clip",
-    }
-}
-"""What the config of an adapter says of its model when that is CLIP's vision tower."""
+_TEXT_TOWER = re.compile(r"(?:^|\.)text_(?:model|projection)(?:\.|$)")
 
 # What describes, selects or trains the layers, but leaves ΔW = s·B·A as it is.
 _HARMLESS_FIELDS = frozenset(
@@ -120,6 +114,22 @@ class Scaling:
         alpha = self.alpha_pattern.get(get_pattern_key(list(self.alpha_pattern), layer), self.alpha)
         rank = self.rank_of(layer)
         return alpha / math.sqrt(rank) if self.use_rslora else alpha / rank
+
+
+def in_text_tower(name: str) -> bool:
+    """Whether a layer of CLIP, or a tensor of it, belongs to the text tower."""
+    return _TEXT_TOWER.search(name) is not None
+
+
+def clip_fields(layers: Iterable[str]) -> dict[str, Any]:
+    """What the config of an adapter of these layers of CLIP says of its model: the vision tower, or both."""
+    both = any(map(in_text_tower, layers))
+    return {
+        "auto_mapping": {
+            "base_model_class": "CLIPModel" if both else "CLIPVisionModelWithProjection",
+            "parent_library": "transformers.models.clip.modeling_clip",
+        }
+    }
 
 
 def model_fields(config: dict[str, Any]) -> dict[str, Any]:

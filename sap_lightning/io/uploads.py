@@ -12,9 +12,9 @@ from huggingface_hub import snapshot_download
 from sap_lightning.console import track
 from sap_lightning.errors import InputError, first_line
 from sap_lightning.files import cache_folder
-from sap_lightning.io.adapter import Adapter, PeftConfig, adapter_from, read_adapter
+from sap_lightning.io.adapter import Adapter, PeftConfig, adapter_from, expected_base, read_adapter
 from sap_lightning.io.factors import Shapes, WeightsInMemory
-from sap_lightning.io.manifest import require_base
+from sap_lightning.io.manifest import BaseFingerprint, require_base
 from sap_lightning.io.peft_config import CONFIG_FILE
 from sap_lightning.io.rules import errors_in
 from sap_lightning.io.upload_files import MANIFEST_FILE, WEIGHTS_FILE
@@ -25,7 +25,7 @@ HUB_ID = re.compile(r"[\w-][\w.-]*/[\w.-]+")
 def read_uploads(
     uploads: Sequence[str | Path],
     shapes: Shapes | None = None,
-    base_fingerprint: str | None = None,
+    base_fingerprint: BaseFingerprint = None,
     base_shapes: Shapes | None = None,
 ) -> list[Adapter]:
     """Reads and validates uploads, in an order that depends on their content only.
@@ -56,7 +56,7 @@ def read_uploads(
     return sorted(adapters, key=lambda adapter: adapter.sha256)
 
 
-def _read(upload: str | Path, shapes: Shapes | None, base_fingerprint: str | None) -> Adapter:
+def _read(upload: str | Path, shapes: Shapes | None, base_fingerprint: BaseFingerprint) -> Adapter:
     path = Path(upload)
     if path.suffix == ".ckpt" and path.is_file():
         return _read_checkpoint(path, shapes, base_fingerprint)
@@ -75,7 +75,7 @@ def _download(hub_id: str) -> Path:
     return folder
 
 
-def _read_checkpoint(path: Path, shapes: Shapes | None, base_fingerprint: str | None) -> Adapter:
+def _read_checkpoint(path: Path, shapes: Shapes | None, base_fingerprint: BaseFingerprint) -> Adapter:
     try:
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
         trained_on = checkpoint["base_fingerprint"]
@@ -86,9 +86,9 @@ def _read_checkpoint(path: Path, shapes: Shapes | None, base_fingerprint: str | 
         raise InputError(f"{path}: no checkpoint of a client of this package; give its upload folder") from error
     if not tensors:
         raise InputError(f"{path}: holds no LoRA factors; give a checkpoint of a client")
-    with errors_in(path):
-        require_base(trained_on, base_fingerprint)
     weights, name = WeightsInMemory(tensors, str(path)), path.absolute().parent.name
+    with errors_in(path):
+        require_base(trained_on, expected_base(base_fingerprint, lambda: weights))
     return adapter_from(weights, PeftConfig(config, str(path)), name, None, shapes)
 
 

@@ -25,6 +25,7 @@ from sap_lightning.merging.opnp import OPNP
 from sap_lightning.merging.pcb import PCB
 from sap_lightning.merging.pruner_zero import PrunerZero
 from sap_lightning.merging.pruning import Pruning, PruningMethod
+from sap_lightning.merging.random_pruning import RandomPruning
 from sap_lightning.merging.regmean import RegMean
 from sap_lightning.merging.robustmerge import RobustMerge
 from sap_lightning.merging.sap import SAP
@@ -40,8 +41,8 @@ from sap_lightning.merging.wudi import WUDI
 METHODS: dict[str, type[MergeMethod]] = {
     method.name: method
     for method in (
-        Average, FedAvg, TaskArithmetic, TIES, DARE, Magnitude, RobustMerge, KnOTS, Fisher, RegMean, LoRM, SensMerging,
-        OPNP, PrunerZero, GRASP, ATA, ATAF, SAP, SAPAuto, Median, TrimmedMean, Krum,
+        Average, FedAvg, TaskArithmetic, TIES, DARE, Magnitude, RandomPruning, RobustMerge, KnOTS, Fisher, RegMean,
+        LoRM, SensMerging, OPNP, PrunerZero, GRASP, ATA, ATAF, SAP, SAPAuto, Median, TrimmedMean, Krum,
         TSVM, IsoC, IsoCTS, CART, WUDI, DCMerge,
         DELLA, Breadcrumbs, Consensus, PCB, SCE,
     )
@@ -67,6 +68,6 @@ __all__ = [
     "ATA", "ATAF", "CART", "DARE", "DELLA", "GRASP", "METHODS", "OPNP", "PCB", "SAP", "SCE", "TIES", "TSVM", "WUDI",
     "Average", "Breadcrumbs", "Consensus", "DCMerge", "FedAvg", "Fisher", "IsoC", "IsoCTS", "KnOTS", "Krum",
     "LayerwiseMethod", "LoRM", "Magnitude", "Median", "MergeMethod", "Prepared", "PrunerZero", "Pruning",
-    "PruningMethod", "RegMean", "RobustMerge", "SAPAuto", "SensMerging", "TaskArithmetic", "TrimmedMean",
-    "method_named",
+    "PruningMethod", "RandomPruning", "RegMean", "RobustMerge", "SAPAuto", "SensMerging", "TaskArithmetic",
+    "TrimmedMean", "method_named",
 ]  # fmt: skip

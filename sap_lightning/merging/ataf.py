@@ -1,8 +1,6 @@
 """ATAF: task vectors aligned to one of them, then mixed in as far as predictions stay consistent.
 
-We found no paper under this name. This is OUR READING of a description in words, "orthogonal Procrustes plus diagonal
-scale of each task vector onto a reference, α by Jensen-Shannon consistency on unlabelled images", and nobody's
-published method.
+Reference code: Harris-X/DGSM, merge/ATAF (stage 2 aligns, stage 3 fuses); we found no paper under this name.
 """
 
 from __future__ import annotations
@@ -10,6 +8,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -26,21 +25,28 @@ from sap_lightning.merging.method import MergeMethod, Prepared, PreparedLayers, 
 from sap_lightning.models.probe import AnchorProbe
 
 log = logging.getLogger(__name__)
+Side = Literal["input", "output"]
 
 
 @dataclass(frozen=True)
 class ATAF(MergeMethod):
-    """(1 − α)·ΔW_r + α·Σ_{k≠r} w_k·D_k·R_k·ΔW_k, layer by layer, with the others' weights w_k of sum 1.
+    """(1 − α)·ΔW_r + α·Σ_{k≠r} w_k·ΔW_k·P_k·Λ_k, layer by layer, with the others' weights w_k of sum 1.
 
-    Our own reading of a description, not a published method. The reference r is the client with the least summed
-    distance to the others over all layers. R_k is the rotation of the outputs that brings ΔW_k nearest to ΔW_r
-    (orthogonal Procrustes, Schönemann 1966) on the directions where both are, D_k the diagonal that scales each row by
-    least squares. α is the one on an even grid over [0, 1] whose predictions for the anchor images, over all
-    their captions, have the least Jensen-Shannon divergence from the clients' own, averaged over images and clients;
-    no image's own caption is looked at. Of equal ones the smallest α.
+    P_k is the rotation of the inputs that brings ΔW_k nearest to ΔW_r (orthogonal Procrustes, Schönemann 1966), UVᵀ of
+    ΔW_kᵀ·ΔW_r = UΣVᵀ, on the directions where both are. Λ_k is the diagonal that scales each column by least squares.
+    On the side of the outputs it is the same of the transposed updates, D_k·R_k·ΔW_k. α is the one on an even grid over
+    [0, 1] whose predictions for the anchor images, over all their captions, have the least Jensen-Shannon divergence
+    from the clients' own, averaged over images and clients; no image's own caption is looked at. Of equal ones the
+    smallest α.
+
+    The code fuses two language models, the first of them the reference, at a fixed α; here the reference r is the
+    client with the least summed distance to the others over all layers, and the others' aligned updates add up. Where
+    ΔW_kᵀ·ΔW_r has no direction its rotation is left to chance there and nothing is here; and it bounds the squared norm
+    of a column from below by 1e-8, which is more than a column of a LoRA update may have.
 
     Args:
         steps: number of α that are tried, 0 and 1 among them.
+        side: what is rotated and scaled: inputs, as in the code, or outputs.
 
     Raises:
         InputError: when there are fewer than two adapters.
@@ -50,6 +56,7 @@ class ATAF(MergeMethod):
     needs_anchors = True
 
     steps: int = 11
+    side: Side = "input"
 
     def __post_init__(self) -> None:
         check_at_least("merge.method.steps", self.steps, 2)
@@ -60,7 +67,7 @@ class ATAF(MergeMethod):
         probe = required(anchors, self)
         if len(adapters) < 2:
             raise InputError("merge.method ataf aligns clients to one another; give at least 2 adapters")
-        mixture = Mixture.of(adapters, weights)
+        mixture = Mixture.of(adapters, weights, self.side)
         alpha = self._most_consistent(mixture, [predictions(adapter.layers, probe) for adapter in adapters], probe)
         findings = {"reference": adapters[mixture.reference].name, "alpha": alpha}
         return PreparedLayers(list(mixture.layers), lambda name: mixture.layer(name, alpha), findings, self.name)
@@ -97,14 +104,14 @@ class Mixture:
     reference: int
 
     @classmethod
-    def of(cls, adapters: Sequence[Adapter], weights: Sequence[float]) -> Mixture:
+    def of(cls, adapters: Sequence[Adapter], weights: Sequence[float], side: Side = "input") -> Mixture:
         """Aligns to the client with the least summed distance to the others over all layers."""
         distances = squared_distances(adapters).sqrt().sum(1).tolist()
         reference = distances.index(min(distances))
         layers = {}
         for name, clients in track(list(client_layers(adapters).items()), "ataf: layers"):
             nearest = clients[reference]
-            layers[name] = [nearest if k == reference else aligned(one, nearest) for k, one in enumerate(clients)]
+            layers[name] = [nearest if k == reference else aligned(one, nearest, side) for k, one in enumerate(clients)]
         return cls(layers, weights, reference)
 
     def at(self, alpha: float) -> dict[str, Update]:
@@ -119,7 +126,18 @@ class Mixture:
         return weighted_sum(self.layers[name], shares)
 
 
-def aligned(layer: LoRALayer, reference: LoRALayer) -> LoRALayer:
+def aligned(layer: LoRALayer, reference: LoRALayer, side: Side = "input") -> LoRALayer:
+    """ΔW·P·Λ (``input``) or D·R·ΔW (``output``) in factor form, nearest to the reference."""
+    if side == "output":
+        return _aligned_outputs(layer, reference)
+    return _transposed(_aligned_outputs(_transposed(layer), _transposed(reference)))
+
+
+def _transposed(layer: LoRALayer) -> LoRALayer:
+    return LoRALayer(layer.B.T, layer.A.T, layer.scale)
+
+
+def _aligned_outputs(layer: LoRALayer, reference: LoRALayer) -> LoRALayer:
     """D·R·ΔW in factor form: ΔW rotated, then scaled row by row, to be nearest to the reference.
 
     R = UVᵀ from the singular triplets of ΔW_ref·ΔWᵀ that are not zero; where the two have nothing in common R is not

@@ -5,18 +5,15 @@ Reference code: yule-BUAA/MergeLM, utils/utils.py.
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Literal
-
-import torch
 
 from sap_lightning.errors import check_share
 from sap_lightning.functional.consensus import Consensus, ElectedMean, WeightedSum
 from sap_lightning.functional.spaces import Parameters, Space
 from sap_lightning.io.adapter import Adapter
-from sap_lightning.merging.pruning import PruningMethod
+from sap_lightning.merging.pruning import PruningMethod, uniform_scores
 from sap_lightning.models.probe import Answer
 
 
@@ -45,18 +42,10 @@ class DARE(PruningMethod):
         check_share("merge.method.sparsity", self.sparsity)
 
     def scores(self, adapter: Adapter, spaces: Mapping[str, Space], answer: Answer) -> dict[str, Parameters]:
-        """Uniform random numbers in [0, 1)."""
-        return {name: draws(self.seed, adapter, name, space) for name, space in spaces.items()}
+        return uniform_scores(self.seed, adapter, spaces)
 
     def masks(self, scores: Mapping[str, Parameters], sparsity: float) -> dict[str, Parameters]:
         return {name: tuple(draw >= sparsity for draw in layer) for name, layer in scores.items()}
 
     def consensus(self) -> Consensus:
         return ElectedMean() if self.election else WeightedSum()
-
-
-def draws(seed: int, adapter: Adapter, layer: str, space: Space) -> Parameters:
-    """Uniform random numbers in [0, 1) for a layer's parameters, from the seed, the adapter and the layer's name."""
-    digest = hashlib.sha256(f"{seed}\0{adapter.sha256}\0{layer}".encode()).digest()
-    generator = torch.Generator().manual_seed(int.from_bytes(digest[:8]))
-    return tuple(torch.rand(theta.shape, generator=generator) for theta in space.parameters)

@@ -18,8 +18,7 @@ from sap_lightning.functional.lora import Update, dense
 from sap_lightning.functional.masking import row_ranks
 from sap_lightning.functional.spaces import Parameters, Space
 from sap_lightning.io.adapter import Adapter
-from sap_lightning.merging.dare import draws
-from sap_lightning.merging.pruning import PruningMethod
+from sap_lightning.merging.pruning import PruningMethod, uniform_scores
 from sap_lightning.models.probe import Answer
 
 
@@ -55,10 +54,8 @@ class DELLA(PruningMethod):
 
     def scores(self, adapter: Adapter, spaces: Mapping[str, Space], answer: Answer) -> dict[str, Parameters]:
         """A uniform random number in [0, 1) and the rank r of every element."""
-        return {
-            name: (*draws(self.seed, adapter, name, space), row_ranks(space.parameters[0].abs()))
-            for name, space in spaces.items()
-        }
+        numbers = uniform_scores(self.seed, adapter, spaces)
+        return {name: (*numbers[name], row_ranks(space.parameters[0].abs())) for name, space in spaces.items()}
 
     def masks(self, scores: Mapping[str, Parameters], sparsity: float) -> dict[str, Parameters]:
         return {

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from sap_lightning.console import track
+from sap_lightning.functional import agreement
 from sap_lightning.io.adapter import Adapter
 from sap_lightning.merging.clients import client_layers
 
@@ -21,11 +22,7 @@ def squared_distances(adapters: Sequence[Adapter]) -> Tensor:
 
 def mean_cosine(adapters: Sequence[Adapter]) -> float:
     """Mean cosine of ΔW_i and ΔW_j over all pairs of clients and all layers together; 0 with fewer than two clients."""
-    products = inner_products(adapters)
-    norms = products.diagonal().sqrt()
-    cosines = products / (norms[:, None] * norms).clamp(min=torch.finfo(torch.float64).tiny)
-    pairs = cosines[~torch.eye(len(adapters), dtype=torch.bool)]
-    return float(pairs.mean()) if len(pairs) else 0.0
+    return agreement.mean_cosine(inner_products(adapters)) if len(adapters) > 1 else 0.0
 
 
 def inner_products(adapters: Sequence[Adapter]) -> Tensor:

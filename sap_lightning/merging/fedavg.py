@@ -8,9 +8,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-import torch
-
-from sap_lightning.functional.consensus import balanced_factors, padded_sum
+from sap_lightning.functional.consensus import FactorSum
 from sap_lightning.functional.lora import LoRALayer
 from sap_lightning.merging.method import LayerwiseMethod
 
@@ -28,8 +26,7 @@ class FedAvg(LayerwiseMethod):
     name = "fedavg"
 
     def merge_layer(self, layers: Sequence[LoRALayer], weights: Sequence[float]) -> LoRALayer:
-        mean_A = mean_B = torch.zeros(0, 0)
+        mean = FactorSum()
         for layer, weight in zip(layers, weights, strict=True):
-            A, B = balanced_factors(layer)
-            mean_A, mean_B = padded_sum(mean_A, weight * A), padded_sum(mean_B, weight * B)
-        return LoRALayer(mean_A, mean_B)
+            mean.add(layer, weight)
+        return mean.result()

@@ -22,7 +22,7 @@ class Magnitude(PruningMethod):
 
     Args:
         sparsity: ρ, the share that is pruned.
-        scope: one threshold for a whole adapter, or one for each layer.
+        scope: one threshold for a whole adapter, one for each layer, or one for each of its tensors.
         space: what is pruned: elements of A and B, elements of ΔW, or singular triplets of ΔW.
     """
 

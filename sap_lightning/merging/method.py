@@ -49,10 +49,12 @@ class MergeMethod(ABC):
         needs_anchors: whether ``prepare`` looks at the server's anchors.
         has_masks: whether it prepares a ``merging.pruning.Pruning``, which says what is pruned of each adapter.
         sparsity: ρ, the share of parameters set to zero; None where nothing is pruned.
+        asks_by_batch: whether what ``prepare`` is told depends on how the anchors are batched.
     """
 
     name = ""
     needs_anchors = False
+    asks_by_batch = False
     has_masks = False
     sparsity: float | None = None
 

@@ -28,7 +28,7 @@ class OPNP(PruningMethod):
     Args:
         sparsity: share dropped altogether, at both ends.
         largest: share dropped at the upper end; at most ``sparsity``.
-        scope: thresholds over the whole adapter or over each layer.
+        scope: thresholds over the whole adapter or over each layer, whose one tensor here is ΔW.
     """
 
     name = "opnp"

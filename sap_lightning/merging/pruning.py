@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
+import hashlib
+import math
 from abc import abstractmethod
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Any, cast
+from typing import Any, Literal, cast
 
 import torch
 from torch import Tensor
 
 from sap_lightning.console import track
-from sap_lightning.functional.consensus import Consensus, WeightedSum
+from sap_lightning.functional.consensus import Consensus, FactorSum, WeightedSum
 from sap_lightning.functional.lora import LoRALayer, Update, times
 from sap_lightning.functional.masking import Scope, keep_masks
 from sap_lightning.functional.rescaling import Rescale, rescaled
@@ -24,6 +26,7 @@ from sap_lightning.merging.clients import layer_names, layers_named
 from sap_lightning.merging.method import MergeMethod, Prepared, required
 from sap_lightning.models.probe import AnchorProbe, Answer
 
+MeanOf = Literal["delta", "factors"]
 NOTHING = Answer({}, float("nan"))
 """What anchors say that were not asked."""
 
@@ -36,9 +39,11 @@ class PruningMethod(MergeMethod):
 
     Attributes:
         space: what is scored and masked: elements of A and B, elements of ΔW, or singular triplets of ΔW.
-        scope: one threshold for a whole adapter, or one for each layer.
+        scope: one threshold for a whole adapter, one for each layer, or one for each of its tensors.
         rescale: how a pruned adapter is scaled up again, see ``functional.rescaling``.
-        rescale_scope: whether l1 and l2 restore the norm of each layer or of the whole adapter.
+        rescale_scope: whether l1 and l2 restore the norm of each layer, of its A and its B, or of the whole adapter.
+        rescale_cap: the largest factor of l1 and l2; any if not given.
+        mean_of: whether the pruned ΔW are averaged, or their A and B apart, in factor space.
         loss: the anchors' loss that ``examine`` looks at.
         not_asked: names of settings that ``examine`` does not depend on.
     """
@@ -49,6 +54,8 @@ class PruningMethod(MergeMethod):
     scope = cast(Scope, "layer")
     rescale = cast(Rescale, "none")
     rescale_scope = cast(Scope, "layer")
+    rescale_cap = cast(float | None, None)
+    mean_of = cast(MeanOf, "delta")
     loss = cast(AnchorLoss, "cosine")
     not_asked = frozenset({"sparsity"})
     has_masks = True
@@ -79,7 +86,7 @@ class PruningMethod(MergeMethod):
     def scores(self, adapter: Adapter, spaces: Mapping[str, Space], answer: Answer) -> Mapping[str, Parameters]:
         """How much each parameter matters, by layer, for at least the layers in ``spaces``.
 
-        With scope ``layer`` these are one layer at a time, else all layers of the adapter.
+        These are one layer at a time unless a scope is ``global``: then all layers of the adapter.
 
         Args:
             adapter: whose parameters they are.
@@ -95,11 +102,13 @@ class PruningMethod(MergeMethod):
         """An adapter's pruned layers, scaled up to make up for what is gone."""
         if self.rescale == "none":
             return pruned
-        return rescaled(layers_named(adapter, pruned), pruned, self.rescale, self.rescale_scope, sparsity)
+        whole = layers_named(adapter, pruned)
+        cap = math.inf if self.rescale_cap is None else self.rescale_cap
+        return rescaled(whole, pruned, self.rescale, self.rescale_scope, sparsity, cap)
 
     def consensus(self) -> Consensus:
         """How the clients' pruned updates of one layer become one."""
-        return WeightedSum()
+        return FactorSum() if self.mean_of == "factors" else WeightedSum()
 
     def factor(self, clients: int) -> float:
         """What the consensus of this many clients is multiplied by."""
@@ -180,3 +189,13 @@ class Pruning(Prepared):
 def masked(parameters: Parameters, masks: Sequence[Tensor]) -> Parameters:
     """Parameters with zeros where their masks are False."""
     return tuple(theta * mask for theta, mask in zip(parameters, masks, strict=True))
+
+
+def uniform_scores(seed: int, adapter: Adapter, spaces: Mapping[str, Space]) -> dict[str, Parameters]:
+    """A random number in [0, 1) for every parameter, drawn by the seed, the adapter and the layer alone."""
+    scores = {}
+    for name, space in spaces.items():
+        digest = hashlib.sha256(f"{seed}\0{adapter.sha256}\0{name}".encode()).digest()
+        generator = torch.Generator().manual_seed(int.from_bytes(digest[:8]))
+        scores[name] = tuple(torch.rand(theta.shape, generator=generator) for theta in space.parameters)
+    return scores

@@ -14,7 +14,7 @@ from sap_lightning.functional.rescaling import Rescale
 from sap_lightning.functional.saliency import AnchorLoss, Reduction, loss_reduction, saliency
 from sap_lightning.functional.spaces import Parameters, Space, SpaceName
 from sap_lightning.io.adapter import Adapter
-from sap_lightning.merging.pruning import PruningMethod
+from sap_lightning.merging.pruning import MeanOf, PruningMethod
 from sap_lightning.models.probe import AnchorProbe, Answer
 
 
@@ -26,14 +26,20 @@ class SAP(PruningMethod):
         sparsity: ρ, the share of parameters set to zero.
         space: what is scored and masked: elements of A and B (factor), elements of ΔW (delta), or singular
             triplets of ΔW (singular).
-        scope: one threshold for the whole adapter (global) or one for each layer (layer).
+        scope: one threshold for the whole adapter (global), one for each layer (layer), or one for each of its tensors,
+            A and B apart in factor space (tensor).
         reduction: how the anchors' gradients g_i become one score: |θ·mean g_i| (mean_then_abs),
             mean |θ·g_i| (abs_then_mean) or mean (θ·g_i)² (square).
         rescale: how a pruned adapter is scaled up again: to its l1 or l2 norm before pruning, by 1 / (1 − ρ), or
             rank by rank as RobustMerge does (factor space only).
-        rescale_scope: whether l1 and l2 restore the norm of each layer or of the whole adapter.
+        rescale_scope: whether l1 and l2 restore the norm of each layer, of its A and its B apart (tensor, in factor
+            space), or of the whole adapter (global).
+        rescale_cap: the largest factor of l1 and l2, from 1 on; any if not given.
+        mean_of: whether the pruned ΔW are averaged, or their A and B apart as FedAvg does (factors, in factor space).
         scale: λ, above 0. The mean of updates that are nearly at right angles is shorter than each of them.
-        loss: the anchors' loss: 1 − cos of a pair (cosine), or InfoNCE from image to text (contrastive).
+        loss: the anchors' loss: 1 − cos of a pair (cosine), InfoNCE from image to text against all captions
+            (contrastive), or CLIP's own, both ways within a batch of anchors (contrastive_symmetric), whose gradients
+            are summed over the batches; the last needs reduction mean_then_abs.
         sign_aware: keep the parameters that lower the loss most, −θ·mean g_i; needs reduction mean_then_abs.
 
     Raises:
@@ -42,7 +48,7 @@ class SAP(PruningMethod):
 
     name = "sap"
     needs_anchors = True
-    not_asked = frozenset({"sparsity", "scope", "rescale", "rescale_scope", "scale"})
+    not_asked = frozenset({"sparsity", "scope", "rescale", "rescale_scope", "rescale_cap", "mean_of", "scale"})
 
     sparsity: float = 0.8
     space: SpaceName = "delta"
@@ -50,6 +56,8 @@ class SAP(PruningMethod):
     reduction: Reduction = "abs_then_mean"
     rescale: Rescale = "l2"
     rescale_scope: Scope = "layer"
+    rescale_cap: float | None = None
+    mean_of: MeanOf = "delta"
     scale: float = 1.0
     loss: AnchorLoss = "cosine"
     sign_aware: bool = False
@@ -57,12 +65,31 @@ class SAP(PruningMethod):
     def __post_init__(self) -> None:
         check_share("prune.sparsity", self.sparsity)
         check_positive("prune.scale", self.scale)
-        if self.rescale == "robust" and self.space != "factor":
+        self._check_space()
+        if self.rescale_cap is not None and not (self.rescale_cap >= 1 and self.rescale in ("l1", "l2")):
             raise InputError(
-                f"prune.rescale robust scales the ranks of B and needs prune.space factor, got {self.space}"
+                f"prune.rescale_cap {self.rescale_cap}: must be at least 1, and is for prune.rescale l1 or l2, got"
+                f" {self.rescale}"
+            )
+        if self.asks_by_batch and self.reduction != "mean_then_abs":
+            raise InputError(
+                f"prune.loss {self.loss} is of a batch and needs prune.reduction mean_then_abs, got {self.reduction}"
             )
         if self.sign_aware and self.reduction != "mean_then_abs":
             raise InputError(f"prune.sign_aware needs prune.reduction mean_then_abs, got {self.reduction}")
+
+    def _check_space(self) -> None:
+        for setting, needs_factors in (
+            ("rescale robust scales the ranks of B", self.rescale == "robust"),
+            ("rescale_scope tensor restores A and B apart", self.rescale_scope == "tensor"),
+            ("mean_of factors averages A and B apart", self.mean_of == "factors"),
+        ):
+            if needs_factors and self.space != "factor":
+                raise InputError(f"prune.{setting} and needs prune.space factor, got {self.space}")
+
+    @property
+    def asks_by_batch(self) -> bool:  # type: ignore[override]  # follows from the loss
+        return self.loss == "contrastive_symmetric"
 
     def examine(self, adapter: Adapter, anchors: AnchorProbe) -> Answer:
         spaces = self.spaces_on(anchors.device, adapter)

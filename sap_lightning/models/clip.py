@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any, NamedTuple, cast
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn.functional import normalize
 from transformers import (
     AutoTokenizer,
@@ -17,10 +17,15 @@ from transformers import (
 )
 
 from sap_lightning.errors import InputError, first_line
+from sap_lightning.fingerprints import fingerprint
+from sap_lightning.io.peft_config import in_text_tower
 
 
 class TextEncoder:
-    """Text tower and tokenizer of a CLIP checkpoint, kept on the CPU.
+    """Text tower and tokenizer of a CLIP checkpoint, on the CPU unless a client trains the tower.
+
+    Attributes:
+        tower: the text tower and its projection, under their names in CLIPModel.
 
     Raises:
         InputError: when the checkpoint has no tokenizer, or that of another text tower.
@@ -30,6 +35,7 @@ class TextEncoder:
         config = cast(CLIPTextConfig, clip.config.text_config)
         self.model = clip.text_model
         self.projection = clip.text_projection
+        self.tower = nn.ModuleDict({"text_model": clip.text_model, "text_projection": clip.text_projection})
         self.tokenizer = _load_tokenizer(base, config.vocab_size)
         self.max_length = config.max_position_embeddings
 
@@ -37,13 +43,24 @@ class TextEncoder:
     @torch.no_grad()
     def __call__(self, texts: Sequence[str]) -> Tensor:
         """Normalised text features, shape (n, d)."""
+        return self.features(texts)
+
+    def features(self, texts: Sequence[str]) -> Tensor:
+        """The same, with gradients where they are enabled and the tower has any."""
         tokens = self.tokenizer(
             list(texts), padding=True, truncation=True, max_length=self.max_length, return_tensors="pt"
-        )
+        ).to(self.model.device)
         return normalize(self.projection(self.model(**tokens).pooler_output), dim=-1)
 
-    def class_features(self, class_names: Sequence[str], templates: Sequence[str]) -> Tensor:
+    def class_features(
+        self, class_names: Sequence[str], templates: Sequence[str], with_gradients: bool = False
+    ) -> Tensor:
         """One feature for each class, shape (classes, d): its prompts averaged after normalisation.
+
+        Args:
+            class_names: in label order.
+            templates: prompts with {} for the class name.
+            with_gradients: whether the tower is trained through them.
 
         Raises:
             InputError: when there is no template or one has no place for the class name.
@@ -51,15 +68,23 @@ class TextEncoder:
         if not templates or any("{}" not in template for template in templates):
             raise InputError(f"model.templates must be prompts with {{}} for the class name, got {list(templates)}")
         prompts = [template.replace("{}", name) for name in class_names for template in templates]
-        return normalize(self(prompts).view(len(class_names), len(templates), -1).mean(1), dim=-1)
+        features = self.features(prompts) if with_gradients else self(prompts)
+        return normalize(features.view(len(class_names), len(templates), -1).mean(1), dim=-1)
 
 
 class Base(NamedTuple):
-    """A CLIP checkpoint taken apart: text features are computed once, the vision tower is what clients train."""
+    """A CLIP checkpoint, and taken apart into a vision tower and a text encoder that share its weights."""
 
     tower: CLIPVisionModelWithProjection
     texts: TextEncoder
     logit_scale: float
+    clip: CLIPModel
+
+    def fingerprint(self, layers: Iterable[str] = ()) -> str:
+        """`fingerprint` of the vision tower, or of both towers for an adapter that has layers of the text tower too."""
+        if any(map(in_text_tower, layers)):
+            return fingerprint(nn.ModuleList([self.tower, self.texts.tower]))
+        return fingerprint(self.tower)
 
 
 def load_clip(base: str) -> CLIPModel:
@@ -94,7 +119,7 @@ def load_base(base: str) -> Base:
         InputError: when it is not there or is no CLIP model.
     """
     clip = load_clip(base)
-    return Base(vision_tower(clip), TextEncoder(clip, base), float(clip.logit_scale.exp()))
+    return Base(vision_tower(clip), TextEncoder(clip, base), float(clip.logit_scale.exp()), clip)
 
 
 def vision_tower(clip: CLIPModel) -> CLIPVisionModelWithProjection:

@@ -13,10 +13,18 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import normalize
 
+from sap_lightning.errors import InputError
 from sap_lightning.functional.lora import Update
-from sap_lightning.functional.saliency import AnchorLoss, GradientSum, Reduction, alignment_loss, contrastive_loss
+from sap_lightning.functional.saliency import (
+    AnchorLoss,
+    GradientSum,
+    Reduction,
+    alignment_loss,
+    contrastive_loss,
+    symmetric_contrastive_loss,
+)
 from sap_lightning.functional.spaces import Parameters, Space
-from sap_lightning.models.layers import linear_weight
+from sap_lightning.io.peft_config import in_text_tower
 from sap_lightning.models.patched import Patched
 
 Batches = Callable[[], Iterable[tuple[Tensor, Tensor]]]
@@ -35,19 +43,22 @@ class Answer(NamedTuple):
 
 @dataclass(frozen=True, eq=False)
 class AnchorProbe:
-    """Puts updates on the vision tower and looks at the anchors through it; each question is one pass over them.
+    """Puts updates on the towers and looks at the anchors through them; each question is one pass over them.
+
+    Captions go through the text tower anew where an update changes it, else they are looked up.
 
     Autograd never forms a weight gradient: hooks see each adapted layer's inputs and output gradients, from which
     every space's gradients follow.
 
     Args:
-        patched: the frozen vision tower, which wears what is asked about.
+        patched: the frozen towers, which wear what is asked about.
         batches: this process's batches of normalised images (n, 3, h, w) and of their pairs' numbers.
-        captions: normalised caption features of all m pairs, shape (m, d).
+        captions: normalised caption features of all m pairs by the base, shape (m, d), where the vision tower is.
         logit_scale: the base's inverse temperature.
         precision: the context in which images go through the tower.
         sum_over_processes: adds up a tensor over all processes that look together.
         chosen: numbers of the pairs to look at; all if not given.
+        encode: normalised features of the captions of these pairs through the text tower as it is, with gradients.
         images: tells these images from others with the same captions.
         memory: what was answered before, to go on with; see ``recall``.
     """
@@ -59,6 +70,7 @@ class AnchorProbe:
     precision: Callable[[], AbstractContextManager[Any]] = nullcontext
     sum_over_processes: Callable[[Tensor], Tensor] = lambda tensor: tensor
     chosen: Sequence[int] | None = None
+    encode: Callable[[Sequence[int]], Tensor] | None = None
     images: str = ""
     memory: Memory = field(default_factory=dict)
 
@@ -97,8 +109,22 @@ class AnchorProbe:
         return replace(self, chosen=self.pairs[::2]), replace(self, chosen=self.pairs[1::2])
 
     def weight(self, layer: str) -> Tensor:
-        """The tower's present weight of a layer, shape (d_out, d_in), on the CPU."""
-        return linear_weight(self.patched.model, layer).cpu()
+        """The present weight of a layer, shape (d_out, d_in), on the CPU."""
+        return self.patched.weight(layer).cpu()
+
+    def caption_features(self, pairs: Tensor) -> Tensor:
+        """Normalised features of these pairs' captions at what is worn, shape (n, d)."""
+        return self._captions(pairs, self.patched.changes_text)
+
+    def _captions(self, pairs: Tensor, anew: bool) -> Tensor:
+        if not anew:
+            return self.captions[pairs]
+        assert self.encode is not None
+        return self.encode(pairs.tolist()).float().to(self.device)
+
+    @property
+    def _all(self) -> Tensor:
+        return torch.arange(len(self.captions), device=self.device)
 
     # Validation runs in inference mode; gradients need an ordinary one.
     @torch.inference_mode(False)
@@ -115,24 +141,37 @@ class AnchorProbe:
         Args:
             update: what the tower wears.
             spaces: each layer, by name, as parameters, on the tower's device.
-            reduction: how the anchors' gradients become one.
-            loss: 1 − cos of a pair, or InfoNCE from image to text.
+            reduction: how the anchors' gradients become one; ``mean_then_abs`` where the loss is a batch's.
+            loss: 1 − cos of a pair, InfoNCE from image to text, or CLIP's own of a batch, whose gradients and losses
+                are averaged over the batches.
+
+        Raises:
+            InputError: for the loss of a batch where several processes share the batches, or for single anchors'
+                gradients of layers of the text tower where every loss looks at all captions.
         """
+        self._check_processes(loss)
+        text = any(map(in_text_tower, (*update, *spaces)))
+        if text and loss == "contrastive" and reduction != "mean_then_abs":
+            raise InputError(
+                f"prune.loss contrastive with an adapter of the text tower needs prune.reduction mean_then_abs, got"
+                f" {reduction}; an anchor's loss looks at all captions"
+            )
         self.patched.set_update(update)
         sums = {name: GradientSum(space, reduction) for name, space in spaces.items()}
-        total = torch.zeros(())
-        with self._hooked({name: _on_gradient(layer_sum.add) for name, layer_sum in sums.items()}):
+        total, count = torch.zeros(()), torch.zeros(())
+        with self._hooked({name: _on_gradient(layer_sum.add, self.device) for name, layer_sum in sums.items()}):
             for images, indices in self._chosen_batches():
                 # Every weight is frozen: the images carry the graph.
                 features = self._image_features(images.detach().requires_grad_()).float()
-                losses = self._losses(features, indices, loss)
+                losses = self._losses(features, indices, loss, text)
                 losses.sum().backward()
                 total += losses.detach().sum().cpu()
+                count += len(losses)
         for layer_sum in sums.values():
             layer_sum.sums = tuple(self.sum_over_processes(tensor) for tensor in layer_sum.sums)
-        count = len(self.pairs)
-        gradients = {name: layer_sum.mean(count) for name, layer_sum in sums.items()}
-        return Answer(gradients, float(self.sum_over_processes(total)) / count)
+        losses_in_all = float(self.sum_over_processes(count))
+        gradients = {name: layer_sum.mean(losses_in_all) for name, layer_sum in sums.items()}
+        return Answer(gradients, float(self.sum_over_processes(total)) / losses_in_all)
 
     @torch.inference_mode(False)
     @torch.no_grad()
@@ -142,8 +181,11 @@ class AnchorProbe:
         # A process that has no anchor gives zeros.
         sums = {name: _GramSum(layer.shape[1], self.device) for name, layer in update.items()}
         with self._hooked({name: gram.on_forward for name, gram in sums.items()}):
-            for images, _ in self._chosen_batches():
+            for images, indices in self._chosen_batches():
                 self._image_features(images)
+                # One by one: what fills up shorter captions of a batch is no input of theirs.
+                for index in indices if self.patched.changes_text else ():
+                    self.caption_features(index[None])
         tokens = {name: self.sum_over_processes(torch.tensor(float(gram.tokens))) for name, gram in sums.items()}
         return {name: (self.sum_over_processes(gram.total) / tokens[name]).cpu() for name, gram in sums.items()}
 
@@ -159,21 +201,56 @@ class AnchorProbe:
 
     def logits(self, update: Mapping[str, Update]) -> Tensor:
         """Logits of every image for all captions at base + update, shape (n, m), on the CPU."""
-        return (self.logit_scale * self.features(update) @ self.captions.T).cpu()
+        return (self.logit_scale * self.features(update) @ self._captions_at(update).T).cpu()
 
+    @torch.inference_mode(False)
+    @torch.no_grad()
+    def _captions_at(self, update: Mapping[str, Update]) -> Tensor:
+        if not any(map(in_text_tower, update)):
+            return self.captions
+        self.patched.set_update(update)
+        return self.caption_features(self._all)
+
+    @torch.inference_mode(False)
+    @torch.no_grad()
     def loss(self, update: Mapping[str, Update], loss: AnchorLoss = "cosine") -> float:
-        """Mean loss over the pairs at base + update."""
+        """Mean loss over the pairs, or over the batches, at base + update."""
+        if loss == "contrastive_symmetric":
+            return self._batch_loss(update)
         indices = torch.tensor(list(self.pairs), device=self.device)
-        return float(self._losses(self.features(update), indices, loss).mean())
+        features = self.features(update)
+        return float(self._losses(features, indices, loss, self.patched.changes_text).mean())
 
     def _image_features(self, images: Tensor) -> Tensor:
         with self.precision():
             return normalize(self.patched.model(images).image_embeds, dim=-1)
 
-    def _losses(self, features: Tensor, indices: Tensor, loss: AnchorLoss) -> Tensor:
+    def _batch_loss(self, update: Mapping[str, Update]) -> float:
+        self._check_processes("contrastive_symmetric")
+        self.patched.set_update(update)
+        losses = [
+            self._losses(
+                self._image_features(images).float(), indices, "contrastive_symmetric", self.patched.changes_text
+            )
+            for images, indices in self._chosen_batches()
+        ]
+        return float(torch.cat(losses).mean())
+
+    def _losses(self, features: Tensor, indices: Tensor, loss: AnchorLoss, text: bool) -> Tensor:
+        """A loss for each pair of a batch, or the one of the batch; captions are encoded anew for the text tower."""
         if loss == "contrastive":
-            return contrastive_loss(features, self.captions, indices, self.logit_scale)
-        return alignment_loss(features, self.captions[indices])
+            captions = self._captions(self._all, anew=True) if text else self.captions
+            return contrastive_loss(features, captions, indices, self.logit_scale)
+        captions = self._captions(indices, text)
+        if loss == "contrastive_symmetric":
+            return symmetric_contrastive_loss(features, captions, self.logit_scale)[None]
+        return alignment_loss(features, captions)
+
+    def _check_processes(self, loss: AnchorLoss) -> None:
+        if loss == "contrastive_symmetric" and self.sum_over_processes(torch.ones(())) > 1:
+            raise InputError(
+                "prune.loss contrastive_symmetric needs the whole of a batch in one process; use --trainer.devices 1"
+            )
 
     def _chosen_batches(self) -> Iterator[tuple[Tensor, Tensor]]:
         chosen = torch.tensor(list(self.pairs), device=self.device)
@@ -185,7 +262,7 @@ class AnchorProbe:
     def _hooked(self, hooks: Mapping[str, Hook]) -> ExitStack:
         handles = ExitStack()
         for name, hook in hooks.items():
-            handles.callback(self.patched.model.get_submodule(name).register_forward_hook(hook).remove)
+            handles.callback(self.patched.layer(name).register_forward_hook(hook).remove)
         return handles
 
 
@@ -195,15 +272,17 @@ class _GramSum:
         self.tokens = 0
 
     def on_forward(self, module: nn.Module, inputs: tuple[Tensor], output: Tensor) -> None:
-        x = _by_token(inputs[0]).flatten(0, 1)
+        x = _by_token(inputs[0]).flatten(0, 1).to(self.total.device)
         self.total += x.T @ x
         self.tokens += len(x)
 
 
-def _on_gradient(add: Callable[[Tensor, Tensor], None]) -> Hook:
+def _on_gradient(add: Callable[[Tensor, Tensor], None], device: torch.device) -> Hook:
     def on_forward(module: nn.Module, inputs: tuple[Tensor], output: Tensor) -> None:
-        x = _by_token(inputs[0].detach())
-        output.register_hook(lambda gradient: add(x, _by_token(gradient)))
+        x = _by_token(inputs[0].detach()).to(device)
+        if not output.requires_grad:  # tokens carry no graph as images do
+            output.requires_grad_()
+        output.register_hook(lambda gradient: add(x, _by_token(gradient).to(device)))
 
     return on_forward
 

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 def first_changed(tower: nn.Module, layers: Iterable[str]) -> int:
     """Number of the first encoder layer that these linear layers are in; the depth of the tower when in none."""
-    found = [re.search(r"\.encoder\.layers\.(\d+)\.", name) for name in layers]
+    found = [re.search(r"^vision_model\.encoder\.layers\.(\d+)\.", name) for name in layers]
     return min((int(number[1]) for number in found if number), default=len(encoder_layers(tower)))
 
 

@@ -63,11 +63,16 @@ class CLIPClassifier(L.LightningModule):
         """Logits, shape (n, classes), of normalised images (n, 3, h, w)."""
         return self.logits(self.image_features(images))
 
+    def present_class_features(self) -> Tensor:
+        """Features of the classes, shape (classes, d)."""
+        return self.class_features
+
     def logits(self, features: Tensor) -> Tensor:
         """Logits, shape (n, classes), float32, of normalised image features (n, d)."""
+        classes = self.present_class_features()
         # Mixed precision would round them to so few digits that classes tie.
         with torch.autocast(features.device.type, enabled=False):
-            return self.logit_scale * features.float() @ self.class_features.T
+            return self.logit_scale * features.float() @ classes.float().T
 
     def log_accuracy(self, prefix: str = "") -> None:
         """Logs what the metrics have gathered since the last call."""

@@ -1,4 +1,4 @@
-"""Training one client: LoRA on CLIP's vision tower against frozen class-prompt features."""
+"""Training one client: LoRA on CLIP's vision tower against class-prompt features, or on its text tower too."""
 
 from __future__ import annotations
 
@@ -6,41 +6,48 @@ import math
 from collections.abc import Sequence
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, get_args
 
 import torch
 from lightning.pytorch.utilities.types import OptimizerLRSchedulerConfig
 from peft import LoraConfig, get_peft_model
 from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
-from torch.nn.functional import cross_entropy
-from transformers import get_cosine_schedule_with_warmup
+from torch.nn.functional import cross_entropy, normalize
+from transformers import get_constant_schedule_with_warmup, get_cosine_schedule_with_warmup
 
 from sap_lightning.data.loaders import Batch
 from sap_lightning.errors import InputError, check_at_least, check_share
-from sap_lightning.fingerprints import fingerprint
 from sap_lightning.functional.lora import LoRALayer
 from sap_lightning.functional.reach import Reach
 from sap_lightning.io.adapter import sha256_of, write_adapter
 from sap_lightning.io.manifest import Manifest
-from sap_lightning.models.clip import load_base
+from sap_lightning.io.peft_config import in_text_tower
+from sap_lightning.models.clip import TextEncoder, load_base
 from sap_lightning.models.layers import layer_shapes
 from sap_lightning.modules.classifier import CLIPClassifier, data_of
 
+Tower = Literal["vision", "text"]
+
 
 class CLIPLoRAModule(CLIPClassifier):
-    """Fine-tunes LoRA on the vision tower of CLIP with cross-entropy against class-prompt features.
+    """Fine-tunes LoRA on CLIP with cross-entropy of images against class prompts.
+
+    The features of the prompts are computed once, but for a client that adapts the text tower: there they follow the
+    adapter at every step.
 
     Args:
         base: hub id or folder of a CLIP checkpoint.
         rank: LoRA rank r.
         alpha: LoRA alpha; the update is (alpha / r)·B·A.
         dropout: LoRA dropout.
-        targets: names of the linear layers of the vision tower that get an adapter.
+        targets: names of the linear layers that get an adapter.
+        towers: which towers they are in: vision, text or both.
         templates: class prompts, averaged after normalisation; ``{}`` stands for the class name.
         learning_rate: peak learning rate of AdamW.
         weight_decay: weight decay of AdamW.
-        warmup: share of the steps over which the learning rate rises; then it falls as a cosine.
+        warmup: share of the steps over which the learning rate rises.
+        schedule: what it does then: it falls as a cosine to nothing, or stays (constant).
         label_smoothing: label smoothing of the cross-entropy.
         reach: measure how far the adapter reaches on held-out images in changed styles, and say so in the manifest.
         seed: seed of the adapter's initial values and of dropout.
@@ -56,10 +63,12 @@ class CLIPLoRAModule(CLIPClassifier):
         alpha: float = 16.0,
         dropout: float = 0.0,
         targets: Sequence[str] = ("q_proj", "k_proj", "v_proj", "out_proj"),
+        towers: Sequence[Tower] = ("vision",),
         templates: Sequence[str] = ("a photo of a {}.",),
         learning_rate: float = 1e-3,
         weight_decay: float = 0.01,
         warmup: float = 0.1,
+        schedule: Literal["cosine", "constant"] = "cosine",
         label_smoothing: float = 0.0,
         reach: bool = True,
         seed: int = 0,
@@ -71,21 +80,26 @@ class CLIPLoRAModule(CLIPClassifier):
         self.alpha = alpha
         self.dropout = dropout
         self.targets = targets
+        self.towers = towers
         self.templates = templates
         self.learning_rate = learning_rate
         self.weight_decay = weight_decay
         self.warmup = warmup
+        self.schedule = schedule
         self.label_smoothing = label_smoothing
         self.reach = reach
         self.seed = seed
         # Checkpoints hold the adapter without the frozen base (on_save_checkpoint).
         self.strict_loading = False
+        self._trained_texts: TextEncoder | None = None
         self._check_settings()
 
     def _check_settings(self) -> None:
         check_at_least("model.rank", self.rank, 1)
         if not self.targets:
             raise InputError("model.targets is empty; name the linear layers that get an adapter")
+        if not self.towers or len(set(self.towers)) < len(self.towers) or not set(self.towers) <= set(get_args(Tower)):
+            raise InputError(f"model.towers must name vision, text or both, once, got {list(self.towers)}")
         for name in ("alpha", "learning_rate", "weight_decay"):
             if not 0 <= getattr(self, name) < math.inf:
                 raise InputError(f"model.{name} must be a finite number from 0 on, got {getattr(self, name)}")
@@ -96,31 +110,50 @@ class CLIPLoRAModule(CLIPClassifier):
         if self.tower is not None:
             return
         base = load_base(self.base)
-        self.base_fingerprint = fingerprint(base.tower)
+        model: nn.Module = base.clip if "text" in self.towers else base.tower
+        layers = self._layers_to_adapt(model)
+        self.base_fingerprint = base.fingerprint(layers)
         self.logit_scale = base.logit_scale
-        self.tower = self._with_lora(base.tower)
+        self.tower = self._with_lora(model, layers)
         names = data_of(self.trainer).class_names
         self.use_classes(names, base.texts.class_features(names, self.templates))
+        if "text" in self.towers:
+            # Anew, since the projections may have an adapter now; hidden from Lightning, whose tower has its modules.
+            self._trained_texts = TextEncoder(base.clip, self.base)
 
-    def _with_lora(self, tower: nn.Module) -> nn.Module:
-        self._check_targets(tower)
+    def _with_lora(self, tower: nn.Module, layers: list[str]) -> nn.Module:
         config = LoraConfig(
             r=self.rank,
             lora_alpha=self.alpha,  # type: ignore[arg-type]  # PEFT takes any number
             lora_dropout=self.dropout,
-            target_modules=list(self.targets),
+            target_modules=layers,
         )
         # On the CPU, so that the initial adapter is the same whatever device trains it.
         with torch.device("cpu"), torch.random.fork_rng(devices=[]):
             torch.manual_seed(self.seed)
             return get_peft_model(tower, config)
 
-    def _check_targets(self, tower: nn.Module) -> None:
-        linear = layer_shapes(tower)
+    def _layers_to_adapt(self, model: nn.Module) -> list[str]:
+        """The linear layers of these towers that the targets name."""
+        linear = [name for name in layer_shapes(model) if tower_of(name) in self.towers]
+        layers = [name for name in linear if any(f".{name}".endswith(f".{target}") for target in self.targets)]
         for target in self.targets:
-            if not any(f".{name}".endswith(f".{target}") for name in linear):
+            if not any(f".{name}".endswith(f".{target}") for name in layers):
                 names = ", ".join(sorted({name.rsplit(".", 1)[-1] for name in linear}))
-                raise InputError(f"model.targets: the vision tower has no linear layer {target!r}; it has {names}")
+                towers = f"the {' and the '.join(self.towers)} tower"
+                raise InputError(f"model.targets: {towers} has no linear layer {target!r}; it has {names}")
+        return layers
+
+    def image_features(self, images: Tensor) -> Tensor:
+        if self._trained_texts is None:
+            return super().image_features(images)
+        clip: Any = self.tower
+        return normalize(clip.get_image_features(pixel_values=images).pooler_output, dim=-1)
+
+    def present_class_features(self) -> Tensor:
+        if self._trained_texts is None:
+            return super().present_class_features()
+        return self._trained_texts.class_features(self.class_names, self.templates, with_gradients=True)
 
     def on_train_batch_start(self, batch: Batch, batch_idx: int) -> None:
         # Dropout draws the same values whether or not training was interrupted before this step.
@@ -145,7 +178,11 @@ class CLIPLoRAModule(CLIPClassifier):
         trainable = [parameter for parameter in self.parameters() if parameter.requires_grad]
         optimizer = torch.optim.AdamW(trainable, lr=self.learning_rate, weight_decay=self.weight_decay)
         steps = int(self.trainer.estimated_stepping_batches)
-        schedule = get_cosine_schedule_with_warmup(optimizer, round(self.warmup * steps), steps)
+        rising = round(self.warmup * steps)
+        if self.schedule == "constant":
+            schedule = get_constant_schedule_with_warmup(optimizer, rising)
+        else:
+            schedule = get_cosine_schedule_with_warmup(optimizer, rising, steps)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
@@ -154,7 +191,7 @@ class CLIPLoRAModule(CLIPClassifier):
         checkpoint["base_fingerprint"] = self.base_fingerprint
 
     def layers(self) -> dict[str, LoRALayer]:
-        """The trained adapter by layer name of the plain vision tower, float32 on the CPU."""
+        """The trained adapter by layer name in CLIPModel, float32 on the CPU."""
         assert self.tower is not None
         return {
             name.removeprefix("base_model.model."): LoRALayer(
@@ -191,3 +228,8 @@ class CLIPLoRAModule(CLIPClassifier):
 def _values(linear: nn.Module) -> Tensor:
     assert isinstance(linear, nn.Linear)
     return linear.weight.detach().float().cpu()
+
+
+def tower_of(layer: str) -> Tower:
+    """The tower of CLIP that a layer is in."""
+    return "text" if in_text_tower(layer) else "vision"

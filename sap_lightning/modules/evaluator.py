@@ -9,7 +9,6 @@ from torch.nn.functional import normalize
 from torchmetrics import CatMetric
 
 from sap_lightning.data.loaders import Batch
-from sap_lightning.fingerprints import fingerprint
 from sap_lightning.functional.lora import Update
 from sap_lightning.io.adapter import Adapter
 from sap_lightning.models.clip import TextEncoder, load_base
@@ -44,15 +43,17 @@ class CLIPEvaluator(CLIPClassifier):
         self.base = base
         self.templates = templates
         self._stem: StemCache | None = None
+        self._classes_by = 0
 
     def configure_model(self) -> None:
         if self.tower is None:
-            self.tower, self.texts, self.logit_scale = load_base(self.base)
-            self.base_fingerprint = fingerprint(self.tower)
-            self._patched = Patched(self.tower)
+            self._loaded = load_base(self.base)
+            self.tower, self.texts, self.logit_scale, _ = self._loaded
+            self.base_fingerprint = self._loaded.fingerprint()
+            self._patched = Patched(self.tower, self.texts.tower)
 
     def set_update(self, update: Mapping[str, Update]) -> None:
-        """The tower's weights become base + ΔW; an empty update gives the base back, bit for bit."""
+        """The towers' weights become base + ΔW; an empty update gives the base back, bit for bit."""
         self.configure_model()
         self._patched.set_update(update)
 
@@ -65,7 +66,8 @@ class CLIPEvaluator(CLIPClassifier):
 
     def _use_classes_of_the_data(self) -> None:
         names = data_of(self.trainer).class_names
-        if self.class_names != names:
+        if (self.class_names, self._classes_by) != (names, self._patched.text_version):
+            self._classes_by = self._patched.text_version
             self.use_classes(names, self.texts.class_features(names, self.templates))
 
     def predict_step(self, batch: Batch, batch_idx: int) -> Tensor:

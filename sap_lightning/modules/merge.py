@@ -15,6 +15,7 @@ from sap_lightning.data.anchors import AnchorBatch
 from sap_lightning.errors import InputError
 from sap_lightning.functional.saliency import alignment_loss
 from sap_lightning.io.adapter import Adapter
+from sap_lightning.io.peft_config import in_text_tower
 from sap_lightning.io.uploads import read_uploads
 from sap_lightning.merging import MergeMethod, method_named
 from sap_lightning.merging.clients import Weights, client_weights
@@ -103,7 +104,19 @@ class MergeModule(CLIPEvaluator):
             return read_uploads(uploads, base_shapes=linear_shapes(self.base))
         self.configure_model()
         assert self.tower is not None
-        return read_uploads(uploads, layer_shapes(self.tower), self.base_fingerprint)
+        shapes = layer_shapes(self.tower) | layer_shapes(self.texts.tower)
+        return read_uploads(uploads, shapes, self._fingerprint_for)
+
+    def _fingerprint_for(self, layers: Iterable[str]) -> str:
+        return self._both_fingerprint if any(map(in_text_tower, layers)) else self.base_fingerprint
+
+    @cached_property
+    def _both_fingerprint(self) -> str:
+        update = self._patched.update
+        self.set_update({})
+        fingerprint = self._loaded.fingerprint(layer_shapes(self.texts.tower))
+        self.set_update(update)
+        return fingerprint
 
     def use(
         self, adapters: Iterable[Adapter], method: MergeMethod | None = None, sparsity: float | None = None
@@ -193,7 +206,9 @@ class MergeModule(CLIPEvaluator):
         """Computes the text features of the anchors' captions once, shape (n, d)."""
         if self._captions != list(captions):
             self._captions = list(captions)
-            self.register_buffer("caption_features", self.texts(captions).to(self.device), persistent=False)
+            with self._patched.with_base_text():
+                features = self.texts(captions)
+            self.register_buffer("caption_features", features.to(self.device), persistent=False)
 
     def probe(self) -> AnchorProbe:
         """The anchors of the trainer that validates, or has validated and done nothing since."""
@@ -204,9 +219,14 @@ class MergeModule(CLIPEvaluator):
             self.logit_scale,
             self._scoring_precision,
             self._sum_over_processes,
+            encode=self._encode,
             images=self._anchor_images,
             memory=self._memory,
         )
+
+    def _encode(self, pairs: Sequence[int]) -> Tensor:
+        """The captions of these pairs through the text tower as it is."""
+        return self.texts.features([self._captions[pair] for pair in pairs])
 
     def _scoring_precision(self) -> AbstractContextManager[Any]:
         # Saliency spans more orders of magnitude than float16 does: score in float32 where training uses it.
@@ -226,5 +246,6 @@ class MergeModule(CLIPEvaluator):
         return summed.to(tensor.device)
 
     def validation_step(self, batch: AnchorBatch, batch_idx: int) -> None:
-        losses = alignment_loss(self.image_features(batch.images).float(), self.caption_features[batch.indices])
+        captions = self.probe().caption_features(batch.indices)
+        losses = alignment_loss(self.image_features(batch.images).float(), captions)
         self.log("anchor_loss", losses.mean(), batch_size=len(losses), sync_dist=True, logger=False)

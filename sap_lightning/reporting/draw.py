@@ -11,6 +11,7 @@ from sap_lightning.figures import (
     anchor_loss_figure,
     conflict_figure,
     confusion_figure,
+    drift_figure,
     gallery_figure,
     overlap_figure,
     projection_figure,
@@ -37,6 +38,8 @@ def _draw_evidence(evidence: Evidence) -> dict[str, Figure]:
     if evidence.clients:
         losses = {client.name: client.anchor_loss for client in evidence.clients}
         figures["anchor_loss"] = anchor_loss_figure(losses, {c.name: c.z_score for c in evidence.clients})
+    if evidence.drift:
+        figures["tower_drift"] = drift_figure(evidence.drift)
     for client, figure in shares_figures(evidence.share_kept).items():
         figures[f"share_kept/{client}"] = figure
     if len(evidence.share_kept) > 1:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import NamedTuple
 
@@ -31,6 +31,7 @@ from sap_lightning.merging.clients import client_layers, client_weights
 from sap_lightning.merging.pruning import masked
 from sap_lightning.merging.selection import losses_alone
 from sap_lightning.models.probe import AnchorProbe
+from sap_lightning.reporting.drift import Drift, drift_of
 from sap_lightning.results import Predictions
 
 log = logging.getLogger(__name__)
@@ -111,6 +112,7 @@ class Evidence:
         class_names: of the C classes.
         fixed: images that zero-shot got wrong and the merge right.
         broken: the other way round.
+        drift: how alike the clients are after every epoch by tower; empty but for clients that adapt both.
     """
 
     merged: str
@@ -124,6 +126,7 @@ class Evidence:
     class_names: list[str]
     fixed: list[GalleryPicture]
     broken: list[GalleryPicture]
+    drift: Drift = field(default_factory=dict)
 
 
 class MaskEvidence(NamedTuple):
@@ -245,6 +248,7 @@ class Inspection:
             class_names=class_names,
             fixed=fixed,
             broken=broken,
+            drift=drift_of([self.federation.folder.epochs(domain) for domain in self.federation.domains]),
         )
 
     def point(self, unseen: str) -> Point:

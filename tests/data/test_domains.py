@@ -168,7 +168,9 @@ def test_nothing_left_to_train_on_is_refused(make_data):
         make_data(val_fraction=0.99).setup("fit")
 
 
-@pytest.mark.parametrize("settings", [{"batch_size": 0}, {"val_fraction": 1.0}, {"val_fraction": -0.1}])
+@pytest.mark.parametrize(
+    "settings", [{"batch_size": 0}, {"val_fraction": 1.0}, {"val_fraction": -0.1}, {"crop_scale": 0.0}]
+)
 def test_impossible_settings_are_refused_at_once(make_data, settings):
     with pytest.raises(InputError, match=next(iter(settings))):
         make_data(**settings)

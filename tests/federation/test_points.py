@@ -34,7 +34,7 @@ POISONED = Sent(HONEST, [HARMFUL], "photo noise")
 def points(plan: Plan, sent: Sent = Sent(HONEST), **changed: Any) -> Points:  # noqa: B008  # it cannot be changed
     """Points of a federation whose parts have as much as points look at, but for what is changed."""
     data = {"class_names": ["dog", "cat"], "fingerprint": lambda unseen: f"images of {unseen}", "seed": 0}
-    anchors = {"root": "anchors", "num_pairs": 8, "noise": False, "fingerprint": "pairs"}
+    anchors = {"root": "anchors", "num_pairs": 8, "noise": False, "batch_size": 4, "fingerprint": "pairs"}
     texts = SimpleNamespace(model=nn.Linear(2, 2), projection=nn.Linear(2, 2))
     for parameter in nn.ModuleList([texts.model, texts.projection]).parameters():
         nn.init.ones_(parameter)
@@ -130,6 +130,13 @@ def test_a_poisoned_client_is_measured_beside_the_honest_one_alone_and_in_each_m
 def test_on_its_own_domain_a_poisoned_client_has_no_part():
     found = list(points(plan_of(Average()), POISONED).on("photo"))
     assert labels(found) == ["zero-shot", "client cartoon", "client painting", "client sketch", "average"]
+
+
+def test_a_merge_that_looks_at_batches_is_another_with_other_batches():
+    by_batch = SAP(reduction="mean_then_abs", loss="contrastive_symmetric")
+    for method, matters in ((by_batch, True), (SAP(), False)):
+        one, other = (list(points(plan_of(method), batch_size=size).on("photo"))[-1].result for size in (4, 8))
+        assert ("batch_size" in one.settings["anchors"]) is (one.measurement != other.measurement) is matters
 
 
 def test_a_merge_that_rejects_outliers_says_so_in_its_condition():

@@ -10,6 +10,7 @@ from torch.testing import assert_close
 import sap_lightning.functional.consensus as consensus
 from sap_lightning.functional.consensus import (
     ElectedMean,
+    FactorSum,
     WeightedSum,
     balanced_factors,
     coordinatewise,
@@ -172,3 +173,16 @@ def test_a_padded_sum_is_as_large_as_the_larger_in_each_dimension() -> None:
     tall, wide = torch.ones(3, 1), torch.full((1, 2), 10.0)
     for total in (padded_sum(tall, wide), padded_sum(wide, tall)):
         assert total.tolist() == [[11.0, 10.0], [1.0, 0.0], [1.0, 0.0]]
+
+
+def test_factors_summed_apart_have_cross_terms_and_pad_lower_ranks() -> None:
+    total = FactorSum()
+    for layer, weight in zip(LAYERS, WEIGHTS, strict=True):
+        total.add(layer, weight)
+    A, B = torch.zeros(2, D_IN, dtype=torch.float64), torch.zeros(D_OUT, 2, dtype=torch.float64)
+    for layer, weight in zip(LAYERS, WEIGHTS, strict=True):
+        A[: layer.rank] += weight * math.sqrt(layer.scale) * layer.A
+        B[:, : layer.rank] += weight * math.sqrt(layer.scale) * layer.B
+    assert_close(total.result().delta(), B @ A)
+    with pytest.raises(ValueError, match="need updates in factor form"):
+        total.add(torch.zeros(D_OUT, D_IN), 1.0)

@@ -101,7 +101,17 @@ def test_layer_scope_ranks_each_layer_by_itself(scores: dict[str, tuple[Tensor, 
         np.testing.assert_array_equal(flat(masks[name]), reference(flat(layer), sparsity))
 
 
-@pytest.mark.parametrize("scope", ["global", "layer"])
+@reproducibly
+@given(adapters(), sparsities)
+def test_tensor_scope_ranks_each_tensor_by_itself(scores: dict[str, tuple[Tensor, ...]], sparsity: float) -> None:
+    masks = keep_masks(scores, sparsity, "tensor")
+    assert masks.keys() == scores.keys()
+    for name, layer in scores.items():
+        for mask, tensor in zip(masks[name], layer, strict=True):
+            np.testing.assert_array_equal(flat((mask,)), reference(flat((tensor,)), sparsity))
+
+
+@pytest.mark.parametrize("scope", ["global", "layer", "tensor"])
 def test_masks_have_the_names_and_shapes_of_the_scores(scope: Scope) -> None:
     scores = {"q": (torch.rand(2, 5), torch.rand(3, 2)), "fc1": (torch.rand(4),)}
     masks = keep_masks(scores, 0.5, scope)

@@ -58,6 +58,34 @@ def test_norm_is_that_of_all_elements_in_either_form(p: int, prune: Prune) -> No
         assert norm(update, p) == pytest.approx(float(lp({name: update}, p)))
 
 
+@EACH_P
+@pytest.mark.parametrize("cap", [1.2, 1e9])
+def test_restoring_by_tensor_gives_a_and_b_their_norms_back_up_to_a_cap(p: int, cap: float) -> None:
+    after = pruned_factors()
+    for name, restored in restore_norm(BEFORE, after, p, "tensor", cap).items():
+        whole, pruned = BEFORE[name], after[name]
+        assert isinstance(restored, LoRALayer) and isinstance(pruned, LoRALayer)
+        for factor in ("A", "B"):
+            of, left = getattr(whole, factor), getattr(pruned, factor)
+            longer = min(float(lp({"": of}, p) / lp({"": left}, p)), cap)
+            assert_close(getattr(restored, factor), longer * left)
+    nothing = BEFORE["q"]._replace(A=0 * BEFORE["q"].A)
+    assert not dense(restore_norm(BEFORE, {"q": nothing}, p, "tensor")["q"]).any()
+    with pytest.raises(ValueError, match="need updates in factor form"):
+        restore_norm(BEFORE, pruned_deltas(), p, "tensor")
+
+
+@EACH_P
+@EACH_FORM
+@EACH_SCOPE
+def test_no_factor_is_above_the_cap(p: int, prune: Prune, scope: Scope) -> None:
+    after = prune()
+    free, capped = restore_norm(BEFORE, after, p, scope), restore_norm(BEFORE, after, p, scope, cap=1.1)
+    for name, update in after.items():
+        factor = min(float(dense(free[name]).norm() / dense(update).norm()), 1.1)
+        assert_close(dense(capped[name]), factor * dense(update))
+
+
 def test_norm_of_nothing_is_zero_and_of_float32_factors_exact() -> None:
     empty = LoRALayer(torch.randn(5, 6), torch.zeros(8, 5))
     assert norm(empty, 1) == norm(empty, 2) == 0

@@ -28,6 +28,7 @@ from sap_lightning.functional.saliency import (
     contrastive_loss,
     loss_reduction,
     saliency,
+    symmetric_contrastive_loss,
 )
 from sap_lightning.functional.spaces import SPACES, Space, SpaceName
 
@@ -159,3 +160,21 @@ def test_contrastive_loss_of_captions_all_alike_is_the_log_of_their_number() -> 
     images, captions = randn64(8, ANCHORS, FEATURES), randn64(9, 1, FEATURES).expand(ANCHORS, FEATURES)
     losses = contrastive_loss(images, captions, torch.arange(ANCHORS), 100.0)
     assert_close(losses, torch.full((ANCHORS,), math.log(ANCHORS), dtype=torch.float64))
+
+
+def test_symmetric_contrastive_loss_is_the_mean_of_both_ways_within_the_batch() -> None:
+    images, captions, scale = randn64(8, ANCHORS, FEATURES), randn64(9, ANCHORS, FEATURES), 2.5
+    terms = []
+    for i in range(ANCHORS):
+        own = math.exp(scale * float(images[i] @ captions[i]))
+        for others in (images[i] @ captions.T, images @ captions[i]):
+            terms.append(-math.log(own / sum(math.exp(scale * float(x)) for x in others)))
+    assert float(symmetric_contrastive_loss(images, captions, scale)) == pytest.approx(sum(terms) / (2 * ANCHORS))
+    assert_close(
+        symmetric_contrastive_loss(captions, images, scale), symmetric_contrastive_loss(images, captions, scale)
+    )
+
+
+def test_a_pair_alone_in_its_batch_has_nothing_to_tell_it_from() -> None:
+    images, captions = randn64(8, 1, FEATURES), randn64(9, 1, FEATURES)
+    assert float(symmetric_contrastive_loss(images, captions, 2.5)) == 0

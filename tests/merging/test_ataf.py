@@ -30,26 +30,31 @@ from torch.testing import assert_close
 from sap_lightning.errors import InputError
 from sap_lightning.functional.lora import LoRALayer
 from sap_lightning.io.adapter import Adapter
-from sap_lightning.merging.ataf import ATAF, Mixture, aligned, divergence
+from sap_lightning.merging.ataf import ATAF, Mixture, Side, aligned, divergence
 
 ANCHORS = 8
 ADAPTERS = [random_adapter(1), random_adapter(2), random_adapter(3, rank=2), random_adapter(4)]
 WEIGHTS = [0.4, 0.3, 0.2, 0.1]
 
 
+EACH_SIDE = pytest.mark.parametrize("side", ["input", "output"])
+
+
 def rotation(delta: Tensor, reference: Tensor) -> Tensor:
-    """argmin over orthogonal R of ‖R·ΔW − ΔW_ref‖ from the dense SVD, shape (d_out, d_out)."""
-    U, _, V = torch.linalg.svd(reference @ delta.T)
+    """argmin over orthogonal P of ‖ΔW·P − ΔW_ref‖ from the dense SVD, shape (d_in, d_in)."""
+    U, _, V = torch.linalg.svd(delta.T @ reference)
     return U @ V
 
 
-def dense_aligned(delta: Tensor, reference: Tensor) -> Tensor:
-    rotated = rotation(delta, reference) @ delta
-    rows = [
-        (float(target @ row) / float(row @ row) if float(row @ row) > 1e-20 else 0.0) * row
-        for row, target in zip(rotated, reference, strict=True)
+def dense_aligned(delta: Tensor, reference: Tensor, side: Side = "input") -> Tensor:
+    if side == "output":
+        return dense_aligned(delta.T, reference.T).T
+    rotated = delta @ rotation(delta, reference)
+    columns = [
+        (float(target @ column) / float(column @ column) if float(column @ column) > 1e-20 else 0.0) * column
+        for column, target in zip(rotated.T, reference.T, strict=True)
     ]
-    return torch.stack(rows)
+    return torch.stack(columns, dim=1)
 
 
 def medoid(adapters: Sequence[Adapter]) -> int:
@@ -72,7 +77,9 @@ def as_layer(delta: Tensor) -> LoRALayer:
     return LoRALayer(torch.eye(delta.shape[1]).double(), delta)
 
 
-def reference(adapters: Sequence[Adapter], weights: Sequence[float], steps: int) -> tuple[float, dict[str, Tensor]]:
+def reference(
+    adapters: Sequence[Adapter], weights: Sequence[float], steps: int, side: Side
+) -> tuple[float, dict[str, Tensor]]:
     r = medoid(adapters)
     others = [k for k in range(len(adapters)) if k != r]
     total = sum(weights[k] for k in others)
@@ -82,7 +89,7 @@ def reference(adapters: Sequence[Adapter], weights: Sequence[float], steps: int)
         merged = {}
         for name in adapters[0].layers:
             delta = deltas(adapters, name)
-            mixed = sum(weights[k] / total * dense_aligned(delta[k], delta[r]) for k in others)
+            mixed = sum(weights[k] / total * dense_aligned(delta[k], delta[r], side) for k in others)
             merged[name] = (1 - alpha) * delta[r] + alpha * mixed
         p = predictions({name: as_layer(delta) for name, delta in merged.items()})
         js = torch.stack([kl(p, (p + q) / 2) / 2 + kl(q, (p + q) / 2) / 2 for q in own]).mean()
@@ -91,45 +98,51 @@ def reference(adapters: Sequence[Adapter], weights: Sequence[float], steps: int)
     return alpha, merged
 
 
+@EACH_SIDE
 @pytest.mark.parametrize("shape", [(20, 30), (30, 20)])
-def test_alignment_is_the_dense_procrustes_and_row_scale(shape: tuple[int, int]) -> None:
+def test_alignment_is_the_dense_procrustes_and_its_scale(shape: tuple[int, int], side: Side) -> None:
     layer, to = random_layer(1, shape, rank=3), random_layer(5, shape, rank=3)
-    expected = dense_aligned(exact_delta(layer), exact_delta(to))
-    assert_close(aligned(layer, to).delta().double(), expected, rtol=0, atol=1e-6 * float(expected.norm()))
+    expected = dense_aligned(exact_delta(layer), exact_delta(to), side)
+    assert_close(aligned(layer, to, side).delta().double(), expected, rtol=0, atol=1e-6 * float(expected.norm()))
 
 
 def test_no_other_rotation_comes_nearer_to_the_reference() -> None:
     layer, to = random_layer(1, (12, 9)), random_layer(5, (12, 9))
     target = exact_delta(to)
-    ours = float((rotation(exact_delta(layer), target) @ exact_delta(layer) - target).norm())
+    ours = float((exact_delta(layer) @ rotation(exact_delta(layer), target) - target).norm())
     generator = torch.Generator().manual_seed(0)
     for _ in range(20):
-        other, _ = torch.linalg.qr(torch.randn(12, 12, dtype=torch.float64, generator=generator))
-        assert float((other @ exact_delta(layer) - target).norm()) > ours
+        other, _ = torch.linalg.qr(torch.randn(9, 9, dtype=torch.float64, generator=generator))
+        assert float((exact_delta(layer) @ other - target).norm()) > ours
     assert float((aligned(layer, to).delta().double() - target).norm()) <= ours * (1 + 1e-6)
 
 
-def test_a_reference_aligned_to_itself_is_itself_and_so_is_its_opposite_and_multiple() -> None:
+@EACH_SIDE
+def test_a_reference_aligned_to_itself_is_itself_and_so_is_its_opposite_and_multiple(side: Side) -> None:
     one = random_layer(1, (20, 30))
     for factor in (1.0, -1.0, 3.0):
-        assert relative_gap({"": aligned(one._replace(scale=factor * one.scale), one)}, {"": one}) < 1e-6
+        assert relative_gap({"": aligned(one._replace(scale=factor * one.scale), one, side)}, {"": one}) < 1e-6
 
 
-def test_a_rotated_update_is_turned_back() -> None:
-    one = random_layer(1, (20, 30))
+def test_a_rotated_update_is_turned_back_on_the_side_it_was_rotated_on() -> None:
+    one = random_layer(1, (20, 20))
     turn, _ = torch.linalg.qr(torch.randn(20, 20, generator=torch.Generator().manual_seed(0)))
-    assert relative_gap({"": aligned(one._replace(B=turn @ one.B), one)}, {"": one}) < 1e-5
+    of_inputs, of_outputs = one._replace(A=one.A @ turn), one._replace(B=turn @ one.B)
+    assert relative_gap({"": aligned(of_inputs, one, "input")}, {"": one}) < 1e-5
+    assert relative_gap({"": aligned(of_outputs, one, "output")}, {"": one}) < 1e-5
+    assert relative_gap({"": aligned(of_outputs, one, "input")}, {"": one}) > 0.1
 
 
-def test_merge_and_its_alpha_are_those_of_the_dense_reference() -> None:
+@EACH_SIDE
+def test_merge_and_its_alpha_are_those_of_the_dense_reference(side: Side) -> None:
     # Rank-deficient rotations are not unique, so all clients are of one rank here.
     adapters, weights = [random_adapter(seed) for seed in (1, 2, 4)], [0.5, 0.3, 0.2]
-    method = ATAF(steps=6)
+    method = ATAF(steps=6, side=side)
     prepared = method.prepare(adapters, weights, probe(ANCHORS))
-    alpha, expected = reference(adapters, weights, steps=6)
+    alpha, expected = reference(adapters, weights, 6, side)
     assert prepared.findings == {"reference": adapters[medoid(adapters)].name, "alpha": pytest.approx(alpha)}
     assert relative_gap(prepared.apply(), expected) < 1e-5
-    assert method.settings == {"steps": 6}
+    assert method.settings == {"steps": 6, "side": side}
 
 
 def test_the_chosen_alpha_is_logged(caplog: pytest.LogCaptureFixture) -> None:

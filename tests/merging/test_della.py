@@ -11,8 +11,9 @@ from torch import Tensor
 from sap_lightning.errors import InputError
 from sap_lightning.functional.spaces import DeltaSpace
 from sap_lightning.io.adapter import Adapter
-from sap_lightning.merging.dare import DARE, draws
+from sap_lightning.merging.dare import DARE
 from sap_lightning.merging.della import DELLA
+from sap_lightning.merging.pruning import uniform_scores
 
 ADAPTERS = [random_adapter(0, 4), random_adapter(1, 2, 2.0), random_adapter(2, 3, 1.0)]
 WEIGHTS = [0.5, 0.3, 0.2]
@@ -20,7 +21,7 @@ WEIGHTS = [0.5, 0.3, 0.2]
 
 def drawn(adapter: Adapter, name: str) -> Tensor:
     """The uniform numbers that decide about a layer's elements."""
-    return draws(0, adapter, name, DeltaSpace(adapter.layers[name]))[0]
+    return uniform_scores(0, adapter, {name: DeltaSpace(adapter.layers[name])})[name][0]
 
 
 def magpruned(adapter: Adapter, name: str, sparsity: float, window: float) -> np.ndarray:

@@ -29,6 +29,7 @@ from sap_lightning.merging.magnitude import Magnitude
 from sap_lightning.merging.median import Median
 from sap_lightning.merging.method import MergeMethod
 from sap_lightning.merging.pcb import PCB
+from sap_lightning.merging.random_pruning import RandomPruning
 from sap_lightning.merging.robustmerge import RobustMerge
 from sap_lightning.merging.sce import SCE
 from sap_lightning.merging.task_arithmetic import TaskArithmetic
@@ -45,6 +46,9 @@ PRUNED = [
     Magnitude(0.6),
     Magnitude(0.6, scope="global", space="factor"),
     Magnitude(0.6, scope="global", space="singular"),
+    Magnitude(0.6, scope="tensor", space="factor"),
+    RandomPruning(0.6),
+    RandomPruning(0.6, "factor", "tensor", mean_of="factors"),
     DARE(0.6),
     DARE(0.6, election=True),
     DARE(0.6, rescale="l1"),
@@ -70,6 +74,8 @@ FAITHFUL = [
     Magnitude(0),
     Magnitude(0, space="factor"),
     Magnitude(0, space="singular"),
+    RandomPruning(0),
+    RandomPruning(0, "factor", mean_of="factors"),
     DARE(0),
     DARE(0, election=True),
     DARE(0, rescale="l1"),
@@ -158,7 +164,10 @@ def test_updates_times_c_merge_to_c_times_the_merge(method: MergeMethod, data: s
     assert_same(method.merge(larger, shares(adapters)), expected, 1e-5)
 
 
-@pytest.mark.parametrize("method", [m for m in PRUNED if isinstance(m, Magnitude | TIES | Breadcrumbs)], ids=title)
+EXACT = Magnitude | RandomPruning | TIES | Breadcrumbs
+
+
+@pytest.mark.parametrize("method", [m for m in PRUNED if isinstance(m, EXACT)], ids=title)
 @few_examples
 @given(seed=st.integers(0, 1000), rank=st.integers(1, 4), sparsity=st.floats(0, 1))
 def test_exactly_the_share_is_pruned(method, seed: int, rank: int, sparsity: float) -> None:
@@ -167,6 +176,8 @@ def test_exactly_the_share_is_pruned(method, seed: int, rank: int, sparsity: flo
     masks = [torch.cat([mask.flatten() for mask in layer]) for layer in kept.values()]
     if method.scope == "row":
         masks = [row for layer in kept.values() for row in layer[0]]
+    if method.scope == "tensor":
+        masks = [mask.flatten() for layer in kept.values() for mask in layer]
     for mask in [torch.cat(masks)] if method.scope == "global" else masks:
         assert int((~mask).sum()) == round(sparsity * len(mask))
 

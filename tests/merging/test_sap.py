@@ -29,6 +29,7 @@ from torch.nn.functional import cross_entropy, normalize
 from sap_lightning.errors import InputError
 from sap_lightning.functional.lora import LoRALayer, dense
 from sap_lightning.io.adapter import Adapter, sha256_of
+from sap_lightning.merging.fedavg import FedAvg
 from sap_lightning.merging.sap import SAP
 
 WEIGHTS = [0.5, 0.3, 0.2]
@@ -49,6 +50,11 @@ def parameters(layer: LoRALayer, space: str) -> tuple[Thetas, Callable[[Tensor],
 
 def kept(scores: Mapping[str, Thetas], sparsity: float, scope: str) -> dict[str, Thetas]:
     """1 for what stays, 0 for the round(ρN) lowest."""
+    if scope == "tensor":
+        return {
+            name: [kept({"": [tensor]}, sparsity, "global")[""][0] for tensor in layer]
+            for name, layer in scores.items()
+        }
     if scope == "layer":
         return {name: kept({name: layer}, sparsity, "global")[name] for name, layer in scores.items()}
     flat = torch.cat([tensor.flatten() for layer in scores.values() for tensor in layer])
@@ -110,7 +116,7 @@ def test_the_scale_is_a_factor_on_the_merged_update(space):
 
 @pytest.mark.parametrize(("reduction", "space"), product(REDUCTIONS, ["factor", "delta", "singular"]))
 def test_sap_equals_its_formula_in_every_space_and_reduction(space, reduction):
-    for scope in ("global", "layer"):
+    for scope in ("global", "layer", "tensor"):
         method = SAP(0.7, space, scope, reduction)
         merged = method.merge(unlike_clients(), WEIGHTS, probe())
         assert relative_gap(merged, reference(unlike_clients(), WEIGHTS, method)) < 1e-4
@@ -154,6 +160,63 @@ def contrastive_gradients(layers: Mapping[str, LoRALayer], names: Sequence[str])
     return gradients
 
 
+def symmetric_gradients(layers: Mapping[str, LoRALayer], names: Sequence[str]) -> list[dict[str, Tensor]]:
+    """∂L/∂W of CLIP's own loss, one batch of the probe's five anchors after another."""
+    precise, weights = model_of(dict(layers))
+    weights = {name: weight.clone().requires_grad_() for name, weight in weights.items()}
+    gradients = []
+    for pixels, texts in zip(images(8).double().split(5), captions(8).double().split(5), strict=True):
+        logits = LOGIT_SCALE * normalize(functional_call(precise, weights, (pixels,)).image_embeds, dim=-1) @ texts.T
+        own = torch.arange(len(texts))
+        loss = (cross_entropy(logits, own) + cross_entropy(logits.T, own)) / 2
+        of = torch.autograd.grad(loss, [weights[f"{name}.weight"] for name in names])
+        gradients.append(dict(zip(names, of, strict=True)))
+    return gradients
+
+
+def test_the_symmetric_loss_scores_by_batch():
+    method = SAP(0.7, reduction="mean_then_abs", loss="contrastive_symmetric", scope="layer")
+    merged = method.merge(unlike_clients(), WEIGHTS, probe())
+    assert relative_gap(merged, reference(unlike_clients(), WEIGHTS, method, symmetric_gradients)) < 1e-4
+    assert relative_gap(merged, replace(method, loss="contrastive").merge(unlike_clients(), WEIGHTS, probe())) > 0.1
+    whole = {"batches": lambda: [(images(8), torch.arange(8))]}
+    assert relative_gap(merged, method.merge(unlike_clients(), WEIGHTS, probe(**whole))) > 1e-3, "of other batches"
+    assert method.asks_by_batch and not SAP().asks_by_batch
+
+
+def test_factors_of_pruned_clients_may_be_averaged_apart():
+    clients = [random_adapter(1), random_adapter(2), random_adapter(3, (Q, FC2))]
+    method = SAP(0.7, "factor", "tensor", rescale="none", mean_of="factors")
+    prepared = method.prepare(clients, WEIGHTS, probe())
+    expected = {}
+    for name in clients[0].layers:
+        sums = []
+        for part, empty in (("A", 0), ("B", 0)):
+            pruned = [prepared.pruned(one).get(name) for one in clients]
+            terms = [w * 2**0.5 * getattr(p, part).double() for w, p in zip(WEIGHTS, pruned, strict=True) if p]
+            sums.append(sum(terms, start=empty))
+        expected[name] = sums[1] @ sums[0]
+    assert relative_gap(prepared.apply(), expected) < 1e-6
+    assert relative_gap(prepared.apply(), replace(method, mean_of="delta").merge(clients, WEIGHTS, probe())) > 0.1
+    unpruned = replace(method, sparsity=0).merge(clients, WEIGHTS, probe())
+    assert relative_gap(unpruned, FedAvg().merge(clients, WEIGHTS)) < 1e-6
+
+
+def test_a_and_b_get_their_norms_back_apart_up_to_a_cap():
+    one = random_adapter(1)
+    method = SAP(0.9, "factor", "tensor", rescale="l1", rescale_scope="tensor")
+    for cap in (None, 1.5):
+        prepared = replace(method, rescale_cap=cap).prepare([one], [1.0], probe())
+        expected = {}
+        for name, (A, B, scale) in prepared.pruned(one).items():
+            longer = [
+                of * min(float(whole.abs().sum() / of.abs().sum()), cap or 1e9)
+                for of, whole in ((A, one.layers[name].A), (B, one.layers[name].B))
+            ]
+            expected[name] = scale * longer[1].double() @ longer[0].double()
+        assert relative_gap(prepared.apply(), expected) < 1e-6
+
+
 @pytest.mark.parametrize("space", ["factor", "delta", "singular"])
 def test_sign_aware_keeps_exactly_what_lowers_the_loss_most(space):
     method = SAP(0.8, space, reduction="mean_then_abs", sign_aware=True)
@@ -166,6 +229,15 @@ def test_combinations_that_are_not_defined_are_refused():
         SAP(reduction="square", sign_aware=True)
     with pytest.raises(InputError, match=r"needs prune\.space factor, got singular"):
         SAP(space="singular", rescale="robust")
+    for settings in ({"mean_of": "factors"}, {"rescale_scope": "tensor"}):
+        with pytest.raises(InputError, match=r"apart and needs prune\.space factor, got delta"):
+            SAP(**settings)
+    with pytest.raises(InputError, match=r"rescale_cap 10: must be at least 1, and is for .* l1 or l2, got none"):
+        SAP(rescale="none", rescale_cap=10)
+    with pytest.raises(InputError, match=r"rescale_cap 0\.5: must be at least 1"):
+        SAP(rescale_cap=0.5)
+    with pytest.raises(InputError, match=r"contrastive_symmetric is of a batch and needs .* mean_then_abs, got square"):
+        SAP(reduction="square", loss="contrastive_symmetric")
     with pytest.raises(InputError, match=r"prune\.sparsity must lie in"):
         SAP(sparsity=1.5)
 
@@ -184,7 +256,14 @@ def test_a_sweep_over_sparsities_looks_at_the_anchors_once_for_every_client(aske
 
 @pytest.mark.parametrize(
     "settings",
-    [{"sparsity": 0.5}, {"scope": "layer"}, {"rescale": "none"}, {"rescale_scope": "global"}, {"scale": 1.4}],
+    [
+        {"sparsity": 0.5},
+        {"scope": "layer"},
+        {"rescale": "none"},
+        {"rescale_scope": "global"},
+        {"rescale_cap": 1.0},
+        {"scale": 1.4},
+    ],
 )
 def test_what_does_not_concern_the_scores_asks_nothing_new(settings, asked):
     anchors, clients = probe(), unlike_clients()
@@ -233,8 +312,8 @@ def test_other_anchors_are_asked_anew(asked):
 
 def test_the_answer_has_the_loss_with_the_whole_adapter():
     clients = unlike_clients()
-    for loss in ("cosine", "contrastive"):
-        prepared = SAP(loss=loss).prepare(clients, WEIGHTS, probe())
+    for loss in ("cosine", "contrastive", "contrastive_symmetric"):
+        prepared = SAP(loss=loss, reduction="mean_then_abs").prepare(clients, WEIGHTS, probe())
         expected = [probe().loss(one.layers, loss) for one in clients]
         assert [prepared.answer(one).loss for one in clients] == pytest.approx(expected, rel=1e-5)
 

@@ -18,6 +18,7 @@ from torch.nn.functional import cosine_similarity, normalize
 from torch.testing import assert_close
 from transformers import CLIPVisionModelWithProjection
 
+from sap_lightning.errors import InputError
 from sap_lightning.functional.lora import LoRALayer, dense
 from sap_lightning.functional.saliency import AnchorLoss, Reduction, saliency
 from sap_lightning.functional.spaces import SPACES, Parameters, Space, SpaceName
@@ -329,6 +330,21 @@ def test_the_loss_is_its_definition(base: Tower, layers: Layers, loss: AnchorLos
         expected = sum(float(LOSSES[loss](features[[i]], i)) for i in range(ANCHORS)) / ANCHORS
         assert probe_of().loss(update, loss) == pytest.approx(expected, rel=1e-5)
         assert probe_of((4, 2)).loss(update, loss) == pytest.approx(expected, rel=1e-5)
+
+
+def test_the_loss_of_batches_is_that_of_their_gradients_and_needs_them_whole(layers: Layers) -> None:
+    spaces = {name: SPACES["delta"](layer) for name, layer in layers.items()}
+    for sizes in [(ANCHORS,), (4, 2)]:
+        one = probe_of(sizes)
+        loss = one.gradients(layers, spaces, "mean_then_abs", "contrastive_symmetric").loss
+        assert one.loss(layers, "contrastive_symmetric") == pytest.approx(loss, rel=1e-6)
+    shared = probe_of(sum_over_processes=lambda tensor: 2 * tensor)
+    for ask in (
+        lambda: shared.loss(layers, "contrastive_symmetric"),
+        lambda: shared.gradients(layers, spaces, "mean_then_abs", "contrastive_symmetric"),
+    ):
+        with pytest.raises(InputError, match=r"whole of a batch in one process; use --trainer\.devices 1"):
+            ask()
 
 
 def test_the_loss_is_cosine_unless_it_is_said(layers: Layers) -> None:

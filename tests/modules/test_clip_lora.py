@@ -152,6 +152,15 @@ def test_the_learning_rate_rises_and_falls_as_a_cosine_to_nothing(data):
     assert runner.optimizers[0].param_groups[0]["lr"] == pytest.approx(0)
 
 
+def test_on_a_constant_schedule_the_learning_rate_rises_and_stays(data):
+    seen = Rates()
+    runner = quiet_trainer(seen, max_epochs=5, limit_val_batches=0)
+    runner.fit(
+        CLIPLoRAModule(SHAPES_CLIP, learning_rate=0.01, warmup=0.2, schedule="constant", rank=1), datamodule=data
+    )
+    assert seen.rates == pytest.approx([0, 0.005] + [0.01] * 8)
+
+
 class FirstBatch(L.Callback):
     """The first batch as the module sees it, and its logits by the untrained module."""
 
