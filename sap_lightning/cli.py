@@ -97,7 +97,7 @@ MERGE_COMMAND: dict[str, dict[str, Any]] = {
     },
     "push_to_hub": {"type": str | None, "default": None, "help": "id of a repository on the hub to upload it to"},
 }
-REPORT: dict[str, Any] = {"type": bool, "default": True, "help": "write report.html and its figures; else the table alone"}
+REPORT: dict[str, Any] = {"type": bool, "default": True, "help": "write report.html and figures; else the table alone"}
 UPLOADS = "PEFT folders, hub ids or our own checkpoints; for test and predict one, or a folder that merge wrote"
 
 

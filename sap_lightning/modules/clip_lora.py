@@ -201,7 +201,7 @@ class CLIPLoRAModule(CLIPClassifier):
             if isinstance(module, LoraLayer)
         }
 
-    def write_upload(self, folder: str | Path, domain: str, num_samples: int, reach: Reach) -> Path:
+    def write_upload(self, folder: str | Path, domain: str, num_samples: int, reach: Reach | None = None) -> Path:
         """Writes what the client sends: the adapter in PEFT format and its manifest, which says how far it reaches.
 
         Raises:
@@ -220,7 +220,7 @@ class CLIPLoRAModule(CLIPClassifier):
             seed=self.seed,
             packages={name: version(name) for name in ("lightning", "peft", "torch", "transformers")},
             tensors_sha256=sha256_of(layers),
-            reach=reach,
+            reach=reach or {},
         )
         return write_adapter(folder, layers, self.base, manifest)
 

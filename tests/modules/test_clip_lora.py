@@ -229,7 +229,7 @@ def test_an_upload_says_what_it_was_made_from(finished, world):
 
 def test_an_upload_holds_the_trained_adapter(data, tmp_path):
     module = trained(data)
-    module.write_upload(tmp_path / "upload", "photo", data.num_samples, {})
+    module.write_upload(tmp_path / "upload", "photo", data.num_samples)
     stored = load_file(tmp_path / "upload" / "adapter_model.safetensors")
     trained_parameters = {
         name.removeprefix("tower.").replace(".default", ""): parameter.detach()
@@ -238,7 +238,7 @@ def test_an_upload_holds_the_trained_adapter(data, tmp_path):
     }
     assert_close(stored, trained_parameters, atol=0, rtol=0)
     with pytest.raises(InputError, match="already exists"):
-        module.write_upload(tmp_path / "upload", "photo", data.num_samples, {})
+        module.write_upload(tmp_path / "upload", "photo", data.num_samples)
 
 
 @pytest.mark.parametrize(
