@@ -1,6 +1,5 @@
 """Merge methods: K adapters → one update of the base. Each lives in a file of its name and cites its source."""
 
-from sap_lightning.errors import InputError
 from sap_lightning.merging.ata import ATA
 from sap_lightning.merging.ataf import ATAF
 from sap_lightning.merging.average import Average
@@ -17,6 +16,7 @@ from sap_lightning.merging.method import LayerwiseMethod, MergeMethod, Prepared
 from sap_lightning.merging.opnp import OPNP
 from sap_lightning.merging.pruner_zero import PrunerZero
 from sap_lightning.merging.pruning import Pruning, PruningMethod
+from sap_lightning.merging.registry import METHODS, method_named
 from sap_lightning.merging.regmean import RegMean
 from sap_lightning.merging.robustmerge import RobustMerge
 from sap_lightning.merging.sap import SAP
@@ -25,34 +25,20 @@ from sap_lightning.merging.sens_merging import SensMerging
 from sap_lightning.merging.task_arithmetic import TaskArithmetic
 from sap_lightning.merging.ties import TIES
 from sap_lightning.merging.trimmed_mean import TrimmedMean
+from sap_lightning.merging.wise_ft import WiSEFT
 
-METHODS: dict[str, type[MergeMethod]] = {
+METHODS |= {
     method.name: method
     for method in (
         Average, FedAvg, TaskArithmetic, TIES, DARE, Magnitude, RobustMerge, KnOTS, Fisher, RegMean, LoRM, SensMerging,
         OPNP, PrunerZero, GRASP, ATA, ATAF, SAP, SAPAuto, Median, TrimmedMean, Krum,
+        WiSEFT, 
     )
 }  # fmt: skip
-"""The package's own methods by name."""
-
-
-def method_named(name: str) -> MergeMethod:
-    """The package's own method of that name at its default settings.
-
-    Raises:
-        InputError: when there is none of that name.
-    """
-    if name not in METHODS:
-        raise InputError(
-            f"merge.method {name}: no such method; there are {', '.join(METHODS)}; a method of your own is named by its"
-            " class_path, which Python must be able to import"
-        )
-    return METHODS[name]()
-
 
 __all__ = [
-    "ATA", "ATAF", "DARE", "GRASP", "METHODS", "OPNP", "SAP", "TIES", "Average", "FedAvg", "Fisher", "KnOTS", "Krum",
-    "LayerwiseMethod", "LoRM", "Magnitude", "Median", "MergeMethod", "Prepared", "PrunerZero", "Pruning",
-    "PruningMethod", "RegMean", "RobustMerge", "SAPAuto", "SensMerging", "TaskArithmetic", "TrimmedMean",
-    "method_named",
+    "ATA", "ATAF", "DARE", "GRASP", "METHODS", "OPNP", "SAP", "TIES", "Average", "FedAvg",
+    "Fisher", "KnOTS", "Krum", "LayerwiseMethod", "LoRM", "Magnitude", "Median", "MergeMethod",
+    "Prepared", "PrunerZero", "Pruning", "PruningMethod", "RegMean", "RobustMerge", "SAPAuto", "SensMerging",
+    "TaskArithmetic", "TrimmedMean", "WiSEFT", "method_named",
 ]  # fmt: skip

@@ -25,10 +25,19 @@ from sap_lightning.merging.robustmerge import RobustMerge
 from sap_lightning.merging.task_arithmetic import TaskArithmetic
 from sap_lightning.merging.ties import TIES
 from sap_lightning.merging.trimmed_mean import TrimmedMean
+from sap_lightning.merging.wise_ft import WiSEFT
 
 few_examples = settings(reproducibly, max_examples=20)
 
-UNPRUNED = [Average(), FedAvg(), TaskArithmetic(), Median(), TrimmedMean(0.25), Krum()]
+UNPRUNED = [
+    Average(),
+    FedAvg(),
+    TaskArithmetic(),
+    Median(),
+    TrimmedMean(0.25),
+    Krum(),
+    WiSEFT(),
+]
 PRUNED = [
     Magnitude(0.6),
     Magnitude(0.6, scope="global", space="factor"),
@@ -59,6 +68,7 @@ FAITHFUL = [
     TIES(0, variant="mergekit", majority="frequency"),
     KnOTS(0),
     RobustMerge(0, scale=1),
+    WiSEFT(1),
 ]
 
 
