@@ -9,6 +9,7 @@ from sap_lightning.merging.fisher import Fisher
 from sap_lightning.merging.grasp import GRASP
 from sap_lightning.merging.knots import KnOTS
 from sap_lightning.merging.krum import Krum
+from sap_lightning.merging.lines import LiNeS
 from sap_lightning.merging.lorm import LoRM
 from sap_lightning.merging.magnitude import Magnitude
 from sap_lightning.merging.median import Median
@@ -32,13 +33,13 @@ METHODS |= {
     for method in (
         Average, FedAvg, TaskArithmetic, TIES, DARE, Magnitude, RobustMerge, KnOTS, Fisher, RegMean, LoRM, SensMerging,
         OPNP, PrunerZero, GRASP, ATA, ATAF, SAP, SAPAuto, Median, TrimmedMean, Krum,
-        WiSEFT, 
+        WiSEFT, LiNeS, 
     )
 }  # fmt: skip
 
 __all__ = [
     "ATA", "ATAF", "DARE", "GRASP", "METHODS", "OPNP", "SAP", "TIES", "Average", "FedAvg",
-    "Fisher", "KnOTS", "Krum", "LayerwiseMethod", "LoRM", "Magnitude", "Median", "MergeMethod",
+    "Fisher", "KnOTS", "Krum", "LayerwiseMethod", "LiNeS", "LoRM", "Magnitude", "Median", "MergeMethod",
     "Prepared", "PrunerZero", "Pruning", "PruningMethod", "RegMean", "RobustMerge", "SAPAuto", "SensMerging",
     "TaskArithmetic", "TrimmedMean", "WiSEFT", "method_named",
 ]  # fmt: skip

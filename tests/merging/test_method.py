@@ -95,6 +95,7 @@ CHANGES = {
     "krum": {"multi": 2},
     "sap_auto": {"scales": (1.0, 2.0)},
     "wise_ft": {"scale": 0.7},
+    "lines": {"method": "ties"},
 }
 """Another setting of each method that has settings, but no sparsity of its own."""
 

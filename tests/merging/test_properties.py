@@ -18,6 +18,7 @@ from sap_lightning.merging.dare import DARE
 from sap_lightning.merging.fedavg import FedAvg
 from sap_lightning.merging.knots import KnOTS
 from sap_lightning.merging.krum import Krum
+from sap_lightning.merging.lines import LiNeS
 from sap_lightning.merging.magnitude import Magnitude
 from sap_lightning.merging.median import Median
 from sap_lightning.merging.method import MergeMethod
@@ -37,6 +38,7 @@ UNPRUNED = [
     TrimmedMean(0.25),
     Krum(),
     WiSEFT(),
+    LiNeS("median"),
 ]
 PRUNED = [
     Magnitude(0.6),
@@ -69,6 +71,7 @@ FAITHFUL = [
     KnOTS(0),
     RobustMerge(0, scale=1),
     WiSEFT(1),
+    LiNeS(),
 ]
 
 
