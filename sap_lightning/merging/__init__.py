@@ -3,6 +3,7 @@
 from sap_lightning.merging.ata import ATA
 from sap_lightning.merging.ataf import ATAF
 from sap_lightning.merging.average import Average
+from sap_lightning.merging.core_space import CoreSpace
 from sap_lightning.merging.dare import DARE
 from sap_lightning.merging.fedavg import FedAvg
 from sap_lightning.merging.fisher import Fisher
@@ -33,12 +34,12 @@ METHODS |= {
     for method in (
         Average, FedAvg, TaskArithmetic, TIES, DARE, Magnitude, RobustMerge, KnOTS, Fisher, RegMean, LoRM, SensMerging,
         OPNP, PrunerZero, GRASP, ATA, ATAF, SAP, SAPAuto, Median, TrimmedMean, Krum,
-        WiSEFT, LiNeS, 
+        WiSEFT, LiNeS, CoreSpace, 
     )
 }  # fmt: skip
 
 __all__ = [
-    "ATA", "ATAF", "DARE", "GRASP", "METHODS", "OPNP", "SAP", "TIES", "Average", "FedAvg",
+    "ATA", "ATAF", "DARE", "GRASP", "METHODS", "OPNP", "SAP", "TIES", "Average", "CoreSpace", "FedAvg",
     "Fisher", "KnOTS", "Krum", "LayerwiseMethod", "LiNeS", "LoRM", "Magnitude", "Median", "MergeMethod",
     "Prepared", "PrunerZero", "Pruning", "PruningMethod", "RegMean", "RobustMerge", "SAPAuto", "SensMerging",
     "TaskArithmetic", "TrimmedMean", "WiSEFT", "method_named",

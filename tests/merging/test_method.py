@@ -96,6 +96,7 @@ CHANGES = {
     "sap_auto": {"scales": (1.0, 2.0)},
     "wise_ft": {"scale": 0.7},
     "lines": {"method": "ties"},
+    "core_space": {"method": "average"},
 }
 """Another setting of each method that has settings, but no sparsity of its own."""
 

@@ -14,6 +14,7 @@ from references import reproducibly
 from sap_lightning.functional.lora import LoRALayer, dense
 from sap_lightning.io.adapter import Adapter
 from sap_lightning.merging.average import Average
+from sap_lightning.merging.core_space import CoreSpace
 from sap_lightning.merging.dare import DARE
 from sap_lightning.merging.fedavg import FedAvg
 from sap_lightning.merging.knots import KnOTS
@@ -39,6 +40,8 @@ UNPRUNED = [
     Krum(),
     WiSEFT(),
     LiNeS("median"),
+    CoreSpace("ties"),
+    CoreSpace("median"),
 ]
 PRUNED = [
     Magnitude(0.6),
@@ -72,6 +75,7 @@ FAITHFUL = [
     RobustMerge(0, scale=1),
     WiSEFT(1),
     LiNeS(),
+    CoreSpace("median"),
 ]
 
 
