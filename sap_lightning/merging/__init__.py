@@ -11,6 +11,7 @@ from sap_lightning.merging.grasp import GRASP
 from sap_lightning.merging.knots import KnOTS
 from sap_lightning.merging.krum import Krum
 from sap_lightning.merging.lines import LiNeS
+from sap_lightning.merging.lora_lego import LoRALEGO
 from sap_lightning.merging.lorm import LoRM
 from sap_lightning.merging.magnitude import Magnitude
 from sap_lightning.merging.median import Median
@@ -34,13 +35,13 @@ METHODS |= {
     for method in (
         Average, FedAvg, TaskArithmetic, TIES, DARE, Magnitude, RobustMerge, KnOTS, Fisher, RegMean, LoRM, SensMerging,
         OPNP, PrunerZero, GRASP, ATA, ATAF, SAP, SAPAuto, Median, TrimmedMean, Krum,
-        WiSEFT, LiNeS, CoreSpace, 
+        WiSEFT, LiNeS, CoreSpace, LoRALEGO, 
     )
 }  # fmt: skip
 
 __all__ = [
     "ATA", "ATAF", "DARE", "GRASP", "METHODS", "OPNP", "SAP", "TIES", "Average", "CoreSpace", "FedAvg",
-    "Fisher", "KnOTS", "Krum", "LayerwiseMethod", "LiNeS", "LoRM", "Magnitude", "Median", "MergeMethod",
+    "Fisher", "KnOTS", "Krum", "LayerwiseMethod", "LiNeS", "LoRALEGO", "LoRM", "Magnitude", "Median", "MergeMethod",
     "Prepared", "PrunerZero", "Pruning", "PruningMethod", "RegMean", "RobustMerge", "SAPAuto", "SensMerging",
     "TaskArithmetic", "TrimmedMean", "WiSEFT", "method_named",
 ]  # fmt: skip

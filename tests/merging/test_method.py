@@ -97,6 +97,7 @@ CHANGES = {
     "wise_ft": {"scale": 0.7},
     "lines": {"method": "ties"},
     "core_space": {"method": "average"},
+    "lora_lego": {"rank": 2},
 }
 """Another setting of each method that has settings, but no sparsity of its own."""
 

@@ -20,6 +20,7 @@ from sap_lightning.merging.fedavg import FedAvg
 from sap_lightning.merging.knots import KnOTS
 from sap_lightning.merging.krum import Krum
 from sap_lightning.merging.lines import LiNeS
+from sap_lightning.merging.lora_lego import LoRALEGO
 from sap_lightning.merging.magnitude import Magnitude
 from sap_lightning.merging.median import Median
 from sap_lightning.merging.method import MergeMethod
@@ -42,6 +43,7 @@ UNPRUNED = [
     LiNeS("median"),
     CoreSpace("ties"),
     CoreSpace("median"),
+    LoRALEGO(),
 ]
 PRUNED = [
     Magnitude(0.6),
@@ -76,6 +78,7 @@ FAITHFUL = [
     WiSEFT(1),
     LiNeS(),
     CoreSpace("median"),
+    LoRALEGO(),
 ]
 
 
