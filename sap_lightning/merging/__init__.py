@@ -1,5 +1,6 @@
 """Merge methods: K adapters → one update of the base. Each lives in a file of its name and cites its source."""
 
+from sap_lightning.merging.adamerging import AdaMerging
 from sap_lightning.merging.ata import ATA
 from sap_lightning.merging.ataf import ATAF
 from sap_lightning.merging.average import Average
@@ -35,12 +36,12 @@ METHODS |= {
     for method in (
         Average, FedAvg, TaskArithmetic, TIES, DARE, Magnitude, RobustMerge, KnOTS, Fisher, RegMean, LoRM, SensMerging,
         OPNP, PrunerZero, GRASP, ATA, ATAF, SAP, SAPAuto, Median, TrimmedMean, Krum,
-        WiSEFT, LiNeS, CoreSpace, LoRALEGO, 
+        WiSEFT, LiNeS, CoreSpace, LoRALEGO, AdaMerging,
     )
 }  # fmt: skip
 
 __all__ = [
-    "ATA", "ATAF", "DARE", "GRASP", "METHODS", "OPNP", "SAP", "TIES", "Average", "CoreSpace", "FedAvg",
+    "ATA", "ATAF", "DARE", "GRASP", "METHODS", "OPNP", "SAP", "TIES", "AdaMerging", "Average", "CoreSpace", "FedAvg",
     "Fisher", "KnOTS", "Krum", "LayerwiseMethod", "LiNeS", "LoRALEGO", "LoRM", "Magnitude", "Median", "MergeMethod",
     "Prepared", "PrunerZero", "Pruning", "PruningMethod", "RegMean", "RobustMerge", "SAPAuto", "SensMerging",
     "TaskArithmetic", "TrimmedMean", "WiSEFT", "method_named",

@@ -33,7 +33,8 @@ class SAP(PruningMethod):
             rank by rank as RobustMerge does (factor space only).
         rescale_scope: whether l1 and l2 restore the norm of each layer or of the whole adapter.
         scale: λ, above 0. The mean of updates that are nearly at right angles is shorter than each of them.
-        loss: the anchors' loss: 1 − cos of a pair (cosine), or InfoNCE from image to text (contrastive).
+        loss: the anchors' loss: 1 − cos of a pair (cosine), InfoNCE from image to text (contrastive), or the entropy of
+            an image over all captions (entropy).
         sign_aware: keep the parameters that lower the loss most, −θ·mean g_i; needs reduction mean_then_abs.
 
     Raises:

@@ -14,7 +14,14 @@ from torch import Tensor, nn
 from torch.nn.functional import normalize
 
 from sap_lightning.functional.lora import Update
-from sap_lightning.functional.saliency import AnchorLoss, GradientSum, Reduction, alignment_loss, contrastive_loss
+from sap_lightning.functional.saliency import (
+    AnchorLoss,
+    GradientSum,
+    Reduction,
+    alignment_loss,
+    contrastive_loss,
+    entropy_loss,
+)
 from sap_lightning.functional.spaces import Parameters, Space
 from sap_lightning.models.layers import linear_weight
 from sap_lightning.models.patched import Patched
@@ -116,7 +123,7 @@ class AnchorProbe:
             update: what the tower wears.
             spaces: each layer, by name, as parameters, on the tower's device.
             reduction: how the anchors' gradients become one.
-            loss: 1 − cos of a pair, or InfoNCE from image to text.
+            loss: 1 − cos of a pair, InfoNCE from image to text, or the entropy of an image over all captions.
         """
         self.patched.set_update(update)
         sums = {name: GradientSum(space, reduction) for name, space in spaces.items()}
@@ -173,6 +180,8 @@ class AnchorProbe:
     def _losses(self, features: Tensor, indices: Tensor, loss: AnchorLoss) -> Tensor:
         if loss == "contrastive":
             return contrastive_loss(features, self.captions, indices, self.logit_scale)
+        if loss == "entropy":
+            return entropy_loss(features, self.captions, self.logit_scale)
         return alignment_loss(features, self.captions[indices])
 
     def _chosen_batches(self) -> Iterator[tuple[Tensor, Tensor]]:

@@ -98,6 +98,7 @@ CHANGES = {
     "lines": {"method": "ties"},
     "core_space": {"method": "average"},
     "lora_lego": {"rank": 2},
+    "adamerging": {"steps": 3},
 }
 """Another setting of each method that has settings, but no sparsity of its own."""
 
