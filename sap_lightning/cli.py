@@ -217,8 +217,8 @@ class SapCLI(LightningCLI):
             given = self.config.get("uploads") or []
             self.uploads: list[str] = [given] if isinstance(given, str) else list(given)
         except ValueError as error:
-            if isinstance(error.__cause__, InputError):
-                raise error.__cause__ from None
+            if (said := _first_input_error(error)) is not None:
+                raise said from None
             raise
 
     def _merge_module(self) -> MergeModule:
@@ -300,6 +300,13 @@ class SapCLI(LightningCLI):
         return {name: value for name, value in settings.items() if name != "config"}
 
 
+def _first_input_error(error: BaseException | None) -> InputError | None:
+    """What a part of ours said, however often jsonargparse has wrapped it: once for each method on top of another."""
+    while error is not None and not isinstance(error, InputError):
+        error = error.__cause__
+    return error
+
+
 def takers(option: str) -> tuple[str, ...] | None:
     """The commands that take an option, by its name without dashes; None where there is no such option or group."""
     parts = option.removesuffix("+").split(".")
@@ -350,20 +357,25 @@ def nested(settings: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def with_class_paths(args: Sequence[str]) -> list[str]:
-    """``--merge.method ties`` stands for that class, so that ``--merge.method.sparsity`` and the like are known."""
+    """``--merge.method ties`` stands for that class, so that ``--merge.method.sparsity`` and the like are known.
+
+    So does ``--merge.method.method ties``, of a method that another is on top of, where settings of it are given.
+    """
     named = list(args)
-    has_settings = any(arg.startswith(f"{METHOD_OPTION}.") for arg in named)
     for index, arg in enumerate(named):
         option, equals, name = arg.partition("=")
-        if option == METHOD_OPTION and equals:
-            named[index] = f"{option}={_class_path(name, has_settings)}"
-        elif option == METHOD_OPTION and index + 1 < len(named):
-            named[index + 1] = _class_path(named[index + 1], has_settings)
+        if not re.fullmatch(rf"{METHOD_OPTION}(\.method)*", option):
+            continue
+        has_settings = any(other.startswith(f"{option}.") for other in args)
+        if equals:
+            named[index] = f"{option}={_class_path(option, name, has_settings)}"
+        elif index + 1 < len(named):
+            named[index + 1] = _class_path(option, named[index + 1], has_settings)
     return named
 
 
-def _class_path(name: str, has_settings: bool) -> str:
-    # Without settings of its own sap is what the group prune says.
-    if name not in METHODS or (name == SAP.name and not has_settings):
+def _class_path(option: str, name: str, has_settings: bool) -> str:
+    # Without settings of its own sap is what the group prune says, and a method under another is recorded by its name.
+    if name not in METHODS or (not has_settings and (name == SAP.name or option != METHOD_OPTION)):
         return name
     return f"{METHODS[name].__module__}.{METHODS[name].__qualname__}"

@@ -200,7 +200,9 @@ class Points:
 
     def _settings_of(self, method: MergeMethod, sparsity: float | None) -> dict[str, Any]:
         """What decides the outcome of a merge beside the adapters, as JSON knows it."""
-        settings = {"method": method.name, **method.settings, "weights": self.merge.weights}
+        settings: dict[str, Any] = {"method": method.name, "weights": self.merge.weights}
+        # A setting of such a name, as of a method on top of another, goes by what the command line calls it.
+        settings |= {f"method.{name}" if name in settings else name: of for name, of in method.settings.items()}
         if method.code:
             settings["code"] = method.code
         if sparsity is not None:

@@ -159,6 +159,8 @@ def _check_variants(name: str, values: object) -> None:
 def label_of(method: MergeMethod, sap: SAP, with_sparsity: bool = False) -> str:
     """A method's name and the settings that its name alone does not stand for, such as ``sap (space factor)``.
 
+    One that is under another is shown in the same way: ``lines (method ties (scale 0.5))``.
+
     Args:
         method: the method.
         sap: what the name ``sap`` stands for; other names stand for their defaults.
@@ -168,7 +170,13 @@ def label_of(method: MergeMethod, sap: SAP, with_sparsity: bool = False) -> str:
         defaults = sap.settings if type(method) is SAP else type(method)().settings
     except TypeError:  # a method of one's own may have settings without defaults
         defaults = {}
-    changed = [f"{name} {value}" for name, value in method.settings.items() if (name, value) not in defaults.items()]
+
+    def shown(name: str, value: Any) -> Any:
+        under = getattr(method, name)
+        return label_of(under, SAP(), with_sparsity) if isinstance(under, MergeMethod) else value
+
+    settings = method.settings.items()
+    changed = [f"{name} {shown(name, value)}" for name, value in settings if (name, value) not in defaults.items()]
     changed = [setting for setting in changed if with_sparsity or not setting.startswith("sparsity ")]
     return f"{method.name} ({', '.join(changed)})" if changed else method.name
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import NamedTuple
 
 import torch
@@ -139,6 +139,38 @@ def singular_triplets(update: Update) -> tuple[Tensor, Tensor, Tensor]:
     Qa, Ra = torch.linalg.qr(update.A.T)
     U, sigma, V = torch.linalg.svd(update.scale * Rb @ Ra.T, full_matrices=False)
     return Qb @ U, sigma, V @ Qa.T
+
+
+def left_singular_vectors(blocks: Iterable[Tensor]) -> tuple[Tensor, Tensor]:
+    """U and σ of the thin SVD of [X_1 … X_K] in float64, from one block after another.
+
+    More than 2d columns are folded to U·diag(σ), which has the same U and σ, so memory does not grow with K.
+
+    Args:
+        blocks: X_k, each of shape (d, n_k).
+
+    Returns:
+        U (d, n) and σ (n,) in descending order, where n = min(d, Σ n_k).
+
+    Example:
+        >>> import torch
+        >>> from sap_lightning.functional.lora import left_singular_vectors
+        >>> U, sigma = left_singular_vectors([torch.tensor([[0.0], [3.0]]), torch.tensor([[2.0, 0.0], [0.0, 4.0]])])
+        >>> sigma.round(decimals=3).tolist()  # of [[0, 2, 0], [3, 0, 4]]
+        [5.0, 2.0]
+        >>> U.abs().round(decimals=3).tolist()
+        [[0.0, 1.0], [1.0, 0.0]]
+    """
+    columns = None
+    for block in blocks:
+        columns = block.double() if columns is None else torch.cat([columns, block.double()], dim=1)
+        if columns.shape[1] > 2 * len(columns):
+            U, sigma, _ = torch.linalg.svd(columns, full_matrices=False)
+            columns = U * sigma
+    if columns is None:
+        raise ValueError("there is no block")
+    U, sigma, _ = torch.linalg.svd(columns, full_matrices=False)
+    return U, sigma
 
 
 def stack(layers: Sequence[LoRALayer], weights: Sequence[float]) -> LoRALayer:

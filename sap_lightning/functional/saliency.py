@@ -9,12 +9,12 @@ from typing import Literal
 
 import torch
 from torch import Tensor
-from torch.nn.functional import cosine_similarity, cross_entropy
+from torch.nn.functional import cosine_similarity, cross_entropy, log_softmax
 
 from sap_lightning.functional.spaces import Parameters, Space
 
 Reduction = Literal["mean_then_abs", "abs_then_mean", "square"]
-AnchorLoss = Literal["cosine", "contrastive", "contrastive_symmetric"]
+AnchorLoss = Literal["cosine", "contrastive", "contrastive_symmetric", "entropy"]
 
 
 def alignment_loss(image_features: Tensor, caption_features: Tensor) -> Tensor:
@@ -79,6 +79,28 @@ def symmetric_contrastive_loss(image_features: Tensor, captions: Tensor, logit_s
     """
     logits, own = logit_scale * image_features @ captions.T, torch.arange(len(captions), device=captions.device)
     return (cross_entropy(logits, own) + cross_entropy(logits.T, own)) / 2
+
+
+def entropy_loss(image_features: Tensor, captions: Tensor, logit_scale: float) -> Tensor:
+    """Entropy of every anchor image's distribution over all captions, shape (n,), which needs no image's own caption.
+
+    −Σ_j p_j·log p_j with p = softmax_j(scale · ⟨image_i, caption_j⟩); from 0 where one is certain to log m.
+
+    Args:
+        image_features: normalised, shape (n, d).
+        captions: normalised features of all m captions, shape (m, d).
+        logit_scale: the base's inverse temperature.
+
+    Example:
+        >>> import torch
+        >>> from sap_lightning.functional.saliency import entropy_loss
+        >>> captions = torch.tensor([[1.0, 0.0], [0.0, 1.0]])
+        >>> images = torch.tensor([[1.0, 0.0], [0.6, 0.6]])  # like the first caption, and like both alike
+        >>> [round(x, 3) for x in entropy_loss(images, captions, logit_scale=20.0).tolist()]  # 0 and log 2
+        [0.0, 0.693]
+    """
+    log_p = log_softmax(logit_scale * image_features @ captions.T, dim=1)
+    return -(log_p.exp() * log_p).sum(1)
 
 
 class GradientSum:

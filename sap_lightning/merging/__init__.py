@@ -1,12 +1,13 @@
 """Merge methods: K adapters → one update of the base. Each lives in a file of its name and cites its source."""
 
-from sap_lightning.errors import InputError
+from sap_lightning.merging.adamerging import AdaMerging
 from sap_lightning.merging.ata import ATA
 from sap_lightning.merging.ataf import ATAF
 from sap_lightning.merging.average import Average
 from sap_lightning.merging.breadcrumbs import Breadcrumbs
 from sap_lightning.merging.cart import CART
 from sap_lightning.merging.consensus import Consensus
+from sap_lightning.merging.core_space import CoreSpace
 from sap_lightning.merging.dare import DARE
 from sap_lightning.merging.dc_merge import DCMerge
 from sap_lightning.merging.della import DELLA
@@ -17,6 +18,8 @@ from sap_lightning.merging.iso_c import IsoC
 from sap_lightning.merging.iso_cts import IsoCTS
 from sap_lightning.merging.knots import KnOTS
 from sap_lightning.merging.krum import Krum
+from sap_lightning.merging.lines import LiNeS
+from sap_lightning.merging.lora_lego import LoRALEGO
 from sap_lightning.merging.lorm import LoRM
 from sap_lightning.merging.magnitude import Magnitude
 from sap_lightning.merging.median import Median
@@ -26,6 +29,7 @@ from sap_lightning.merging.pcb import PCB
 from sap_lightning.merging.pruner_zero import PrunerZero
 from sap_lightning.merging.pruning import Pruning, PruningMethod
 from sap_lightning.merging.random_pruning import RandomPruning
+from sap_lightning.merging.registry import METHODS, method_named
 from sap_lightning.merging.regmean import RegMean
 from sap_lightning.merging.robustmerge import RobustMerge
 from sap_lightning.merging.sap import SAP
@@ -36,38 +40,24 @@ from sap_lightning.merging.task_arithmetic import TaskArithmetic
 from sap_lightning.merging.ties import TIES
 from sap_lightning.merging.trimmed_mean import TrimmedMean
 from sap_lightning.merging.tsv_m import TSVM
+from sap_lightning.merging.wise_ft import WiSEFT
 from sap_lightning.merging.wudi import WUDI
 
-METHODS: dict[str, type[MergeMethod]] = {
+METHODS |= {
     method.name: method
     for method in (
         Average, FedAvg, TaskArithmetic, TIES, DARE, Magnitude, RandomPruning, RobustMerge, KnOTS, Fisher, RegMean,
         LoRM, SensMerging, OPNP, PrunerZero, GRASP, ATA, ATAF, SAP, SAPAuto, Median, TrimmedMean, Krum,
         TSVM, IsoC, IsoCTS, CART, WUDI, DCMerge,
         DELLA, Breadcrumbs, Consensus, PCB, SCE,
+        WiSEFT, LiNeS, CoreSpace, LoRALEGO, AdaMerging,
     )
 }  # fmt: skip
-"""The package's own methods by name."""
-
-
-def method_named(name: str) -> MergeMethod:
-    """The package's own method of that name at its default settings.
-
-    Raises:
-        InputError: when there is none of that name.
-    """
-    if name not in METHODS:
-        raise InputError(
-            f"merge.method {name}: no such method; there are {', '.join(METHODS)}; a method of your own is named by its"
-            " class_path, which Python must be able to import"
-        )
-    return METHODS[name]()
-
 
 __all__ = [
     "ATA", "ATAF", "CART", "DARE", "DELLA", "GRASP", "METHODS", "OPNP", "PCB", "SAP", "SCE", "TIES", "TSVM", "WUDI",
-    "Average", "Breadcrumbs", "Consensus", "DCMerge", "FedAvg", "Fisher", "IsoC", "IsoCTS", "KnOTS", "Krum",
-    "LayerwiseMethod", "LoRM", "Magnitude", "Median", "MergeMethod", "Prepared", "PrunerZero", "Pruning",
-    "PruningMethod", "RandomPruning", "RegMean", "RobustMerge", "SAPAuto", "SensMerging", "TaskArithmetic",
-    "TrimmedMean", "method_named",
+    "AdaMerging", "Average", "Breadcrumbs", "Consensus", "CoreSpace", "DCMerge", "FedAvg", "Fisher", "IsoC", "IsoCTS",
+    "KnOTS", "Krum", "LayerwiseMethod", "LiNeS", "LoRALEGO", "LoRM", "Magnitude", "Median", "MergeMethod", "Prepared",
+    "PrunerZero", "Pruning", "PruningMethod", "RandomPruning", "RegMean", "RobustMerge", "SAPAuto", "SensMerging",
+    "TaskArithmetic", "TrimmedMean", "WiSEFT", "method_named",
 ]  # fmt: skip

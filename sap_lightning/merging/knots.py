@@ -14,7 +14,7 @@ from torch import Tensor
 from sap_lightning.console import track
 from sap_lightning.errors import check_share
 from sap_lightning.functional.consensus import Consensus, ElectedMean, Majority
-from sap_lightning.functional.lora import LoRALayer, Update
+from sap_lightning.functional.lora import LoRALayer, Update, left_singular_vectors
 from sap_lightning.functional.spaces import Parameters, Space, magnitudes
 from sap_lightning.io.adapter import Adapter
 from sap_lightning.merging.clients import client_layers
@@ -100,13 +100,6 @@ def shared_basis(layers: Iterable[LoRALayer]) -> Tensor:
     With A_kᵀ = Q_k·R_k, ΔW_k = (s·B_k·R_kᵀ)·Q_kᵀ has the U and σ of its first factor. Singular values up to 1e-5 are
     left out, as in the reference code, but never all.
     """
-    columns = None
-    for layer in layers:
-        R = torch.linalg.qr(layer.A.double().T, mode="r").R
-        new = layer.scale * layer.B.double() @ R.T
-        columns = new if columns is None else torch.cat([columns, new], dim=1)
-        if columns.shape[1] > 2 * len(columns):
-            U, sigma, _ = torch.linalg.svd(columns, full_matrices=False)
-            columns = U * sigma
-    U, sigma, _ = torch.linalg.svd(columns, full_matrices=False)
-    return U[:, : max(1, int((sigma > _LEAST_SINGULAR_VALUE).sum()))].to(layer.B.dtype)
+    blocks = (layer.scale * layer.B.double() @ torch.linalg.qr(layer.A.double().T, mode="r").R.T for layer in layers)
+    U, sigma = left_singular_vectors(blocks)
+    return U[:, : max(1, int((sigma > _LEAST_SINGULAR_VALUE).sum()))].float()

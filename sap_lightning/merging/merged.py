@@ -111,7 +111,7 @@ class Merged:
             {"name": adapter.name, "sha256": adapter.sha256, "weight": weight}
             for adapter, weight in zip(self.adapters, self.weights, strict=True)
         ]
-        return as_json({"base": self.base, **of_method(self.method), "sources": sources})
+        return as_json({"base": self.base, **self.method.record, "sources": sources})
 
     def _outcome(self, error: float, metrics: Mapping[str, float]) -> dict[str, Any]:
         return as_json(
@@ -182,11 +182,6 @@ class Merged:
         return 0.0
 
 
-def of_method(method: MergeMethod) -> dict[str, Any]:
-    """What of a method decides a merge."""
-    return {"method": method.name, "code": method.code, "settings": method.settings}
-
-
 def holds(folder: Path, method: MergeMethod, sources: Collection[str]) -> bool:
     """Whether a folder holds what ``save`` wrote of a merge by this method, at its settings, of these adapters.
 
@@ -200,7 +195,7 @@ def holds(folder: Path, method: MergeMethod, sources: Collection[str]) -> bool:
         return False
     written = json.loads(file.read_text(encoding="utf-8"))
     merged = {source["sha256"] for source in written["sources"]}
-    return as_json(of_method(method)).items() <= written.items() and (
+    return as_json(method.record).items() <= written.items() and (
         merged == set(sources) or (bool(written["rejected"]) and merged < set(sources))
     )
 

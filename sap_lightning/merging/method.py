@@ -47,7 +47,8 @@ class MergeMethod(ABC):
     Attributes:
         name: what tables and the command line call it; the class's name if not given.
         needs_anchors: whether ``prepare`` looks at the server's anchors.
-        has_masks: whether it prepares a ``merging.pruning.Pruning``, which says what is pruned of each adapter.
+        has_masks: whether what it prepares is, or changes the result of, a ``merging.pruning.Pruning``, which says what
+            is pruned of each adapter.
         sparsity: ρ, the share of parameters set to zero; None where nothing is pruned.
         asks_by_batch: whether what ``prepare`` is told depends on how the anchors are batched.
     """
@@ -96,8 +97,12 @@ class MergeMethod(ABC):
             raise InputError(
                 f"{type(self).__name__}: store the argument {hidden[0]} as self.{hidden[0]}, for the record"
             )
-        values = {name: getattr(self, name) for name in names}
-        return {name: list(value) if isinstance(value, tuple) else value for name, value in values.items()}
+        return {name: _plain(getattr(self, name)) for name in names}
+
+    @property
+    def record(self) -> dict[str, Any]:
+        """What of the method decides a merge; of a method that is another one's setting, it is the setting's value."""
+        return {"method": self.name, "code": self.code, "settings": self.settings}
 
     @property
     def code(self) -> str:
@@ -170,6 +175,13 @@ class LayerwiseMethod(MergeMethod):
     @abstractmethod
     def merge_layer(self, layers: Sequence[LoRALayer], weights: Sequence[float]) -> Update:
         """One layer's update, in factor form or dense, from every client's ΔW and its share of the whole."""
+
+
+def _plain(value: Any) -> Any:
+    """A setting's value as a record knows it."""
+    if isinstance(value, MergeMethod):
+        return value.record
+    return list(value) if isinstance(value, tuple) else value
 
 
 def required(anchors: AnchorProbe | None, method: MergeMethod) -> AnchorProbe:

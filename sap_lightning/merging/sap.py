@@ -38,8 +38,9 @@ class SAP(PruningMethod):
         mean_of: whether the pruned ΔW are averaged, or their A and B apart as FedAvg does (factors, in factor space).
         scale: λ, above 0. The mean of updates that are nearly at right angles is shorter than each of them.
         loss: the anchors' loss: 1 − cos of a pair (cosine), InfoNCE from image to text against all captions
-            (contrastive), or CLIP's own, both ways within a batch of anchors (contrastive_symmetric), whose gradients
-            are summed over the batches; the last needs reduction mean_then_abs.
+            (contrastive), the entropy of an image over all captions (entropy), or CLIP's own, both ways within a batch
+            of anchors (contrastive_symmetric), whose gradients are summed over the batches; the last needs reduction
+            mean_then_abs.
         sign_aware: keep the parameters that lower the loss most, −θ·mean g_i; needs reduction mean_then_abs.
 
     Raises:

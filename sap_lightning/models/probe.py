@@ -21,6 +21,7 @@ from sap_lightning.functional.saliency import (
     Reduction,
     alignment_loss,
     contrastive_loss,
+    entropy_loss,
     symmetric_contrastive_loss,
 )
 from sap_lightning.functional.spaces import Parameters, Space
@@ -142,8 +143,8 @@ class AnchorProbe:
             update: what the tower wears.
             spaces: each layer, by name, as parameters, on the tower's device.
             reduction: how the anchors' gradients become one; ``mean_then_abs`` where the loss is a batch's.
-            loss: 1 − cos of a pair, InfoNCE from image to text, or CLIP's own of a batch, whose gradients and losses
-                are averaged over the batches.
+            loss: 1 − cos of a pair, InfoNCE from image to text, the entropy of an image over all captions, or CLIP's
+                own of a batch, whose gradients and losses are averaged over the batches.
 
         Raises:
             InputError: for the loss of a batch where several processes share the batches, or for single anchors'
@@ -151,9 +152,9 @@ class AnchorProbe:
         """
         self._check_processes(loss)
         text = any(map(in_text_tower, (*update, *spaces)))
-        if text and loss == "contrastive" and reduction != "mean_then_abs":
+        if text and loss in ("contrastive", "entropy") and reduction != "mean_then_abs":
             raise InputError(
-                f"prune.loss contrastive with an adapter of the text tower needs prune.reduction mean_then_abs, got"
+                f"prune.loss {loss} with an adapter of the text tower needs prune.reduction mean_then_abs, got"
                 f" {reduction}; an anchor's loss looks at all captions"
             )
         self.patched.set_update(update)
@@ -238,8 +239,10 @@ class AnchorProbe:
 
     def _losses(self, features: Tensor, indices: Tensor, loss: AnchorLoss, text: bool) -> Tensor:
         """A loss for each pair of a batch, or the one of the batch; captions are encoded anew for the text tower."""
-        if loss == "contrastive":
+        if loss in ("contrastive", "entropy"):
             captions = self._captions(self._all, anew=True) if text else self.captions
+            if loss == "entropy":
+                return entropy_loss(features, captions, self.logit_scale)
             return contrastive_loss(features, captions, indices, self.logit_scale)
         captions = self._captions(indices, text)
         if loss == "contrastive_symmetric":

@@ -28,6 +28,7 @@ from sap_lightning.functional.traffic import sparse_upload, triplets_upload
 from sap_lightning.io.adapter import Adapter
 from sap_lightning.merging import SAP, Pruning
 from sap_lightning.merging.clients import client_layers, client_weights
+from sap_lightning.merging.on_top import pruning_in
 from sap_lightning.merging.pruning import masked
 from sap_lightning.merging.selection import losses_alone
 from sap_lightning.models.probe import AnchorProbe
@@ -284,7 +285,7 @@ class Inspection:
         except InputError as error:
             log.warning("the report has no masks: %s", error)
             return None
-        return prepared if isinstance(prepared, Pruning) else None
+        return pruning_in(prepared)
 
     def clients(self, losses: Sequence[float], pruning: Pruning | None) -> list[Client]:
         """What each client sent, and how it stands out on the anchors."""

@@ -15,7 +15,7 @@ from torch import nn
 from sap_lightning.federation.points import Plan, Point, Points, Sent
 from sap_lightning.functional.lora import LoRALayer
 from sap_lightning.io.adapter import Adapter, sha256_of
-from sap_lightning.merging import SAP, TIES, Average, Magnitude, MergeMethod, SAPAuto
+from sap_lightning.merging import SAP, TIES, Average, CoreSpace, LiNeS, Magnitude, MergeMethod, SAPAuto
 from sap_lightning.results import Result
 
 
@@ -200,6 +200,14 @@ def test_a_method_s_settings_and_sparsity_are_in_its_measurement():
     known = list(points(plan_of(SAP(0.1), sparsities=[0.8])).on("photo"))[-1].result
     assert known.measurement == merges[0].measurement, "ρ is what it is measured at, wherever it was set"
     assert known.key != merges[0].key
+
+
+def test_a_method_on_top_of_another_is_measured_apart_from_it():
+    methods = [Average(), CoreSpace("average"), LiNeS("average"), LiNeS("ties"), LiNeS(TIES(0.9)), LiNeS(TIES(0.7))]
+    merges = [list(points(plan_of(method)).on("photo"))[-1].result for method in methods]
+    assert len({merge.measurement for merge in merges}) == len(methods)
+    assert (merges[1].settings["method"], merges[1].settings["method.method"]) == ("core_space", "average")
+    assert merges[4].settings["method.method"]["settings"]["sparsity"] == merges[4].settings["sparsity"] == 0.9
 
 
 def test_the_images_of_a_domain_are_looked_up_once():

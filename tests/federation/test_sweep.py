@@ -24,7 +24,7 @@ from places import REPOSITORY
 from sap_lightning.cli import SapCLI
 from sap_lightning.errors import InputError
 from sap_lightning.federation.sweep import SEED, Sweep, folder_of, label_of
-from sap_lightning.merging import SAP, TIES, Average, MergeMethod, SAPAuto
+from sap_lightning.merging import SAP, TIES, Average, CoreSpace, LiNeS, MergeMethod, SAPAuto
 from sap_lightning.results import Predictions, Result, Results
 
 UNSEEN = ["photo", "sketch"]
@@ -116,6 +116,9 @@ class Needy(Average):
         (SAP(rescale="l1", rescale_scope="global"), "sap (rescale l1, rescale_scope global)"),
         (SAPAuto(sparsities=[0.5]), "sap_auto (sparsities [0.5])"),
         (Needy(0.5), "needy (share 0.5)"),
+        (LiNeS("ties", beta=0.5), "lines (method ties, beta 0.5)"),
+        (LiNeS(TIES()), "lines (method ties)"),
+        (LiNeS(CoreSpace(TIES(0.9, scale=0.5))), "lines (method core_space (method ties (scale 0.5)))"),
     ],
     ids=lambda value: value if isinstance(value, str) else "",
 )

@@ -4,6 +4,7 @@ from collections.abc import Callable
 
 import pytest
 import torch
+from references import randn64
 from torch import Tensor
 from torch.testing import assert_close
 
@@ -11,6 +12,7 @@ from sap_lightning.functional.lora import (
     LoRALayer,
     dense,
     inner,
+    left_singular_vectors,
     recompress,
     scaled,
     singular_triplets,
@@ -205,3 +207,17 @@ def test_compress_dense_has_the_least_error_of_its_rank(rank: int) -> None:
 
 def test_compress_dense_of_nothing_is_nothing() -> None:
     assert not recompress(torch.zeros(5, 4), 2).delta().any()
+
+
+@pytest.mark.parametrize("blocks", [1, 3, 40])
+def test_left_singular_vectors_are_those_of_all_blocks_side_by_side(blocks: int) -> None:
+    parts = [randn64(seed, 8, 1 + seed % 4) for seed in range(blocks)]
+    U, sigma = left_singular_vectors(parts)
+    expected, values, _ = torch.linalg.svd(torch.cat(parts, dim=1), full_matrices=False)
+    assert_close(sigma, values)
+    assert_close((U.T @ expected).abs(), torch.eye(len(values)).double(), atol=1e-9, rtol=0)
+
+
+def test_of_no_blocks_there_are_no_singular_vectors() -> None:
+    with pytest.raises(ValueError, match="no block"):
+        left_singular_vectors([])

@@ -26,6 +26,7 @@ from sap_lightning.functional.saliency import (
     Reduction,
     alignment_loss,
     contrastive_loss,
+    entropy_loss,
     loss_reduction,
     saliency,
     symmetric_contrastive_loss,
@@ -178,3 +179,21 @@ def test_symmetric_contrastive_loss_is_the_mean_of_both_ways_within_the_batch() 
 def test_a_pair_alone_in_its_batch_has_nothing_to_tell_it_from() -> None:
     images, captions = randn64(8, 1, FEATURES), randn64(9, 1, FEATURES)
     assert float(symmetric_contrastive_loss(images, captions, 2.5)) == 0
+
+
+def test_entropy_loss_is_that_of_the_softmax_over_all_captions() -> None:
+    images, captions, scale = randn64(8, 3, FEATURES), randn64(9, ANCHORS, FEATURES), 2.5
+    expected = []
+    for image in images:
+        similarities = [math.exp(scale * float(image @ caption)) for caption in captions]
+        shares = [one / sum(similarities) for one in similarities]
+        expected.append(-sum(p * math.log(p) for p in shares))
+    assert_close(entropy_loss(images, captions, scale).tolist(), expected)
+
+
+def test_entropy_loss_runs_from_nothing_to_the_log_of_the_number_of_captions() -> None:
+    images, captions = randn64(8, ANCHORS, FEATURES), randn64(9, 1, FEATURES).expand(ANCHORS, FEATURES)
+    alike = entropy_loss(images, captions, 100.0)
+    assert_close(alike, torch.full((ANCHORS,), math.log(ANCHORS), dtype=torch.float64))
+    certain = entropy_loss(images.float(), torch.cat([images, -images]).float(), 1e4)
+    assert certain.isfinite().all() and (certain.abs() < 1e-6).all()

@@ -56,7 +56,7 @@ def test_a_layerwise_method_sees_every_layer_of_every_client():
     assert relative_gap(merged, expected) < 1e-6
 
 
-@pytest.mark.parametrize("name", sorted(name for name, method in METHODS.items() if method.needs_anchors))
+@pytest.mark.parametrize("name", sorted(name for name, method in METHODS.items() if method().needs_anchors))
 def test_every_method_that_needs_anchors_asks_for_them(name):
     with pytest.raises(InputError, match=rf"merge\.method {name} looks at anchors"):
         METHODS[name]().merge([random_adapter(1), random_adapter(2)])
@@ -95,8 +95,13 @@ CHANGES = {
     "krum": {"multi": 2},
     "consensus": {"wanted_by": 1},
     "sap_auto": {"scales": (1.0, 2.0)},
+    "wise_ft": {"scale": 0.7},
+    "lines": {"method": "ties"},
+    "core_space": {"method": "average"},
+    "lora_lego": {"rank": 2},
+    "adamerging": {"steps": 3},
 }
-"""Another setting of each method that has settings, but no sparsity."""
+"""Another setting of each method that has settings, but no sparsity of its own."""
 
 
 @EACH_METHOD
@@ -135,7 +140,7 @@ def test_methods_of_equal_settings_are_equal_and_hash_alike(name):
 @pytest.mark.parametrize("name", sorted(name for name, method in METHODS.items() if method().settings))
 def test_methods_of_other_settings_are_not_equal(name):
     method = METHODS[name]
-    other = {"sparsity": 0.35} if method().sparsity is not None else CHANGES[name]
+    other = CHANGES.get(name, {"sparsity": 0.35})
     assert method(**other) != method() and method(**other) == method(**other)
     assert method(**other).settings != method().settings
 

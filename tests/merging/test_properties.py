@@ -17,6 +17,7 @@ from sap_lightning.merging.average import Average
 from sap_lightning.merging.breadcrumbs import Breadcrumbs
 from sap_lightning.merging.cart import CART
 from sap_lightning.merging.consensus import Consensus
+from sap_lightning.merging.core_space import CoreSpace
 from sap_lightning.merging.dare import DARE
 from sap_lightning.merging.dc_merge import DCMerge
 from sap_lightning.merging.della import DELLA
@@ -25,6 +26,8 @@ from sap_lightning.merging.iso_c import IsoC
 from sap_lightning.merging.iso_cts import IsoCTS
 from sap_lightning.merging.knots import KnOTS
 from sap_lightning.merging.krum import Krum
+from sap_lightning.merging.lines import LiNeS
+from sap_lightning.merging.lora_lego import LoRALEGO
 from sap_lightning.merging.magnitude import Magnitude
 from sap_lightning.merging.median import Median
 from sap_lightning.merging.method import MergeMethod
@@ -36,12 +39,27 @@ from sap_lightning.merging.task_arithmetic import TaskArithmetic
 from sap_lightning.merging.ties import TIES
 from sap_lightning.merging.trimmed_mean import TrimmedMean
 from sap_lightning.merging.tsv_m import TSVM
+from sap_lightning.merging.wise_ft import WiSEFT
 from sap_lightning.merging.wudi import WUDI
 
 few_examples = settings(reproducibly, max_examples=20)
 
 SUBSPACE = [TSVM(), IsoC(), IsoCTS(), CART(), WUDI(), WUDI(None), DCMerge()]
-UNPRUNED = [Average(), FedAvg(), TaskArithmetic(), Median(), TrimmedMean(0.25), Krum(), Consensus(), *SUBSPACE]
+UNPRUNED = [
+    Average(),
+    FedAvg(),
+    TaskArithmetic(),
+    Median(),
+    TrimmedMean(0.25),
+    Krum(),
+    Consensus(),
+    WiSEFT(),
+    LiNeS("median"),
+    CoreSpace("ties"),
+    CoreSpace("median"),
+    LoRALEGO(),
+    *SUBSPACE,
+]
 PRUNED = [
     Magnitude(0.6),
     Magnitude(0.6, scope="global", space="factor"),
@@ -94,6 +112,10 @@ FAITHFUL = [
     DELLA(0, scale=1, rescale="l1"),
     SCE(),
     SCE(variant="authors"),
+    WiSEFT(1),
+    LiNeS(),
+    CoreSpace("median"),
+    LoRALEGO(),
 ]
 
 

@@ -79,7 +79,16 @@ def contrastive(features: Tensor, index: int) -> Tensor:
     return logits.exp().sum().log() - logits[index]
 
 
-LOSSES: dict[AnchorLoss, Callable[[Tensor, int], Tensor]] = {"cosine": cosine, "contrastive": contrastive}
+def entropy(features: Tensor, index: int) -> Tensor:
+    p = (LOGIT_SCALE * CAPTIONS.double() @ (features[0] / features[0].norm())).softmax(0)
+    return -(p * p.log()).sum()
+
+
+LOSSES: dict[AnchorLoss, Callable[[Tensor, int], Tensor]] = {
+    "cosine": cosine,
+    "contrastive": contrastive,
+    "entropy": entropy,
+}
 """Loss of an anchor from its image's features, shape (1, d), by definition."""
 
 

@@ -1,0 +1,83 @@
+"""LiNeS: layers scaled by their depth (Wang, Dimitriadis et al., ICLR 2025, arXiv:2410.17146).
+
+Reference code: wang-kee/LiNeS, src/eval/eval.py.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+
+from sap_lightning.errors import check_at_least
+from sap_lightning.functional.consensus import weighted_sum
+from sap_lightning.functional.lora import Update, scaled
+from sap_lightning.functional.rescaling import norm
+from sap_lightning.io.adapter import Adapter
+from sap_lightning.merging.clients import client_layers
+from sap_lightning.merging.method import MergeMethod, Prepared
+from sap_lightning.merging.on_top import Changed, OnTop
+from sap_lightning.models.probe import AnchorProbe
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class LiNeS(OnTop):
+    """(α + β·(l − 1) / (L − 1))·ΔW_l in block l of L, of another method's ΔW: shallow blocks stay near the base.
+
+    The authors' α for a merge, ‖Σ ΔW_k‖₁ / (K·‖ΔW‖₁) over the whole model, gives the shallowest block the length of
+    the plain average whatever the method; here that average has the clients' weights. For the method ``average`` α is
+    1, where the authors write 1 / K, as they scale the sum. They search β for each benchmark, from 0.1 to 1.5 for TIES
+    as here; up to 1 for the sum, which is up to K for our average.
+
+    A layer's block is the first number in its name, such as 7 in ``vision_model.encoder.layers.7.mlp.fc1``. As in the
+    reference code, layers outside of the blocks, before them or after (CLIP's ``visual_projection``), are scaled by α.
+    The code knows each model's L; here it ends with the deepest block that a client adapts. Of a single block the
+    factor is α.
+
+    Args:
+        method: a method, or the name of one at its default settings.
+        alpha: α, at least 0; the authors' if not given. To edit one fine-tuned model, they have α + β = 1.
+        beta: β, at least 0.
+    """
+
+    name = "lines"
+
+    method: MergeMethod | str = "average"
+    alpha: float | None = None
+    beta: float = 1.0
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.alpha is not None:
+            check_at_least("merge.method.alpha", self.alpha, 0)
+        check_at_least("merge.method.beta", self.beta, 0)
+
+    def prepare(
+        self, adapters: Sequence[Adapter], weights: Sequence[float], anchors: AnchorProbe | None = None
+    ) -> Prepared:
+        prepared = self.inner.prepare(adapters, weights, anchors)
+        return Changed(prepared, lambda update: self._graded(update, adapters, weights))
+
+    def _graded(
+        self, update: Mapping[str, Update], adapters: Sequence[Adapter], weights: Sequence[float]
+    ) -> dict[str, Update]:
+        alpha = length_of_average(update, adapters, weights) if self.alpha is None else self.alpha
+        log.info("lines: factors from %.3f in the shallowest block to %.3f in the deepest", alpha, alpha + self.beta)
+        depth = depths(update)
+        return {name: scaled(layer, alpha + self.beta * depth[name]) for name, layer in update.items()}
+
+
+def length_of_average(update: Mapping[str, Update], adapters: Sequence[Adapter], weights: Sequence[float]) -> float:
+    """‖Σ w_k·ΔW_k‖₁ / ‖ΔW‖₁ over all layers, by which an update is as long as the average; 1 where it is zero."""
+    average = sum(norm(weighted_sum(layers, weights), 1) for layers in client_layers(adapters).values())
+    length = sum(norm(layer, 1) for layer in update.values())
+    return average / length if length else 1.0
+
+
+def depths(names: Iterable[str]) -> dict[str, float]:
+    """(l − 1) / (L − 1) of each layer's block, from 0 in the first to 1 in the deepest; 0 outside of blocks."""
+    blocks = {name: next((int(part) for part in name.split(".") if part.isdecimal()), 0) for name in names}
+    deepest = max(blocks.values(), default=0)
+    return {name: block / deepest if deepest else 0.0 for name, block in blocks.items()}

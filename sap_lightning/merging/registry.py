@@ -1,0 +1,27 @@
+"""The package's own methods by name, for what takes a method as a setting: a command, a sweep, another method."""
+
+from __future__ import annotations
+
+from sap_lightning.errors import InputError
+from sap_lightning.merging.method import MergeMethod
+
+METHODS: dict[str, type[MergeMethod]] = {}
+"""The package's own methods by name; ``merging`` lists them."""
+
+
+def method_named(name: str, setting: str = "merge.method") -> MergeMethod:
+    """The package's own method of that name at its default settings.
+
+    Args:
+        name: the method's.
+        setting: what names it, for the error.
+
+    Raises:
+        InputError: when there is none of that name.
+    """
+    if name not in METHODS:
+        raise InputError(
+            f"{setting} {name}: no such method; there are {', '.join(METHODS)}; a method of your own is named by its"
+            " class_path, which Python must be able to import"
+        )
+    return METHODS[name]()
