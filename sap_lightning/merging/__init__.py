@@ -1,6 +1,7 @@
 """Merge methods: K adapters → one update of the base. Each lives in a file of its name and cites its source."""
 
 from sap_lightning.merging.adamerging import AdaMerging
+from sap_lightning.merging.at_reach import AtReach
 from sap_lightning.merging.ata import ATA
 from sap_lightning.merging.ataf import ATAF
 from sap_lightning.merging.average import Average
@@ -50,14 +51,14 @@ METHODS |= {
         LoRM, SensMerging, OPNP, PrunerZero, GRASP, ATA, ATAF, SAP, SAPAuto, Median, TrimmedMean, Krum,
         TSVM, IsoC, IsoCTS, CART, WUDI, DCMerge,
         DELLA, Breadcrumbs, Consensus, PCB, SCE,
-        WiSEFT, LiNeS, CoreSpace, LoRALEGO, AdaMerging,
+        WiSEFT, LiNeS, CoreSpace, LoRALEGO, AdaMerging, AtReach,
     )
 }  # fmt: skip
 
 __all__ = [
     "ATA", "ATAF", "CART", "DARE", "DELLA", "GRASP", "METHODS", "OPNP", "PCB", "SAP", "SCE", "TIES", "TSVM", "WUDI",
-    "AdaMerging", "Average", "Breadcrumbs", "Consensus", "CoreSpace", "DCMerge", "FedAvg", "Fisher", "IsoC", "IsoCTS",
-    "KnOTS", "Krum", "LayerwiseMethod", "LiNeS", "LoRALEGO", "LoRM", "Magnitude", "Median", "MergeMethod", "Prepared",
-    "PrunerZero", "Pruning", "PruningMethod", "RandomPruning", "RegMean", "RobustMerge", "SAPAuto", "SensMerging",
-    "TaskArithmetic", "TrimmedMean", "WiSEFT", "method_named",
+    "AdaMerging", "AtReach", "Average", "Breadcrumbs", "Consensus", "CoreSpace", "DCMerge", "FedAvg", "Fisher", "IsoC",
+    "IsoCTS", "KnOTS", "Krum", "LayerwiseMethod", "LiNeS", "LoRALEGO", "LoRM", "Magnitude", "Median", "MergeMethod",
+    "Prepared", "PrunerZero", "Pruning", "PruningMethod", "RandomPruning", "RegMean", "RobustMerge", "SAPAuto",
+    "SensMerging", "TaskArithmetic", "TrimmedMean", "WiSEFT", "method_named",
 ]  # fmt: skip

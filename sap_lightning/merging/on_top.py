@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
 
@@ -56,14 +56,16 @@ class Changed(Prepared):
     Attributes:
         inner: the merge.
         change: from its update by layer to this one's.
+        found: what was found out for the change.
     """
 
     inner: Prepared
     change: Callable[[dict[str, Update]], dict[str, Update]]
+    found: Mapping[str, Any] = field(default_factory=dict)
 
     @property
-    def findings(self) -> Mapping[str, Any]:  # type: ignore[override]  # what the inner merge found
-        return self.inner.findings
+    def findings(self) -> Mapping[str, Any]:  # type: ignore[override]  # beside what the inner merge found
+        return {**self.inner.findings, **self.found}
 
     def apply(self, sparsity: float | None = None) -> dict[str, Update]:
         return self.change(self.inner.apply(sparsity))

@@ -14,25 +14,6 @@ from sap_lightning.functional.reach import LENGTHS, Reach, best_length, carried_
 from sap_lightning.functional.rescaling import norm
 from sap_lightning.io.adapter import Adapter
 from sap_lightning.merging.distances import inner_products
-from sap_lightning.merging.pruning import Pruning
-
-
-@dataclass(frozen=True)
-class AtLength(Pruning):
-    """A merge of pruned clients that is made as long as it should be.
-
-    Attributes:
-        length: Frobenius norm of the merged update over all layers; at 0 the merge is the base.
-    """
-
-    length: float = 0.0
-
-    def apply(self, sparsity: float | None = None) -> dict[str, Update]:
-        merged = super().apply(sparsity)
-        size = math.hypot(*(norm(update, 2) for update in merged.values()))
-        if self.length == 0 or size == 0:
-            return {name: _nothing(update) for name, update in merged.items()}
-        return times(merged, self.length / size)
 
 
 @dataclass(frozen=True)
@@ -70,6 +51,14 @@ def reach_of(adapters: Sequence[Adapter], weights: Sequence[float]) -> ReachOfCl
     factor = best_length(reaches)
     length = factor * float(norms @ torch.tensor(weights, dtype=torch.float64))
     return ReachOfClients(factor, length, dict(zip(LENGTHS, carried_over(reaches).tolist(), strict=True)))
+
+
+def at_length(merged: Mapping[str, Update], length: float) -> dict[str, Update]:
+    """The merged update made so long, in Frobenius norm over all layers; nothing, of rank 1, at length 0."""
+    size = math.hypot(*(norm(update, 2) for update in merged.values()))
+    if length == 0 or size == 0:
+        return {name: _nothing(update) for name, update in merged.items()}
+    return times(merged, length / size)
 
 
 def _nothing(update: Update) -> LoRALayer:

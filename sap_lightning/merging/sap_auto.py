@@ -13,10 +13,11 @@ from sap_lightning.functional.lora import times
 from sap_lightning.functional.saliency import Reduction
 from sap_lightning.functional.spaces import SpaceName
 from sap_lightning.io.adapter import Adapter
+from sap_lightning.merging.at_reach import AtReach
 from sap_lightning.merging.distances import mean_cosine
-from sap_lightning.merging.method import MergeMethod, required
+from sap_lightning.merging.method import MergeMethod, Prepared, required
 from sap_lightning.merging.pruning import Pruning
-from sap_lightning.merging.reach import AtLength, ReachOfClients, reach_of
+from sap_lightning.merging.reach import reach_of
 from sap_lightning.merging.sap import SAP
 from sap_lightning.models.probe import AnchorProbe
 
@@ -37,7 +38,7 @@ class SAPAuto(MergeMethod):
     """SAP at the settings that the clients and the anchors suggest.
 
     Where every client says how far its adapter reaches (``functional.reach``), they decide how long the merge is:
-    ``merging.reach`` at ρ = ``agreed_sparsity``. Where nothing that they learned carries over to other styles, the
+    ``at_reach`` of SAP at ρ = ``agreed_sparsity``. Where nothing that they learned carries over to other styles, the
     merge is the base itself, and the log says so.
 
     Where they do not say, the updates themselves are asked. Where these point the same way, their mean cosine above 0,
@@ -85,10 +86,11 @@ class SAPAuto(MergeMethod):
 
     def prepare(
         self, adapters: Sequence[Adapter], weights: Sequence[float], anchors: AnchorProbe | None = None
-    ) -> Pruning:
+    ) -> Prepared:
         anchors = required(anchors, self)
-        if reach := reach_of(adapters, weights):
-            return self._as_far_as_they_reach(reach, adapters, weights, anchors)
+        if reach_of(adapters, weights):
+            sap = SAP(self.agreed_sparsity, reduction=self.reduction)
+            return AtReach(sap).prepare(adapters, weights, anchors)
         agreement = mean_cosine(adapters)
         if agreement > 0:
             trials = Trials(adapters, weights, self.reduction, anchors, anchors)
@@ -109,25 +111,6 @@ class SAPAuto(MergeMethod):
             "tried": [trial._asdict() for trial in trials.tried],
         }
         return replace(trials.prepared(chosen), findings=findings)
-
-    def _as_far_as_they_reach(
-        self, reach: ReachOfClients, adapters: Sequence[Adapter], weights: Sequence[float], anchors: AnchorProbe
-    ) -> Pruning:
-        sap = SAP(self.agreed_sparsity, reduction=self.reduction)
-        if reach.factor > 0:
-            log.info(
-                "sap_auto: clients reach furthest at %g times their adapters; sparsity %g",
-                reach.factor,
-                self.agreed_sparsity,
-            )
-        else:
-            log.warning(
-                "sap_auto: nothing that the clients learned carries over to other styles; the merge is the base"
-            )
-        prepared = sap.prepare(adapters, weights, anchors)
-        return AtLength(
-            sap, prepared.adapters, prepared.weights, prepared.space_of, prepared.answers, reach.findings, reach.length
-        )
 
     def _search(self, adapters: Sequence[Adapter], weights: Sequence[float], anchors: AnchorProbe) -> Trials:
         if len(anchors.pairs) < 2:

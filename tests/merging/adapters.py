@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -10,6 +11,7 @@ from peft import LoraConfig, get_peft_model
 from torch import Tensor, nn
 
 from sap_lightning.functional.lora import LoRALayer, Update, dense
+from sap_lightning.functional.reach import MEASURED
 from sap_lightning.io.adapter import Adapter, sha256_of
 from sap_lightning.io.manifest import Manifest
 
@@ -26,6 +28,13 @@ def adapter_of(layers: Mapping[str, LoRALayer], name: str = "client", samples: i
         else Manifest("tiny", "0" * 64, name, ("cat", "dog"), samples, 3, 6, tuple(layers), 0, {}, sha256)
     )
     return Adapter(name, dict(sorted(layers.items())), sha256, manifest)
+
+
+def reaching(adapter: Adapter, curve: Sequence[float] = (0.1, 0.2, 0.3, 0.2, 0.2)) -> Adapter:
+    """The adapter of a client that says this of every style; half of the adapter if it is not told what."""
+    manifest = Manifest("tiny", "0" * 64, "home", ("cat", "dog"), 10, 3, 6, ("q",), 0, {}, adapter.sha256,
+                        dict.fromkeys(MEASURED, tuple(curve)))  # fmt: skip
+    return replace(adapter, manifest=manifest)
 
 
 def random_adapter(seed: int, rank: int = 4, scale: float = 0.5, names: Sequence[str] = tuple(SHAPES)) -> Adapter:

@@ -10,7 +10,7 @@ from dataclasses import FrozenInstanceError
 
 import pytest
 import torch
-from adapters import adapter_of, exact_delta
+from adapters import adapter_of, exact_delta, reaching
 from places import SHAPES_CLIP
 from probes import FC2, PROJECTION, Q, deltas, probe, random_adapter, random_layer, relative_gap
 
@@ -97,6 +97,7 @@ CHANGES = {
     "sap_auto": {"scales": (1.0, 2.0)},
     "wise_ft": {"scale": 0.7},
     "lines": {"method": "ties"},
+    "at_reach": {"method": "ties"},
     "core_space": {"method": "average"},
     "lora_lego": {"rank": 2},
     "adamerging": {"steps": 3},
@@ -151,18 +152,20 @@ def test_a_method_with_lists_as_a_config_file_gives_them_is_equal_to_its_like():
     assert one.settings["scales"] == other.settings["scales"] == [1.0, 2.0], "a record knows lists only"
 
 
-def four_clients(first: int) -> list[Adapter]:
-    return [random_adapter(seed, samples=10 * seed) for seed in range(first, first + 4)]
+def four_clients(first: int, name: str) -> list[Adapter]:
+    """With manifests that say what the method needs."""
+    adapters = [random_adapter(seed, samples=10 * seed) for seed in range(first, first + 4)]
+    return list(map(reaching, adapters)) if name == "at_reach" else adapters
 
 
 @EACH_METHOD
 def test_one_method_prepared_for_two_sets_of_clients_keeps_both(name):
     method, anchors = METHODS[name](), probe()
     weights = ([0.1, 0.2, 0.3, 0.4], [0.4, 0.3, 0.2, 0.1])
-    one = method.prepare(four_clients(1), weights[0], anchors)
+    one = method.prepare(four_clients(1, name), weights[0], anchors)
     before, found = one.apply(), copy.deepcopy(one.findings)
-    other = method.prepare(four_clients(5), weights[1], anchors)
-    assert relative_gap(other.apply(), METHODS[name]().merge(four_clients(5), weights[1], probe())) == 0
+    other = method.prepare(four_clients(5, name), weights[1], anchors)
+    assert relative_gap(other.apply(), METHODS[name]().merge(four_clients(5, name), weights[1], probe())) == 0
     assert relative_gap(one.apply(), before) == 0
     assert relative_gap(before, other.apply()) > 0
     assert one.findings == found
@@ -170,11 +173,11 @@ def test_one_method_prepared_for_two_sets_of_clients_keeps_both(name):
 
 @EACH_METHOD
 def test_how_a_merge_prunes_is_known_where_it_prunes(name):
-    prepared = METHODS[name]().prepare(four_clients(1), [0.25] * 4, probe())
+    prepared = METHODS[name]().prepare(four_clients(1, name), [0.25] * 4, probe())
     prunes = issubclass(METHODS[name], PruningMethod | SAPAuto)
     assert isinstance(prepared, Pruning) == prunes
     if isinstance(prepared, Pruning):
-        assert list(prepared.adapters) == four_clients(1)
+        assert list(prepared.adapters) == four_clients(1, name)
 
 
 # A file of one's own

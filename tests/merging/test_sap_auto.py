@@ -5,19 +5,17 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Mapping
-from dataclasses import replace
 
 import pytest
 import torch
-from adapters import adapter_of, exact_delta
+from adapters import adapter_of, exact_delta, reaching
 from probes import captions, images, model_of, probe, relative_gap, tower, unlike_clients
 from torch.func import functional_call
 
 from sap_lightning.errors import InputError
 from sap_lightning.functional.lora import Update, dense
-from sap_lightning.functional.reach import LENGTHS, MEASURED
+from sap_lightning.functional.reach import LENGTHS
 from sap_lightning.io.adapter import Adapter
-from sap_lightning.io.manifest import Manifest
 from sap_lightning.merging.distances import mean_cosine
 from sap_lightning.merging.pruning import Pruning
 from sap_lightning.merging.sap import SAP
@@ -107,19 +105,8 @@ def test_where_the_clients_agree_its_own_sparsity_and_scale_are_kept():
     assert relative_gap(method.merge(agreeing(), WEIGHTS[:2], probe()), expected) == 0
 
 
-def saying(adapters: list[Adapter], curve: list[float]) -> list[Adapter]:
-    """The adapters of clients that say this of every style."""
-    manifests = [
-        Manifest(
-            "tiny", "0" * 64, one.name, ("cat",), 10, 3, 6, ("q",), 0, {}, one.sha256, dict.fromkeys(MEASURED, curve)
-        )
-        for one in adapters
-    ]
-    return [replace(one, manifest=manifest) for one, manifest in zip(adapters, manifests, strict=True)]
-
-
 def test_where_clients_say_how_far_they_reach_the_merge_is_as_long_as_that():
-    adapters = saying(disagreeing(), [0.1, 0.2, 0.3, 0.4, 0.3])
+    adapters = [reaching(one, [0.1, 0.2, 0.3, 0.4, 0.3]) for one in disagreeing()]
     prepared = auto().prepare(adapters, WEIGHTS, probe())
     plain = SAP(sparsity=0.5).merge(adapters, WEIGHTS, probe())
     norms = [sum(float(exact_delta(x).square().sum()) for x in one.layers.values()) ** 0.5 for one in adapters]
@@ -132,7 +119,7 @@ def test_where_clients_say_how_far_they_reach_the_merge_is_as_long_as_that():
 
 
 def test_where_nothing_carries_over_the_merge_is_the_base_and_the_log_says_so(caplog):
-    adapters = saying(agreeing(), [0.6, 0.5, 0.4, 0.3, 0.3])
+    adapters = [reaching(one, [0.6, 0.5, 0.4, 0.3, 0.3]) for one in agreeing()]
     with caplog.at_level("WARNING"):
         merged = auto().merge(adapters, WEIGHTS[:2], probe())
     assert "nothing that the clients learned carries over" in caplog.text
