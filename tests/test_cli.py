@@ -224,7 +224,9 @@ def test_a_merge_method_is_known_by_its_name(parsed, name, line):
 @pytest.mark.parametrize(("name", "setting"), FIRST_SETTINGS)
 def test_a_merge_method_s_settings_are_options_of_their_own(parsed, name, setting):
     default = methods_settings(METHODS[name])[setting]
-    other = default[:1] if isinstance(default, list) else default / 2 if isinstance(default, float) else default
+    other = default[:1] if isinstance(default, list) else default
+    if isinstance(default, float):
+        other = default / 2 if default < 1 else 2 * default  # shares stay shares
     fit = parsed(f"--merge.method={name}", f"--merge.method.{setting}={json.dumps(other)}")
     assert fit.settings()["merge"]["method"]["init_args"] == methods_settings(METHODS[name]) | {setting: other}
     assert fit.merge.method.settings[setting] == other
