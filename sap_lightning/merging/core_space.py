@@ -27,8 +27,9 @@ class CoreSpace(OnTop):
     """U·M·V from the cores M_k = Uᵀ·ΔW_k·Vᵀ that another method merges to M, layer by layer.
 
     U are the left singular vectors of [B_1 … B_K] and V the right ones of [A_1; …; A_K], so U·M_k·V = ΔW_k exactly and
-    a core has at most Σ r_k rows and columns. Methods that are linear in ΔW give the same as without it (``average``,
-    ``task_arithmetic``); those that look at elements, as TIES and DARE do, see what the clients share in one place.
+    a core has at most Σ r_k rows and columns. Methods that are linear in ΔW (``average``, ``task_arithmetic``) or look
+    at singular triplets (``iso_c``; ``tsv_m`` where it cuts none off) give the same as without it; those that look at
+    elements, as TIES and DARE do, see what the clients share in one place.
 
     Where we deviate: directions in which no client has anything, which the reference code fills up with arbitrary ones
     where the stacked factors lack rank, are left out; a sparsity counts no elements that are zero for everybody. Each

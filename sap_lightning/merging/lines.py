@@ -6,6 +6,7 @@ Reference code: wang-kee/LiNeS, src/eval/eval.py.
 from __future__ import annotations
 
 import logging
+from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
@@ -33,8 +34,8 @@ class LiNeS(OnTop):
 
     A layer's block is the first number in its name, such as 7 in ``vision_model.encoder.layers.7.mlp.fc1``. As in the
     reference code, layers outside of the blocks, before them or after (CLIP's ``visual_projection``), are scaled by α.
-    The code knows each model's L; here it ends with the deepest block that a client adapts. Of a single block the
-    factor is α.
+    The code knows the L of each vision tower; here the blocks of one name before the number, of a tower, end with the
+    deepest that a client adapts. Of a single block the factor is α.
 
     Args:
         method: a method, or the name of one at its default settings.
@@ -77,7 +78,16 @@ def length_of_average(update: Mapping[str, Update], adapters: Sequence[Adapter],
 
 
 def depths(names: Iterable[str]) -> dict[str, float]:
-    """(l − 1) / (L − 1) of each layer's block, from 0 in the first to 1 in the deepest; 0 outside of blocks."""
-    blocks = {name: next((int(part) for part in name.split(".") if part.isdecimal()), 0) for name in names}
-    deepest = max(blocks.values(), default=0)
-    return {name: block / deepest if deepest else 0.0 for name, block in blocks.items()}
+    """(l − 1) / (L − 1) of each layer's block in its tower, from 0 in the first to 1 in the deepest; 0 outside."""
+    places = {name: _place(name) for name in names}
+    deepest: dict[str, int] = defaultdict(int)
+    for tower, block in places.values():
+        deepest[tower] = max(deepest[tower], block)
+    return {name: block / deepest[tower] if deepest[tower] else 0.0 for name, (tower, block) in places.items()}
+
+
+def _place(name: str) -> tuple[str, int]:
+    """What a layer's name has before its first number, and that number; 0 where it has none."""
+    parts = name.split(".")
+    at = next((index for index, part in enumerate(parts) if part.isdecimal()), None)
+    return (name, 0) if at is None else (".".join(parts[:at]), int(parts[at]))

@@ -37,6 +37,10 @@ class OnTop(MergeMethod):
         return self.inner.needs_anchors
 
     @property
+    def asks_by_batch(self) -> bool:  # type: ignore[override]
+        return self.inner.asks_by_batch
+
+    @property
     def has_masks(self) -> bool:  # type: ignore[override]
         return self.inner.has_masks
 

@@ -15,11 +15,13 @@ from sap_lightning.io.adapter import Adapter
 from sap_lightning.merging.average import Average
 from sap_lightning.merging.core_space import CoreSpace, shared_bases
 from sap_lightning.merging.dare import DARE
+from sap_lightning.merging.iso_c import IsoC
 from sap_lightning.merging.krum import Krum
 from sap_lightning.merging.magnitude import Magnitude
 from sap_lightning.merging.median import Median
 from sap_lightning.merging.task_arithmetic import TaskArithmetic
 from sap_lightning.merging.ties import TIES
+from sap_lightning.merging.tsv_m import TSVM
 
 WEIGHTS = [0.5, 0.3, 0.2]
 
@@ -64,7 +66,7 @@ def test_more_ranks_than_a_layer_has_dimensions_make_cores_as_large_as_the_layer
     assert merged["fc1"].rank == 24
 
 
-@pytest.mark.parametrize("method", [Average(), TaskArithmetic(0.4), Krum()])
+@pytest.mark.parametrize("method", [Average(), TaskArithmetic(0.4), Krum(), TSVM(share=1.0), IsoC()])
 def test_methods_that_see_no_elements_merge_to_the_same(method) -> None:
     adapters = unlike_adapters()
     merged = CoreSpace(method).merge(adapters, WEIGHTS)

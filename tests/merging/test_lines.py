@@ -101,6 +101,7 @@ def test_another_sparsity_is_that_of_the_method_under_it() -> None:
         (["encoder.layer.1.attention.self.query", "encoder.layer.4.output.dense", "pooler.dense"], [0.25, 1, 0]),
         (["h.0.attn.c_attn", "h.2.attn.c_attn", "h.10.mlp.c_fc"], [0, 0.2, 1]),
         (["encoder.block.2.layer.1.wi", "encoder.block.4.layer.0.q"], [0.5, 1]),
+        (["vision_model.layers.5.q", "vision_model.layers.20.q", "text_model.layers.5.q"], [0.25, 1, 1]),
         (["fc1", "head"], [0, 0]),
         (["layers.0.q"], [0]),
         ([], []),

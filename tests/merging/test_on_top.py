@@ -42,6 +42,7 @@ def test_it_needs_what_the_settings_under_it_say() -> None:
     assert LiNeS(TIES(0.9)).sparsity == 0.9
     assert LiNeS(Krum(byzantine=1)).least_clients == CoreSpace(Krum(byzantine=1)).least_clients == 5
     assert LiNeS(LiNeS(Fisher())).needs_anchors
+    assert LiNeS(SAP(loss="contrastive_symmetric", reduction="mean_then_abs")).asks_by_batch
 
 
 def test_what_is_pruned_is_known_through_it() -> None:

@@ -77,11 +77,18 @@ def exact_losses(layers: Layers, loss: str) -> tuple[dict[str, Tensor], Tensor]:
     if loss == "cosine":
         return factors, 1 - (images * texts).sum(1)
     logits = loaded().logit_scale * images @ texts.T
+    if loss == "entropy":
+        return factors, -(logits.softmax(1) * logits.log_softmax(1)).sum(1)
     return factors, logits.logsumexp(1) - logits.diagonal()
 
 
 @pytest.mark.parametrize(
-    ("loss", "reduction"), [*(("cosine", reduction) for reduction in REDUCTIONS), ("contrastive", "mean_then_abs")]
+    ("loss", "reduction"),
+    [
+        *(("cosine", reduction) for reduction in REDUCTIONS),
+        ("contrastive", "mean_then_abs"),
+        ("entropy", "mean_then_abs"),
+    ],
 )
 def test_gradients_of_both_towers_are_autograds_of_every_anchor(layers, probe, loss, reduction) -> None:
     factors, losses = exact_losses(layers, loss)
@@ -98,12 +105,13 @@ def test_gradients_of_both_towers_are_autograds_of_every_anchor(layers, probe, l
     assert not any(module._forward_hooks for module in probe.patched.text.modules())
 
 
-def test_a_single_anchor_has_no_gradient_of_its_own_where_its_loss_looks_at_all_captions(layers, probe) -> None:
+@pytest.mark.parametrize("loss", ["contrastive", "entropy"])
+def test_a_single_anchor_has_no_gradient_of_its_own_where_its_loss_looks_at_all_captions(layers, probe, loss) -> None:
     spaces = {name: FactorSpace(layer) for name, layer in layers.items()}
     with pytest.raises(InputError, match=r"text tower needs prune\.reduction mean_then_abs, got square"):
-        probe.gradients(layers, spaces, "square", "contrastive")
+        probe.gradients(layers, spaces, "square", loss)
     vision = {name: spaces[name] for name in VISION}
-    probe.gradients({name: layers[name] for name in VISION}, vision, "square", "contrastive")
+    probe.gradients({name: layers[name] for name in VISION}, vision, "square", loss)
 
 
 def test_gradients_at_the_base_reach_the_text_tower_too(layers, probe) -> None:
@@ -116,7 +124,7 @@ def test_gradients_at_the_base_reach_the_text_tower_too(layers, probe) -> None:
         assert_close(at_base.of[name], worn.of[name])
 
 
-@pytest.mark.parametrize("loss", ["cosine", "contrastive"])
+@pytest.mark.parametrize("loss", ["cosine", "contrastive", "entropy"])
 def test_losses_and_logits_are_those_of_captions_through_the_changed_tower(layers, probe, loss) -> None:
     _, losses = exact_losses(layers, loss)
     assert probe.loss(layers, loss) == pytest.approx(float(losses.detach().mean()), rel=1e-5)
