@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import numpy as np
 from matplotlib import colormaps
@@ -55,11 +56,8 @@ def sparsity_figure(curves: Mapping[str, Sequence[tuple[float, Spread]]], refere
             [places[sparsity] + aside for sparsity, _ in points],
             [spread.mean for _, spread in points],
             yerr=[spread.std for _, spread in points] if any(spread.seeds > 1 for _, spread in points) else None,
-            color=OKABE_ITO[index % 7],
-            marker=MARKERS[index % len(MARKERS)],
-            linestyle=DASHES[index % len(DASHES)],
+            **_line(index),
             markersize=5.5,
-            linewidth=1.6,
             elinewidth=1,
             capsize=2.5,
             label=_plain(name),
@@ -177,15 +175,7 @@ def drift_figure(drift: Mapping[str, Sequence[tuple[int, float]]]) -> Figure:
     axes = _plain_axes(figure)
     for index, (tower, points) in enumerate(drift.items()):
         epochs, cosines = zip(*points, strict=True)
-        axes.plot(
-            epochs,
-            cosines,
-            color=OKABE_ITO[index],
-            marker=MARKERS[index],
-            linestyle=DASHES[index],
-            linewidth=1.6,
-            label=f"{tower} tower",
-        )
+        axes.plot(epochs, cosines, **_line(index), label=f"{tower} tower")
     axes.set_xlabel("epoch")
     axes.set_ylabel("mean cosine of two clients")
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
@@ -382,6 +372,16 @@ def _plain_axes(figure: Figure) -> Axes:
     axes: Axes = figure.subplots()
     axes.spines[["top", "right"]].set_visible(False)
     return axes
+
+
+def _line(index: int) -> dict[str, Any]:
+    """What tells a line from the others, in colour and in print."""
+    return {
+        "color": OKABE_ITO[index % 7],
+        "marker": MARKERS[index % len(MARKERS)],
+        "linestyle": DASHES[index % len(DASHES)],
+        "linewidth": 1.6,
+    }
 
 
 def _plain(text: str) -> str:

@@ -8,13 +8,15 @@ import json
 import os
 import tempfile
 import uuid
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any, BinaryIO
 
 from filelock import FileLock, Timeout
 from lightning.fabric.utilities.rank_zero import rank_zero_only
+from safetensors.torch import save
+from torch import Tensor
 
 from sap_lightning.errors import InputError
 
@@ -89,6 +91,12 @@ def write_bytes(path: Path, content: bytes) -> None:
     """Replaces a file in one step."""
     with replacing(path) as file:
         file.write(content)
+
+
+def write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
+    """Replaces a safetensors file in one step; its folder is made if it is not there."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_bytes(path, save({name: tensor.contiguous() for name, tensor in tensors.items()}))
 
 
 def write_text(path: Path, text: str) -> None:

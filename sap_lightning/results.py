@@ -10,11 +10,11 @@ from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 from lightning.pytorch.utilities import rank_zero_only
-from safetensors.torch import load_file, save
+from safetensors.torch import load_file
 from torch import Tensor
 
 from sap_lightning.errors import InputError
-from sap_lightning.files import as_json, write_bytes, write_csv, write_text
+from sap_lightning.files import as_json, write_csv, write_tensors, write_text
 
 Kind = Literal["zero-shot", "client", "merge"]
 ZERO_SHOT = "zero-shot"
@@ -215,9 +215,7 @@ class Results:
     @rank_zero_only
     def keep_predictions(self, measurement: str, predictions: Predictions) -> None:
         """Stores what a model said of every image, before its result is added."""
-        file = self._predictions_file(measurement)
-        file.parent.mkdir(parents=True, exist_ok=True)
-        write_bytes(file, save({name: tensor.contiguous() for name, tensor in predictions._asdict().items()}))
+        write_tensors(self._predictions_file(measurement), predictions._asdict())
 
     def _predictions_file(self, measurement: str) -> Path:
         return self.folder / "predictions" / f"{measurement}.safetensors"

@@ -4,6 +4,8 @@ import json
 from pathlib import Path
 
 import pytest
+import torch
+from safetensors.torch import load_file
 
 from sap_lightning.errors import InputError
 from sap_lightning.files import (
@@ -14,6 +16,7 @@ from sap_lightning.files import (
     refuse_existing,
     write_csv,
     write_json,
+    write_tensors,
     write_text,
 )
 
@@ -128,3 +131,11 @@ def test_the_cache_is_where_the_environment_says_or_in_the_home_folder(monkeypat
     monkeypatch.setenv("SAP_LIGHTNING_CACHE", "")
     monkeypatch.setenv("HOME", "/home/someone")
     assert cache_folder() == Path("/home/someone/.cache/sap_lightning/images")
+
+
+def test_tensors_come_back_from_a_file_in_a_folder_that_was_not_there(tmp_path: Path) -> None:
+    file, matrix = tmp_path / "deep" / "down" / "tensors.safetensors", torch.arange(6.0).view(2, 3)
+    write_tensors(file, {"transposed": matrix.T, "labels": torch.tensor([1, 2])})
+    read = load_file(file)
+    assert torch.equal(read["transposed"], matrix.T) and torch.equal(read["labels"], torch.tensor([1, 2]))
+    assert list(file.parent.iterdir()) == [file]

@@ -5,9 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 
 import lightning as L
-import safetensors.torch
 
-from sap_lightning.files import write_bytes
+from sap_lightning.files import write_tensors
 from sap_lightning.modules.clip_lora import CLIPLoRAModule
 
 
@@ -29,5 +28,4 @@ class KeepEpochs(L.Callback):
             for name, layer in pl_module.layers().items()
             for factor in ("A", "B")
         }
-        self.folder.mkdir(parents=True, exist_ok=True)
-        write_bytes(self.folder / f"{trainer.current_epoch + 1}.safetensors", safetensors.torch.save(tensors))
+        write_tensors(self.folder / f"{trainer.current_epoch + 1}.safetensors", tensors)

@@ -50,6 +50,21 @@ class LoRALayer(NamedTuple):
         return self._replace(A=self.A.to(device), B=self.B.to(device))
 
 
+def no_change(shape: tuple[int, int]) -> LoRALayer:
+    """ΔW = 0 of rank 1, as no adapter that PEFT loads has rank 0.
+
+    Args:
+        shape: (d_out, d_in).
+
+    Example:
+        >>> from sap_lightning.functional.lora import no_change
+        >>> no_change((2, 3)).delta().tolist()
+        [[0.0, 0.0, 0.0], [0.0, 0.0, 0.0]]
+    """
+    d_out, d_in = shape
+    return LoRALayer(torch.zeros(1, d_in), torch.zeros(d_out, 1))
+
+
 Update = LoRALayer | Tensor
 """What a merge adds to one weight: in factor form, or dense of shape (d_out, d_in)."""
 

@@ -13,7 +13,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from sap_lightning.functional.lora import LoRALayer, singular_triplets
+from sap_lightning.functional.lora import LoRALayer, no_change, singular_triplets
 from sap_lightning.functional.rescaling import norm
 
 NOISE = 1e-6
@@ -34,7 +34,7 @@ class Triplets(NamedTuple):
     V: Tensor
 
     def layer(self) -> LoRALayer:
-        """U·diag(σ)·V in factor form, float32; without any triplet a ΔW = 0 of rank 1, as no adapter has rank 0.
+        """U·diag(σ)·V in factor form, float32; `no_change` without any triplet.
 
         Example:
             >>> import torch
@@ -46,7 +46,7 @@ class Triplets(NamedTuple):
             1
         """
         if not len(self.sigma):
-            return LoRALayer(torch.zeros(1, self.V.shape[1]), torch.zeros(self.U.shape[0], 1))
+            return no_change((self.U.shape[0], self.V.shape[1]))
         return LoRALayer(self.V.float(), (self.U * self.sigma).float())
 
 

@@ -9,11 +9,10 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Literal
 
-from sap_lightning.errors import InputError, check_share
 from sap_lightning.functional.masking import keep_middle
 from sap_lightning.functional.spaces import Parameters, Space, magnitudes
 from sap_lightning.io.adapter import Adapter
-from sap_lightning.merging.pruning import PruningMethod
+from sap_lightning.merging.pruning import PruningMethod, check_both_ends
 from sap_lightning.models.probe import Answer
 
 
@@ -42,12 +41,7 @@ class Breadcrumbs(PruningMethod):
     scope: Literal["layer", "row"] = "layer"  # type: ignore[assignment]  # no other method prunes row by row
 
     def __post_init__(self) -> None:
-        check_share("merge.method.sparsity", self.sparsity)
-        check_share("merge.method.largest", self.largest)
-        if self.largest > self.sparsity:
-            raise InputError(
-                f"merge.method.largest {self.largest} is a part of merge.method.sparsity, which is {self.sparsity}"
-            )
+        check_both_ends(self.sparsity, self.largest)
 
     def scores(self, adapter: Adapter, spaces: Mapping[str, Space], answer: Answer) -> dict[str, Parameters]:
         return magnitudes(spaces)

@@ -59,20 +59,23 @@ class LiNeS(OnTop):
         self, adapters: Sequence[Adapter], weights: Sequence[float], anchors: AnchorProbe | None = None
     ) -> Prepared:
         prepared = self.inner.prepare(adapters, weights, anchors)
-        return Changed(prepared, lambda update: self._graded(update, adapters, weights))
+        average = length_of_average(adapters, weights) if self.alpha is None else 0.0
+        return Changed(prepared, lambda update: self._graded(update, average))
 
-    def _graded(
-        self, update: Mapping[str, Update], adapters: Sequence[Adapter], weights: Sequence[float]
-    ) -> dict[str, Update]:
-        alpha = length_of_average(update, adapters, weights) if self.alpha is None else self.alpha
+    def _graded(self, update: Mapping[str, Update], average: float) -> dict[str, Update]:
+        alpha = factor_to(average, update) if self.alpha is None else self.alpha
         log.info("lines: factors from %.3f in the shallowest block to %.3f in the deepest", alpha, alpha + self.beta)
         depth = depths(update)
         return {name: scaled(layer, alpha + self.beta * depth[name]) for name, layer in update.items()}
 
 
-def length_of_average(update: Mapping[str, Update], adapters: Sequence[Adapter], weights: Sequence[float]) -> float:
-    """‖Σ w_k·ΔW_k‖₁ / ‖ΔW‖₁ over all layers, by which an update is as long as the average; 1 where it is zero."""
-    average = sum(norm(weighted_sum(layers, weights), 1) for layers in client_layers(adapters).values())
+def length_of_average(adapters: Sequence[Adapter], weights: Sequence[float]) -> float:
+    """‖Σ w_k·ΔW_k‖₁ over all layers."""
+    return sum(norm(weighted_sum(layers, weights), 1) for layers in client_layers(adapters).values())
+
+
+def factor_to(average: float, update: Mapping[str, Update]) -> float:
+    """By what an update is as long as the average, in ‖ΔW‖₁ over all layers; 1 where it is zero."""
     length = sum(norm(layer, 1) for layer in update.values())
     return average / length if length else 1.0
 

@@ -177,6 +177,27 @@ class LayerwiseMethod(MergeMethod):
         """One layer's update, in factor form or dense, from every client's ΔW and its share of the whole."""
 
 
+class SparseLayerwiseMethod(MergeMethod):
+    """Merges every layer on its own from all clients' factors at a sparsity, which each ``apply`` may choose."""
+
+    sparsity: float
+
+    def prepare(
+        self, adapters: Sequence[Adapter], weights: Sequence[float], anchors: AnchorProbe | None = None
+    ) -> Prepared:
+        layers = client_layers(adapters)
+        return SparseLayers(
+            list(layers),
+            lambda name, sparsity: self.merge_layer(layers[name], weights, sparsity),
+            self.sparsity,
+            self.name,
+        )
+
+    @abstractmethod
+    def merge_layer(self, layers: Sequence[LoRALayer], weights: Sequence[float], sparsity: float) -> Update:
+        """One layer's update, in factor form or dense, from every client's ΔW, its share of the whole, and ρ."""
+
+
 def _plain(value: Any) -> Any:
     """A setting's value as a record knows it."""
     if isinstance(value, MergeMethod):

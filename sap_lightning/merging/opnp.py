@@ -10,11 +10,10 @@ from dataclasses import dataclass
 
 import torch
 
-from sap_lightning.errors import InputError, check_share
 from sap_lightning.functional.masking import Scope, keep_masks
 from sap_lightning.functional.spaces import Parameters, Space
 from sap_lightning.io.adapter import Adapter
-from sap_lightning.merging.pruning import PruningMethod
+from sap_lightning.merging.pruning import PruningMethod, check_both_ends
 from sap_lightning.models.probe import AnchorProbe, Answer
 
 
@@ -40,12 +39,7 @@ class OPNP(PruningMethod):
     scope: Scope = "layer"
 
     def __post_init__(self) -> None:
-        check_share("merge.method.sparsity", self.sparsity)
-        check_share("merge.method.largest", self.largest)
-        if self.largest > self.sparsity:
-            raise InputError(
-                f"merge.method.largest {self.largest} is a part of merge.method.sparsity, which is {self.sparsity}"
-            )
+        check_both_ends(self.sparsity, self.largest)
 
     def examine(self, adapter: Adapter, anchors: AnchorProbe) -> Answer:
         gradients = anchors.gradients(adapter.layers, self.spaces_on(anchors.device, adapter), "abs_then_mean")

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from sap_lightning.console import track
+from sap_lightning.errors import InputError, check_share
 from sap_lightning.functional.consensus import Consensus, FactorSum, WeightedSum
 from sap_lightning.functional.lora import LoRALayer, Update, times
 from sap_lightning.functional.masking import Scope, keep_masks
@@ -189,6 +190,14 @@ class Pruning(Prepared):
 def masked(parameters: Parameters, masks: Sequence[Tensor]) -> Parameters:
     """Parameters with zeros where their masks are False."""
     return tuple(theta * mask for theta, mask in zip(parameters, masks, strict=True))
+
+
+def check_both_ends(sparsity: float, largest: float) -> None:
+    """Raises InputError unless ``largest``, what goes at the upper end, is a part of ρ, what goes at both."""
+    check_share("merge.method.sparsity", sparsity)
+    check_share("merge.method.largest", largest)
+    if largest > sparsity:
+        raise InputError(f"merge.method.largest {largest} is a part of merge.method.sparsity, which is {sparsity}")
 
 
 def uniform_scores(seed: int, adapter: Adapter, spaces: Mapping[str, Space]) -> dict[str, Parameters]:

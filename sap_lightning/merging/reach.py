@@ -7,13 +7,10 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import torch
-
-from sap_lightning.functional.lora import LoRALayer, Update, times
+from sap_lightning.functional.lora import Update, no_change, times
 from sap_lightning.functional.reach import LENGTHS, Reach, best_length, carried_over
 from sap_lightning.functional.rescaling import norm
 from sap_lightning.io.adapter import Adapter
-from sap_lightning.merging.distances import inner_products
 
 
 @dataclass(frozen=True)
@@ -37,6 +34,11 @@ class ReachOfClients:
         return {"reach": self.factor, "length": self.length, "carried_over": dict(self.carried_over)}
 
 
+def say_how_far(adapters: Sequence[Adapter]) -> bool:
+    """Whether the manifest of every client says how far its adapter reaches."""
+    return all(one.manifest and one.manifest.reach for one in adapters)
+
+
 def reach_of(adapters: Sequence[Adapter], weights: Sequence[float]) -> ReachOfClients | None:
     """What follows from the clients' manifests; None where one of them does not say how far it reaches.
 
@@ -44,23 +46,22 @@ def reach_of(adapters: Sequence[Adapter], weights: Sequence[float]) -> ReachOfCl
         adapters: the clients'.
         weights: each one's share of the whole.
     """
-    reaches: list[Reach] = [one.manifest.reach for one in adapters if one.manifest and one.manifest.reach]
-    if len(reaches) < len(adapters):
+    if not say_how_far(adapters):
         return None
-    norms = inner_products(adapters).diagonal().sqrt()
+    reaches: list[Reach] = [one.manifest.reach for one in adapters if one.manifest]
     factor = best_length(reaches)
-    length = factor * float(norms @ torch.tensor(weights, dtype=torch.float64))
+    length = factor * sum(weight * _length(one.layers) for one, weight in zip(adapters, weights, strict=True))
     return ReachOfClients(factor, length, dict(zip(LENGTHS, carried_over(reaches).tolist(), strict=True)))
 
 
 def at_length(merged: Mapping[str, Update], length: float) -> dict[str, Update]:
     """The merged update made so long, in Frobenius norm over all layers; nothing, of rank 1, at length 0."""
-    size = math.hypot(*(norm(update, 2) for update in merged.values()))
+    size = _length(merged)
     if length == 0 or size == 0:
-        return {name: _nothing(update) for name, update in merged.items()}
+        return {name: no_change((update.shape[0], update.shape[1])) for name, update in merged.items()}
     return times(merged, length / size)
 
 
-def _nothing(update: Update) -> LoRALayer:
-    d_out, d_in = update.shape
-    return LoRALayer(torch.zeros(1, d_in), torch.zeros(d_out, 1))
+def _length(update: Mapping[str, Update]) -> float:
+    """Frobenius norm over all layers."""
+    return math.hypot(*(norm(layer, 2) for layer in update.values()))

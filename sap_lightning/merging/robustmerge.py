@@ -16,14 +16,11 @@ from sap_lightning.functional.consensus import balanced_factors, padded_sum
 from sap_lightning.functional.lora import LoRALayer
 from sap_lightning.functional.masking import smallest
 from sap_lightning.functional.rescaling import complementary_scales
-from sap_lightning.io.adapter import Adapter
-from sap_lightning.merging.clients import client_layers
-from sap_lightning.merging.method import MergeMethod, Prepared, SparseLayers
-from sap_lightning.models.probe import AnchorProbe
+from sap_lightning.merging.method import SparseLayerwiseMethod
 
 
 @dataclass(frozen=True)
-class RobustMerge(MergeMethod):
+class RobustMerge(SparseLayerwiseMethod):
     """B·A from A = Σ λ·trim(A_k) and B = Σ λ·s_k⊙trim(B_k) / Σ s_k, to the letter of the authors' code.
 
     trim keeps the largest elements of each matrix, and s_k ≥ 1 makes up by rank for what it takes from A_k. As A is a
@@ -45,17 +42,6 @@ class RobustMerge(MergeMethod):
 
     def __post_init__(self) -> None:
         check_share("merge.method.sparsity", self.sparsity)
-
-    def prepare(
-        self, adapters: Sequence[Adapter], weights: Sequence[float], anchors: AnchorProbe | None = None
-    ) -> Prepared:
-        layers = client_layers(adapters)
-        return SparseLayers(
-            list(layers),
-            lambda name, sparsity: self.merge_layer(layers[name], weights, sparsity),
-            self.sparsity,
-            self.name,
-        )
 
     def merge_layer(self, layers: Sequence[LoRALayer], weights: Sequence[float], sparsity: float) -> LoRALayer:
         """One layer's update of clients that are trimmed to a sparsity."""

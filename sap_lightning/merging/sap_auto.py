@@ -17,7 +17,7 @@ from sap_lightning.merging.at_reach import AtReach
 from sap_lightning.merging.distances import mean_cosine
 from sap_lightning.merging.method import MergeMethod, Prepared, required
 from sap_lightning.merging.pruning import Pruning
-from sap_lightning.merging.reach import reach_of
+from sap_lightning.merging.reach import say_how_far
 from sap_lightning.merging.sap import SAP
 from sap_lightning.models.probe import AnchorProbe
 
@@ -88,7 +88,7 @@ class SAPAuto(MergeMethod):
         self, adapters: Sequence[Adapter], weights: Sequence[float], anchors: AnchorProbe | None = None
     ) -> Prepared:
         anchors = required(anchors, self)
-        if reach_of(adapters, weights):
+        if say_how_far(adapters):
             sap = SAP(self.agreed_sparsity, reduction=self.reduction)
             return AtReach(sap).prepare(adapters, weights, anchors)
         agreement = mean_cosine(adapters)

@@ -17,14 +17,11 @@ from sap_lightning.functional.consensus import ElectedMean
 from sap_lightning.functional.lora import LoRALayer
 from sap_lightning.functional.masking import keep_mask
 from sap_lightning.functional.rescaling import norm
-from sap_lightning.io.adapter import Adapter
-from sap_lightning.merging.clients import client_layers
-from sap_lightning.merging.method import MergeMethod, Prepared, SparseLayers
-from sap_lightning.models.probe import AnchorProbe
+from sap_lightning.merging.method import SparseLayerwiseMethod
 
 
 @dataclass(frozen=True)
-class SCE(MergeMethod):
+class SCE(SparseLayerwiseMethod):
     """The mean of the ΔW that agree with the elected sign, weighted by η_k ∝ w_k·‖m⊙ΔW_k‖², layer by layer.
 
     Select: m keeps the elements with the largest variance among the clients, the share 1 − ρ of those that vary at
@@ -48,17 +45,6 @@ class SCE(MergeMethod):
 
     def __post_init__(self) -> None:
         check_share("merge.method.sparsity", self.sparsity)
-
-    def prepare(
-        self, adapters: Sequence[Adapter], weights: Sequence[float], anchors: AnchorProbe | None = None
-    ) -> Prepared:
-        layers = client_layers(adapters)
-        return SparseLayers(
-            list(layers),
-            lambda name, sparsity: self.merge_layer(layers[name], weights, sparsity),
-            self.sparsity,
-            self.name,
-        )
 
     def merge_layer(self, layers: Sequence[LoRALayer], weights: Sequence[float], sparsity: float) -> Tensor:
         """One layer's update with this share of its varying elements not selected."""

@@ -200,17 +200,12 @@ class AnchorProbe:
             features[indices] = self._image_features(images).float()
         return self.sum_over_processes(features)[list(self.pairs)]
 
-    def logits(self, update: Mapping[str, Update]) -> Tensor:
-        """Logits of every image for all captions at base + update, shape (n, m), on the CPU."""
-        return (self.logit_scale * self.features(update) @ self._captions_at(update).T).cpu()
-
     @torch.inference_mode(False)
     @torch.no_grad()
-    def _captions_at(self, update: Mapping[str, Update]) -> Tensor:
-        if not any(map(in_text_tower, update)):
-            return self.captions
-        self.patched.set_update(update)
-        return self.caption_features(self._all)
+    def logits(self, update: Mapping[str, Update]) -> Tensor:
+        """Logits of every image for all captions at base + update, shape (n, m), on the CPU."""
+        features = self.features(update)
+        return (self.logit_scale * features @ self.caption_features(self._all).T).cpu()
 
     @torch.inference_mode(False)
     @torch.no_grad()

@@ -11,7 +11,7 @@ from safetensors import safe_open
 from torch import Tensor
 
 from sap_lightning.functional.agreement import mean_cosine
-from sap_lightning.io.peft_config import in_text_tower
+from sap_lightning.modules.clip_lora import tower_of
 
 Drift = dict[str, list[tuple[int, float]]]
 """For each tower pairs of epoch and mean cosine of two clients."""
@@ -42,5 +42,5 @@ def inner_products(files: Sequence[Path]) -> dict[str, Tensor]:
         opened = [stack.enter_context(safe_open(file, framework="pt")) for file in files]
         for key in opened[0].keys():  # noqa: SIM118  # it is no mapping
             vectors = torch.stack([file.get_tensor(key).flatten() for file in opened]).double()
-            products["text" if in_text_tower(key) else "vision"] += vectors @ vectors.T
+            products[tower_of(key)] += vectors @ vectors.T
     return products

@@ -12,14 +12,14 @@ from typing import NamedTuple
 import numpy as np
 import torch
 from lightning.pytorch.utilities import rank_zero_only
-from safetensors.torch import load_file, save
+from safetensors.torch import load_file
 from torch import Tensor
 from torchmetrics.functional.classification import multiclass_confusion_matrix
 
 from sap_lightning.errors import InputError
 from sap_lightning.federation.one_shot import OneShotFederation
 from sap_lightning.federation.points import Point
-from sap_lightning.files import write_bytes
+from sap_lightning.files import write_tensors
 from sap_lightning.fingerprints import digest
 from sap_lightning.functional.agreement import overlap, principal_components, share_kept, sign_conflict
 from sap_lightning.functional.lora import dense
@@ -327,17 +327,12 @@ class Inspection:
     def _compute_features(self, point: Point, files: Mapping[str, Path]) -> None:
         self.federation.evaluation.become(point)
         self.merge.remember_stem(())
+        write = rank_zero_only(write_tensors)
         for domain, file in files.items():
             data = self.federation.data.for_domain(domain, test_images=PROJECTED_IMAGES)
             self.federation.evaluator.test(self.merge, datamodule=data, verbose=False)
-            _write(file, {"features": self.merge.tested_features, "labels": self.merge.predictions.labels})
+            write(file, {"features": self.merge.tested_features, "labels": self.merge.predictions.labels})
         self.federation.server.strategy.barrier()
-
-
-@rank_zero_only
-def _write(file: Path, tensors: Mapping[str, Tensor]) -> None:
-    file.parent.mkdir(exist_ok=True)
-    write_bytes(file, save({name: tensor.contiguous() for name, tensor in tensors.items()}))
 
 
 def pruned_bytes(pruning: Pruning, adapter: Adapter, sparsity: float | None) -> int:

@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
+import pytest
 import torch
 from peft import LoraConfig, get_peft_model
 from torch import Tensor, nn
@@ -77,6 +78,13 @@ def assert_same(merged: Mapping[str, Update], expected: Mapping[str, Update], to
         wanted = dense(expected[name]).double()
         gap = torch.linalg.matrix_norm(dense(merged[name]).double() - wanted)
         assert gap <= tolerance * torch.linalg.matrix_norm(wanted), f"{name}: {gap}"
+
+
+def mergekit_group(adapters: Sequence[Adapter], name: str) -> Any:
+    """What mergekit merges of a layer: the base, which is zero, and the ΔW, numbered from 1; skips without mergekit."""
+    base = pytest.importorskip("mergekit.merge_methods.base")
+    stacked = deltas(adapters, name)
+    return base.TensorGroup.from_tensors([torch.zeros_like(stacked[0]), *stacked], base_index=0)
 
 
 def peft_merge(adapters: Sequence[Adapter], weights: Sequence[float], combination: str, **options: Any):

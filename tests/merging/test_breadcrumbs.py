@@ -3,7 +3,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
-from adapters import SHAPES, assert_same, deltas, random_adapter, unlike_adapters
+from adapters import SHAPES, assert_same, deltas, mergekit_group, random_adapter, unlike_adapters
 
 from sap_lightning.errors import InputError
 from sap_lightning.merging.breadcrumbs import Breadcrumbs
@@ -48,12 +48,10 @@ def test_every_row_loses_its_own_ends_as_in_the_authors_code() -> None:
 @pytest.mark.parametrize("weights", [[1 / 3] * 3, WEIGHTS])
 def test_it_equals_mergekit(weights, density: float, gamma: float) -> None:
     registry = pytest.importorskip("mergekit.merge_methods.registry")
-    base = pytest.importorskip("mergekit.merge_methods.base")
     adapters = unlike_adapters()
     expected = {}
-    for name, (d_out, d_in) in SHAPES.items():
-        stacked = deltas(adapters, name)
-        group = base.TensorGroup.from_tensors([stacked.new_zeros(d_out, d_in), *stacked], base_index=0)
+    for name in SHAPES:
+        group = mergekit_group(adapters, name)
         expected[name] = registry.get("breadcrumbs").merge_group(
             group,
             weight={k: 3 * weight for k, weight in enumerate(weights, 1)},

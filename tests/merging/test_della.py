@@ -5,7 +5,7 @@ from itertools import pairwise
 import numpy as np
 import pytest
 import torch
-from adapters import SHAPES, adapter_of, assert_same, delta_of, deltas, random_adapter
+from adapters import SHAPES, adapter_of, assert_same, delta_of, mergekit_group, random_adapter
 from torch import Tensor
 
 from sap_lightning.errors import InputError
@@ -54,15 +54,13 @@ def test_it_is_the_elected_mean_of_what_magprune_leaves(weights, sparsity: float
 @pytest.mark.parametrize("weights", [[1 / 3] * 3, WEIGHTS])
 def test_l1_rescales_as_mergekit_does(weights, monkeypatch: pytest.MonkeyPatch) -> None:
     registry = pytest.importorskip("mergekit.merge_methods.registry")
-    base = pytest.importorskip("mergekit.merge_methods.base")
     expected = {}
-    for name, (d_out, d_in) in SHAPES.items():
+    for name in SHAPES:
         numbers = iter([drawn(adapter, name) for adapter in ADAPTERS])
         monkeypatch.setattr(
             torch, "bernoulli", lambda keep, numbers=numbers: (next(numbers) >= 1 - keep).to(keep.dtype)
         )
-        stacked = deltas(ADAPTERS, name)
-        group = base.TensorGroup.from_tensors([stacked.new_zeros(d_out, d_in), *stacked], base_index=0)
+        group = mergekit_group(ADAPTERS, name)
         expected[name] = registry.get("della").merge_group(
             group,
             weight=dict(enumerate(weights, 1)),

@@ -3,7 +3,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
-from adapters import SHAPES, assert_same, deltas, random_adapter, unlike_adapters
+from adapters import SHAPES, assert_same, deltas, mergekit_group, random_adapter, unlike_adapters
 
 from sap_lightning.errors import InputError
 from sap_lightning.merging.sce import SCE, variance
@@ -44,12 +44,10 @@ def test_it_selects_calculates_and_erases(weights, variant, density: float) -> N
 @pytest.mark.parametrize("density", [0.125, 0.5, 1.0])
 def test_it_equals_mergekit(density: float) -> None:
     registry = pytest.importorskip("mergekit.merge_methods.registry")
-    base = pytest.importorskip("mergekit.merge_methods.base")
     adapters = unlike_adapters()
     expected = {}
-    for name, (d_out, d_in) in SHAPES.items():
-        stacked = deltas(adapters, name)
-        group = base.TensorGroup.from_tensors([stacked.new_zeros(d_out, d_in), *stacked], base_index=0)
+    for name in SHAPES:
+        group = mergekit_group(adapters, name)
         expected[name] = registry.get("sce").merge_group(group, int8_mask=False, select_topk=density)
     assert_same(SCE(1 - density).merge(adapters), expected)
 

@@ -1,7 +1,7 @@
 from __future__ import annotations
 
 import pytest
-from adapters import SHAPES, assert_same, deltas, unlike_adapters
+from adapters import SHAPES, assert_same, deltas, mergekit_group, unlike_adapters
 
 from sap_lightning.merging.average import Average
 from sap_lightning.merging.task_arithmetic import TaskArithmetic
@@ -28,12 +28,10 @@ def test_one_over_k_is_the_average() -> None:
 
 def test_it_equals_mergekit() -> None:
     registry = pytest.importorskip("mergekit.merge_methods.registry")
-    base = pytest.importorskip("mergekit.merge_methods.base")
     adapters = unlike_adapters()
     expected = {}
-    for name, (d_out, d_in) in SHAPES.items():
-        stacked = deltas(adapters, name)
-        group = base.TensorGroup.from_tensors([stacked.new_zeros(d_out, d_in), *stacked], base_index=0)
+    for name in SHAPES:
+        group = mergekit_group(adapters, name)
         expected[name] = registry.get("task_arithmetic").merge_group(
             group, weight={1: 1, 2: 1, 3: 1}, normalize=False, rescale=False, int8_mask=False, **{"lambda": 0.3}
         )
