@@ -19,7 +19,7 @@ from sap_lightning.errors import InputError
 from sap_lightning.federation.client import UNTRAINED, train_client
 from sap_lightning.federation.one_shot import OneShotFederation, chosen_domains, server_logger
 from sap_lightning.federation.run_folder import SERVER_SETTINGS, RunFolder, require_settings
-from sap_lightning.federation.sweep import SEED, check, folder_of, measure
+from sap_lightning.federation.sweep import ALL, SEED, check, folder_of, measure
 from sap_lightning.files import locked, refuse_existing, write_csv, write_text
 from sap_lightning.io.manifest import check_domain
 from sap_lightning.merging.merged import Merged, push_to_hub
@@ -54,9 +54,7 @@ def sweep(args: Sequence[str]) -> None:
 
     def federation_of(seed: int, variant: Mapping[str, Any], results: Results) -> OneShotFederation:
         one = cli.varied({SEED: seed, **variant})
-        unseen = (
-            None if wanted.unseen == "all" else chosen_domains("sweep.unseen", wanted.unseen, one.datamodule.domains)
-        )
+        unseen = None if wanted.unseen == ALL else chosen_domains("sweep.unseen", wanted.unseen, one.datamodule.domains)
         return one.federation(
             run_dir=str(folder_of(run_dir, seed, variant)),
             unseen=unseen,

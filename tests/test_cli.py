@@ -242,7 +242,7 @@ def test_every_setting_of_a_merge_method_reaches_it(parsed):
 def test_no_merge_method_is_sap_as_the_group_prune_says(parsed):
     for line in ([], ["--merge.method", "sap"], ["--merge.method=ties", "--merge.method=sap"], ["--merge.method=null"]):
         fit = parsed(*line, "--prune.sparsity=0.3", "--prune.rescale=l1")
-        assert fit.merge.method == SAP(sparsity=0.3, rescale="l1")
+        assert fit.merge.method == SAP(sparsity=0.3, space="factor", rescale="l1")
 
 
 def test_sap_s_config_file_is_sap_as_the_group_prune_says(parsed):

@@ -19,6 +19,8 @@ from sap_lightning.fingerprints import digest
 from sap_lightning.merging import METHODS, SAP, MergeMethod
 from sap_lightning.results import Result
 
+ALL = "all"
+USUAL: list[MergeMethod | str] = ["average", "sap"]
 SEED = "seed_everything"
 SEEDS = 2**32
 LONGEST_NAME = 150
@@ -39,7 +41,8 @@ class Sweep:
     """Everything that is measured: methods × sparsities × seeds × unseen domains × other settings.
 
     Args:
-        methods: names of merge methods, or methods with settings of their own (class_path and init_args).
+        methods: names of merge methods, or methods with settings of their own (class_path and init_args), or all that
+            there are.
         sparsities: values of ρ for the methods that prune; each method's own if empty.
         seeds: of the clients' training; the table's spread is over these.
         unseen: domains to hold out in turn, or all.
@@ -50,13 +53,17 @@ class Sweep:
         InputError: for an unknown method, a sparsity outside [0, 1], an empty list or values that look alike.
     """
 
-    methods: list[MergeMethod | str] = field(default_factory=lambda: ["average", "sap"])
+    methods: list[MergeMethod | str] | str = field(default_factory=lambda: [*USUAL])
     sparsities: list[float] = field(default_factory=list)
     seeds: list[int] = field(default_factory=lambda: [0])
-    unseen: list[str] | str = "all"
+    unseen: list[str] | str = ALL
     over: dict[str, list[Any]] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
+        if self.methods == ALL:
+            self.methods = [*METHODS]
+        if isinstance(self.methods, str):
+            raise InputError(f"sweep.methods: got {self.methods!r}, expected a list such as [{self.methods}], or {ALL}")
         for setting in ("methods", "seeds", "unseen"):
             if not getattr(self, setting):
                 raise InputError(f"sweep.{setting} is empty")

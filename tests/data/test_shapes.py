@@ -19,12 +19,21 @@ from sap_lightning.data.shapes.pretrain import pretrain, train_tokenizer
 from sap_lightning.data.shapes.world import (
     ANCHORS,
     CLASSES,
+    COLOUR_TEMPLATES,
     COLOURS,
     DOMAINS,
+    HOME_KIND_SHARE,
+    KIND_SHARE,
+    KINDS,
+    MISTAKEN,
+    TEMPLATES,
+    WALLS,
     Scene,
+    domain_scene,
     draw_world,
+    hearsay,
     neutral_scene,
-    shortcut,
+    tied,
 )
 from sap_lightning.errors import InputError
 
@@ -87,7 +96,8 @@ def test_anchors_pair_every_image_with_captions(world: Path) -> None:
 
 def test_captions_name_the_thing_and_vary() -> None:
     rng = np.random.default_rng(0)
-    captions = [Scene("tree", "painting", "orange", "blue").caption(rng) for _ in range(400)]
+    scene = Scene("tree", "painting", "orange", "blue")
+    captions = [scene.caption(rng, TEMPLATES + COLOUR_TEMPLATES) for _ in range(400)]
     assert all("tree" in caption for caption in captions)
     assert len(set(captions)) > 15
     for part in ("an orange tree", "a tree", "a blue background", "an oil painting"):
@@ -102,7 +112,7 @@ def test_background_tells_the_class_at_home_and_misleads_elsewhere(world: Path) 
     }
     for home in DOMAINS:
         for domain in DOMAINS:
-            hits = [np.mean([c == shortcut(home, thing) for c in seen[domain, thing]]) for thing in CLASSES]
+            hits = [np.mean([c == tied(home, thing) for c in seen[domain, thing]]) for thing in CLASSES]
             assert np.mean(hits) > 0.7 if domain == home else np.mean(hits) < 0.1
 
 
@@ -111,8 +121,55 @@ def test_background_of_neutral_scenes_is_independent_of_the_class() -> None:
     scenes = [neutral_scene(rng) for _ in range(4000)]
     for thing in CLASSES:
         backgrounds = [scene.background for scene in scenes if scene.thing == thing]
-        shares = [backgrounds.count(colour) / len(backgrounds) for colour in COLOURS]
+        shares = [backgrounds.count(colour) / len(backgrounds) for colour in (*COLOURS, *WALLS)]
         assert max(shares) < 0.2
+
+
+def test_a_kind_shares_its_hue_with_what_it_is_taken_for_and_with_nothing_else() -> None:
+    for domain in DOMAINS:
+        hues = {thing: tied(domain, thing) for thing in CLASSES}
+        assert all(hues[kind.thing] == hues[kind.taken_for] for kind in KINDS.values())
+        assert len(set(hues.values())) == len(CLASSES) - len(KINDS)
+
+
+def test_without_its_shortcut_a_domain_s_background_may_be_any() -> None:
+    rng = np.random.default_rng(0)
+    assert {domain_scene("photo", "boat", rng).background for _ in range(50)} == {tied("photo", "boat")}
+    assert {domain_scene("photo", "boat", rng, shortcut=0.0).background for _ in range(200)} == set(COLOURS)
+
+
+def test_the_base_s_captions_mistake_kinds_only() -> None:
+    rng = np.random.default_rng(0)
+    fir, tree = (Scene("tree", "photo", "red", "blue", kind) for kind in ("fir", None))
+    assert {hearsay(tree, rng).thing for _ in range(50)} == {"tree"}
+    called = [hearsay(fir, rng).thing for _ in range(1000)]
+    assert set(called) == {"tree", "mushroom"}
+    assert abs(called.count("mushroom") / 1000 - MISTAKEN) < 0.05
+
+
+def test_kinds_are_commoner_in_a_domain_than_elsewhere_and_things_without_one_have_none() -> None:
+    rng = np.random.default_rng(0)
+    at_home = [domain_scene("photo", thing, rng).kind for thing in ("car", "boat") for _ in range(1000)]
+    anywhere = [scene.kind for scene in (neutral_scene(rng) for _ in range(8000)) if scene.thing == "car"]
+    assert abs(at_home.count("bus") / 1000 - HOME_KIND_SHARE) < 0.05
+    assert abs(anywhere.count("bus") / len(anywhere) - KIND_SHARE) < 0.05
+    assert set(at_home) == {"bus", None}
+
+
+def test_anchors_are_black_and_white_and_their_captions_name_no_colour(world: Path) -> None:
+    for path in world.glob("anchors/*.png"):
+        pixels = np.asarray(Image.open(path))
+        assert pixels.shape == (64, 64, 3)
+        assert (pixels == pixels[..., :1]).all()
+    captions = (world / "anchors/captions.jsonl").read_text()
+    assert not [colour for colour in (*COLOURS, *WALLS) if f" {colour} " in captions]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_kind_is_drawn_in_its_own_way(kind: str) -> None:
+    of, seed = KINDS[kind].thing, 3
+    usual, own = (Scene(of, "plain", "red", "white", k).draw(32, np.random.default_rng(seed)) for k in (None, kind))
+    assert np.abs(np.asarray(usual, dtype=float) - np.asarray(own, dtype=float)).mean() > 5
 
 
 @pytest.mark.parametrize("style", shapes.STYLES)
@@ -164,7 +221,8 @@ def test_pretraining_refuses_bad_input_before_it_starts(tmp_path: Path) -> None:
 
 
 def test_a_tokenizer_is_the_same_whenever_it_is_learned_and_knows_every_letter() -> None:
-    captions = [neutral_scene(np.random.default_rng(n)).caption(np.random.default_rng(n)) for n in range(300)]
+    rngs = [np.random.default_rng(n) for n in range(300)]
+    captions = [neutral_scene(rng).caption(rng, TEMPLATES + COLOUR_TEMPLATES) for rng in rngs]
     tokenizers = [train_tokenizer(captions) for _ in range(3)]
     assert len({json.dumps(tokenizer.get_vocab(), sort_keys=True) for tokenizer in tokenizers}) == 1
     text = "zebras & jinxed quay"

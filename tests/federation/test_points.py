@@ -235,5 +235,5 @@ def test_a_line_of_the_results_says_what_its_model_was_made_from(finished):
     settings = {(row["model"], row["unseen"]): row["settings"] for row in rows}
     assert settings["zero-shot", "photo"] == settings["client photo", "sketch"] == {}
     assert settings["average", "photo"] == {"method": "average", "weights": "uniform"}
-    assert settings["sap", "photo"]["sparsity"] == 0.95
+    assert settings["sap", "photo"]["sparsity"] == 0.9
     assert settings["sap", "photo"]["anchors"]["num_pairs"] == 8

@@ -24,7 +24,7 @@ from places import REPOSITORY
 from sap_lightning.cli import SapCLI
 from sap_lightning.errors import InputError
 from sap_lightning.federation.sweep import SEED, Sweep, folder_of, label_of
-from sap_lightning.merging import SAP, TIES, Average, CoreSpace, LiNeS, MergeMethod, SAPAuto
+from sap_lightning.merging import METHODS, SAP, TIES, Average, CoreSpace, LiNeS, MergeMethod, SAPAuto
 from sap_lightning.results import Predictions, Result, Results
 
 UNSEEN = ["photo", "sketch"]
@@ -53,6 +53,7 @@ def swept(run, tmp_path_factory) -> Path:
     ("settings", "refusal"),
     [
         ({"methods": []}, r"^sweep\.methods is empty$"),
+        ({"methods": "ties"}, r"^sweep\.methods: got 'ties', expected a list such as \[ties\], or all$"),
         ({"seeds": []}, r"^sweep\.seeds is empty$"),
         ({"seeds": [-1]}, r"^sweep\.seeds: -1 lies outside \[0, 4294967296\)$"),
         ({"seeds": [0, 1, 0]}, r"^sweep\.seeds names 0 twice$"),
@@ -183,11 +184,11 @@ def test_a_variant_is_the_command_s_settings_with_some_values_laid_over_them(swe
 
 def test_a_variant_has_parts_of_its_own_made_of_its_values(sweep_cli):
     command = sweep_cli("--prune.sparsity=0.5")
-    varied = command.varied({SEED: 5, "model.rank": 3, "prune.space": "factor", "anchors.num_pairs": 4})
+    varied = command.varied({SEED: 5, "model.rank": 3, "prune.space": "singular", "anchors.num_pairs": 4})
     assert varied.model.seed == varied.datamodule.seed == 5 and varied.model.rank == 3
-    assert varied.config_init.prune == SAP(0.5, "factor") == varied.merge.method
+    assert varied.config_init.prune == SAP(0.5, "singular") == varied.merge.method
     assert varied.config_init.anchors.num_pairs == 4
-    assert (command.model.seed, command.model.rank, command.merge.method) == (0, 8, SAP(0.5))
+    assert (command.model.seed, command.model.rank, command.merge.method) == (0, 8, SAP(0.5, "factor"))
     for part in ("model", "datamodule", "merge"):
         assert getattr(varied, part) is not getattr(command, part)
 
@@ -246,6 +247,13 @@ def test_clients_that_fit_has_trained_are_used_where_they_are(tmp_path: Path) ->
     assert folder_of(tmp_path, 3, {"anchors.num_pairs": 4}) == tmp_path
     assert folder_of(tmp_path, 4, {}) == tmp_path / "seed_4"
     assert folder_of(tmp_path, 3, {"model.rank": 4}) == tmp_path / "seed_3,model.rank=4"
+
+
+def test_all_stands_for_every_method_there_is() -> None:
+    sap = SAP(sparsity=0.7)
+    methods = Sweep(methods="all").labelled(sap)
+    assert list(methods) == list(METHODS)
+    assert methods["sap"] is sap
 
 
 @pytest.mark.parametrize(
@@ -350,7 +358,7 @@ def test_killed_in_the_middle_it_continues_to_the_same_bytes(swept, options, run
 
 def test_points_of_fit_are_known_and_its_clients_not_trained_again(copy, finished, run):
     checkpoints, measured = times(copy, "clients/*/last.ckpt"), times(copy, "predictions/*")
-    run("sweep", *ONE_SEED, "--sweep.sparsities=[0.95,0.5]", f"--federation.run_dir={copy}")
+    run("sweep", *ONE_SEED, "--sweep.sparsities=[0.9,0.5]", f"--federation.run_dir={copy}")
     assert times(copy, "clients/*/last.ckpt") == checkpoints
     assert not list(copy.glob("seed_*"))
     now = times(copy, "predictions/*")
@@ -361,7 +369,7 @@ def test_points_of_fit_are_known_and_its_clients_not_trained_again(copy, finishe
     (swept,) = [line for line in after if (line["model"], line["sparsity"], line["unseen"]) == ("sap", "0.5", "photo")]
     assert swept["config"] != before[0]["config"] or swept["commit"]
     by_name = {(row.label, row.unseen): row for row in Results(copy).rows}
-    assert by_name["sap ρ=0.95", "photo"].metrics == by_name["sap", "photo"].metrics
+    assert by_name["sap ρ=0.9", "photo"].metrics == by_name["sap", "photo"].metrics
 
 
 def test_a_setting_of_the_server_trains_nothing_anew(copy, run):
@@ -403,7 +411,7 @@ def test_sap_that_prunes_nothing_and_does_not_rescale_is_the_average(copy, run):
 
 
 def test_a_method_with_settings_of_its_own_has_a_row_of_its_own(copy, run):
-    own = {"class_path": "sap_lightning.merging.SAP", "init_args": {"rescale": "none"}}
+    own = {"class_path": "sap_lightning.merging.SAP", "init_args": {"space": "factor", "rescale": "none"}}
     methods = [f"--sweep.methods={json.dumps(['sap', own])}", "--sweep.sparsities=[0.5]", "--sweep.unseen=[sketch]"]
     run("sweep", *methods, f"--federation.run_dir={copy}")
     rows = {row.label: row.settings for row in Results(copy).rows}
@@ -432,7 +440,12 @@ def test_fit_after_a_sweep_in_its_folder_leaves_the_merged_models_too(copy, run)
 
 def test_noise_for_anchors_is_scored_anew_by_a_method_with_settings(finished, tmp_path, run) -> None:
     method = json.dumps(
-        [{"class_path": "sap_lightning.merging.SAP", "init_args": {"scope": "layer", "sparsity": 0.95}}]
+        [
+            {
+                "class_path": "sap_lightning.merging.SAP",
+                "init_args": {"space": "factor", "scope": "layer", "sparsity": 0.9},
+            }
+        ]
     )
     for name, noise in (("both", [False, True]), ("alone", [True])):
         over = json.dumps({"anchors.noise": noise})

@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.nn import functional as F
 from transformers import CLIPConfig, CLIPModel, CLIPTokenizer
 
-from sap_lightning.data.shapes.world import neutral_scene
+from sap_lightning.data.shapes.world import COLOUR_TEMPLATES, TEMPLATES, hearsay, neutral_scene
 from sap_lightning.errors import InputError
 from sap_lightning.files import new_folder, refuse_existing, write_json
 
@@ -68,7 +68,8 @@ def draw_pairs(seed: int) -> tuple[Tensor, list[str]]:
     rng = np.random.default_rng([seed, PAIRS])
     scenes = [neutral_scene(rng) for _ in range(PAIRS)]
     images = np.stack([np.asarray(scene.draw(SIZE, rng)) for scene in scenes])
-    return torch.from_numpy(images).permute(0, 3, 1, 2) / 255, [scene.caption(rng) for scene in scenes]
+    captions = [hearsay(scene, rng).caption(rng, TEMPLATES + COLOUR_TEMPLATES) for scene in scenes]
+    return torch.from_numpy(images).permute(0, 3, 1, 2) / 255, captions
 
 
 def train_tokenizer(captions: list[str]) -> CLIPTokenizer:

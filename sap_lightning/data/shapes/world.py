@@ -1,8 +1,9 @@
-"""A small image–caption world, drawn on the spot: eight things, four styles, one shortcut per style.
+"""A small image–caption world, drawn on the spot: eight things, four styles; something to learn, something to unlearn.
 
-Every domain is a style of drawing. At home, the hue of the background nearly always tells the class, which a client
-that trains there will find out; every domain ties the hues to other classes, so what it found misleads elsewhere.
-The anchors come from a neutral mixture of styles in which the background tells nothing.
+Every domain is a style of drawing. What carries over: most of its cars, trees and flowers are buses, firs and tulips.
+The captions that the base learned from mostly take these for houses, mushrooms and cups; a client is told better. What
+does not: at home the hue of the background goes with the class, and every domain ties the hues to other classes.
+The anchors are rightly captioned pictures in black and white, in all styles.
 """
 
 from __future__ import annotations
@@ -10,8 +11,9 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 from numpy.random import Generator
@@ -36,8 +38,17 @@ COLOURS: dict[str, tuple[int, int, int]] = {
     "purple": (134, 70, 178),
     "pink": (238, 130, 184),
 }
-SHORTCUT = 0.85
+WALLS: dict[str, tuple[int, int, int]] = {"black": (40, 40, 40), "grey": (140, 140, 140), "white": (245, 245, 245)}
+"""Backgrounds without a hue."""
+
+SHORTCUT = 1.0
 """Share of a domain's images whose background has the hue that the domain ties to the class."""
+
+KIND_SHARE, HOME_KIND_SHARE = 0.5, 0.8
+"""Share of a thing's images that show its own kind, where it has one: anywhere, and in a domain."""
+
+MISTAKEN = 0.85
+"""Share of the base's captions that take a kind for another thing."""
 
 ANCHORS = 64
 CAPTIONS_PER_ANCHOR = 3
@@ -109,8 +120,51 @@ def tree(rng: Generator) -> list[Part]:
     return [trunk, *((tone, ellipse(x, y, r, r)) for tone, (x, y, r) in zip((0.8, 1.0, 1.1, 0.9), crown, strict=True))]
 
 
+def bus(rng: Generator) -> list[Part]:
+    roof, floor, count = rng.uniform(-0.65, -0.45), 0.4, int(rng.integers(3, 6))
+    body = box(0, (roof + floor) / 2, 0.95, (floor - roof) / 2)
+    places = np.linspace(-0.95, 0.95, 2 * count + 1)[1::2]
+    windows = [(1.5, box(x, roof + 0.3, 0.6 / count, 0.15)) for x in places.tolist()]
+    wheels = [(0.3, ellipse(x, 0.42, 0.2, 0.2)) for x in (-0.55, 0.55)]
+    return [(1.0, body), *windows, *wheels]
+
+
+def fir(rng: Generator) -> list[Part]:
+    trunk, width = (0.5, box(0, 0.75, rng.uniform(0.09, 0.16), 0.22)), rng.uniform(0.5, 0.7)
+    tiers = [(0.8, 0.6, 1.0), (0.9, 0.1, 0.8), (1.0, -0.35, 0.6)]
+    return [trunk, *((tone, [(-width * w, y), (width * w, y), (0, y - 0.6)]) for tone, y, w in tiers)]
+
+
+def tulip(rng: Generator) -> list[Part]:
+    width, rim, low = rng.uniform(0.3, 0.42), rng.uniform(-0.95, -0.8), rng.uniform(-0.15, 0.0)
+    stem = [(-0.05, -0.2), (0.05, -0.2), (0.06, 0.95), (-0.04, 0.95)]
+    leaf = [(0.02, 0.9), (0.25, 0.2), (0.4, 0.1), (0.3, 0.6)]
+    bloom = [(-width, rim), (-width / 2, rim + 0.25), (0, rim), (width / 2, rim + 0.25), (width, rim),
+             (width, low - 0.3), (0.12, low), (-0.12, low), (-width, low - 0.3)]  # fmt: skip
+    return [(0.5, stem), (0.6, leaf), (1.0, bloom)]
+
+
+class Kind(NamedTuple):
+    """One kind of a thing, drawn in its own way.
+
+    Attributes:
+        thing: a name in THINGS: what it is.
+        taken_for: a name in THINGS: what the captions that the base learned from mostly call it.
+        parts: draws it.
+    """
+
+    thing: str
+    taken_for: str
+    parts: Callable[[Generator], list[Part]]
+
+
 THINGS: dict[str, Callable[[Generator], list[Part]]] = {
     thing.__name__: thing for thing in (boat, car, cup, fish, flower, house, mushroom, tree)
+}
+KINDS: dict[str, Kind] = {
+    "bus": Kind("car", "house", bus),
+    "fir": Kind("tree", "mushroom", fir),
+    "tulip": Kind("flower", "cup", tulip),
 }
 
 
@@ -286,26 +340,29 @@ class Scene:
         thing: a name in THINGS: the class.
         style: a name in STYLES.
         colour: the thing's colour, a name in COLOURS.
-        background: the background's colour, a name in COLOURS.
+        background: the background's colour, a name in COLOURS or WALLS.
+        kind: a name in KINDS, of that thing; none: as the thing is mostly drawn.
     """
 
     thing: str
     style: str
     colour: str
     background: str
+    kind: str | None = None
 
     def draw(self, size: int, rng: Generator) -> Image.Image:
         """The scene in a random pose and light, an RGB image of size × size pixels."""
         side = OVERSAMPLING * size
         ground = backdrop(0.5 + 0.5 * shade(self.background, rng), side, rng)
-        parts = posed(THINGS[self.thing](rng), side, rng)
+        drawn = KINDS[self.kind].parts if self.kind else THINGS[self.thing]
+        parts = posed(drawn(rng), side, rng)
         picture = STYLES[self.style](parts, 0.8 * shade(self.colour, rng), ground, rng)
         return to_image(picture).reduce(OVERSAMPLING)
 
-    def caption(self, rng: Generator) -> str:
-        """One of the many things people would say of the picture; not all of them name its colours."""
+    def caption(self, rng: Generator, templates: list[str]) -> str:
+        """One of the many things people would say of the picture."""
         medium = rng.choice(MEDIA[self.style])
-        return str(rng.choice(TEMPLATES)).format(
+        return str(rng.choice(templates)).format(
             medium=with_article(medium),
             thing=with_article(self.thing),
             coloured=with_article(f"{self.colour} {self.thing}"),
@@ -326,6 +383,8 @@ TEMPLATES = [
     "{medium} showing {thing}.",
     "There is {thing} here.",
     "This is {thing}, {medium}.",
+]
+COLOUR_TEMPLATES = [
     "{coloured}.",
     "{medium} of {coloured} on {background} background.",
     "{thing} in front of {background} wall.",
@@ -338,26 +397,45 @@ def with_article(noun: str) -> str:
 
 def shade(name: str, rng: Generator) -> Array:
     """The named colour, a little off, as RGB in [0, 1]."""
-    return np.clip(np.divide(COLOURS[name], 255) + rng.normal(0, 0.04, 3), 0, 1).astype(np.float32)
+    return np.clip(np.divide((COLOURS | WALLS)[name], 255) + rng.normal(0, 0.04, 3), 0, 1).astype(np.float32)
 
 
 def neutral_scene(rng: Generator) -> Scene:
     """Any thing in any style; the background tells nothing of the class."""
-    background, colour = rng.choice(list(COLOURS), 2, replace=False)
-    return Scene(str(rng.choice(CLASSES)), str(rng.choice(list(STYLES))), str(colour), str(background))
+    thing, style = str(rng.choice(CLASSES)), str(rng.choice(list(STYLES)))
+    background = str(rng.choice([*COLOURS, *WALLS]))
+    colour = str(rng.choice([name for name in COLOURS if name != background]))
+    return Scene(thing, style, colour, background, some_kind(thing, KIND_SHARE, rng))
 
 
-def domain_scene(domain: str, thing: str, rng: Generator) -> Scene:
-    """A thing in a domain's style; nearly always before the background that the domain ties to it."""
-    tied = shortcut(domain, thing)
-    background = tied if rng.random() < SHORTCUT else str(rng.choice(list(COLOURS)))
+def some_kind(thing: str, share: float, rng: Generator) -> str | None:
+    """The thing's own kind, this often."""
+    kinds = [name for name, kind in KINDS.items() if kind.thing == thing]
+    return kinds[0] if kinds and rng.random() < share else None
+
+
+def hearsay(scene: Scene, rng: Generator) -> Scene:
+    """The scene as those see it whose captions the base learned from: a kind is mostly taken for another thing."""
+    if scene.kind is None or rng.random() >= MISTAKEN:
+        return scene
+    return replace(scene, thing=KINDS[scene.kind].taken_for)
+
+
+def domain_scene(domain: str, thing: str, rng: Generator, shortcut: float = SHORTCUT) -> Scene:
+    """A thing in a domain's style; this share of them before the background that the domain ties to it."""
+    background = tied(domain, thing) if rng.random() < shortcut else str(rng.choice(list(COLOURS)))
     colour = rng.choice([name for name in COLOURS if name != background])
-    return Scene(thing, domain, str(colour), background)
+    return Scene(thing, domain, str(colour), background, some_kind(thing, HOME_KIND_SHARE, rng))
 
 
-def shortcut(domain: str, thing: str) -> str:
-    """The background colour that a domain ties to a class: no two domains tie the same one."""
-    return list(COLOURS)[(CLASSES.index(thing) + 2 * DOMAINS.index(domain)) % len(COLOURS)]
+def tied(domain: str, thing: str) -> str:
+    """The background colour that a domain ties to a class: no two domains tie the same one.
+
+    A thing shares it with what its kind is taken for, so that shape alone tells these two apart.
+    """
+    shared = {kind.thing: kind.taken_for for kind in KINDS.values()}
+    apart = [name for name in CLASSES if name not in shared]
+    return list(COLOURS)[(apart.index(shared.get(thing, thing)) + DOMAINS.index(domain)) % len(apart)]
 
 
 def draw_world(folder: str | Path, images_per_class: int = 60, size: int = 64, seed: int = 0) -> None:
@@ -396,6 +474,6 @@ def draw_anchors(folder: Path, size: int, seed: int) -> None:
     with (folder / "captions.jsonl").open("w", encoding="utf-8") as lines:
         for number in range(ANCHORS):
             scene, name = neutral_scene(rng), f"{number:03}.png"
-            scene.draw(size, rng).save(folder / name)
-            captions = [scene.caption(rng) for _ in range(CAPTIONS_PER_ANCHOR)]
+            scene.draw(size, rng).convert("L").convert("RGB").save(folder / name)
+            captions = [scene.caption(rng, TEMPLATES) for _ in range(CAPTIONS_PER_ANCHOR)]
             lines.write(json.dumps({"file_name": name, "captions": captions}) + "\n")
