@@ -10,12 +10,13 @@ from typing import Any
 import lightning as L
 import yaml
 from jsonargparse import SUPPRESS, ActionConfigFile
+from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.callbacks import ProgressBar
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 
 from sap_lightning.data.anchors import AnchorDataModule
 from sap_lightning.data.domains import DomainDataModule
-from sap_lightning.errors import InputError
+from sap_lightning.errors import InputError, first_line
 from sap_lightning.federation.one_shot import OneShotFederation
 from sap_lightning.federation.run_folder import flat
 from sap_lightning.federation.sweep import Sweep
@@ -175,7 +176,7 @@ class SapCLI(LightningCLI):
             seed_everything_default=0,
             trainer_defaults=TRAINER_DEFAULTS,
             parser_kwargs={"prog": f"python -m sap_lightning {command}", "description": description},
-            args=with_class_paths(args),
+            args=with_class_paths(config_files_first(args)),
             run=False,
             auto_configure_optimizers=False,
             load_from_checkpoint_support=False,
@@ -214,6 +215,8 @@ class SapCLI(LightningCLI):
         try:
             super().instantiate_classes()
             self.merge = self._merge_module()
+            if sum(bool(re.match(r"--uploads(=|$)", arg)) for arg in self.line) > 1:
+                raise InputError("--uploads is given twice, and the last would count alone; name all uploads after one")
             given = self.config.get("uploads") or []
             self.uploads: list[str] = [given] if isinstance(given, str) else list(given)
         except ValueError as error:
@@ -261,15 +264,29 @@ class SapCLI(LightningCLI):
     def make_trainer(self, callbacks: Sequence[L.Callback] = (), **overrides: Any) -> L.Trainer:
         """A Trainer as configured, with these callbacks besides the configured ones and these overrides."""
         trainer = self.config_init.trainer
-        configured = copy.deepcopy(trainer.callbacks or [])
-        if isinstance(configured, L.Callback):
-            configured = [configured]
         if trainer.logger not in (None, True):
             overrides.pop("logger", None)
         if trainer.enable_progress_bar is False:
             overrides["enable_progress_bar"] = False
             callbacks = [callback for callback in callbacks if not isinstance(callback, ProgressBar)]
-        return self.instantiate_trainer(callbacks=[*configured, *callbacks], **overrides)
+        return self.instantiate_trainer(callbacks=[*self._configured_callbacks(), *callbacks], **overrides)
+
+    def instantiate_trainer(self, **kwargs: Any) -> L.Trainer:
+        """A Trainer as configured, but for the arguments that are given.
+
+        Raises:
+            InputError: with what Lightning says of the options.
+        """
+        # A Trainer adds to the very list of callbacks that it is given.
+        arguments = {"callbacks": self._configured_callbacks(), **kwargs}
+        try:
+            return super().instantiate_trainer(**arguments)
+        except (MisconfigurationException, ImportError, RuntimeError, TypeError, ValueError) as error:
+            raise InputError(f"trainer: {first_line(error)}") from error
+
+    def _configured_callbacks(self) -> list[L.Callback]:
+        configured = copy.deepcopy(self.config_init.trainer.callbacks or [])
+        return [configured] if isinstance(configured, L.Callback) else configured
 
     def federation(self, **others: Any) -> OneShotFederation:
         """The federation as configured, but for the arguments that are given."""
@@ -318,6 +335,19 @@ def is_taken(option: str, command: str) -> bool:
     """Whether a command takes an option, or any of a group."""
     below = [commands for name, commands in TAKEN_BY.items() if name.startswith(f"{option}.")]
     return any(command in commands for commands in (takers(option) or (), *below))
+
+
+def config_files_first(args: Sequence[str]) -> list[str]:
+    """The command line with its config files first, in their order: an option wins over a file wherever it stands."""
+    files: list[str] = []
+    options = list(args)
+    for index in reversed(range(len(options))):
+        if re.match(r"(--config|-c)=|-c.", options[index]):
+            files[:0] = [options.pop(index)]
+        elif options[index] in ("--config", "-c"):
+            files[:0] = options[index : index + 2]
+            del options[index : index + 2]
+    return files + options
 
 
 def refuse_others(command: str, args: Sequence[str]) -> None:

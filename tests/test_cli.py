@@ -110,6 +110,11 @@ def test_without_a_known_command_there_is_the_table_of_commands(main, capsys, ar
         assert re.search(rf"^  {name} +{re.escape(function.__doc__)}$", shown, re.MULTILINE)
 
 
+def test_a_mistyped_command_is_named(main, capsys):
+    assert main("fti", "--config", "x.yaml") == 2
+    assert capsys.readouterr().err == "error: no command 'fti'\n"
+
+
 @pytest.mark.parametrize("flag", ["--help", "-h"])
 def test_help_is_the_table_of_commands_and_no_error(main, capsys, flag):
     assert main(flag) == 0
@@ -421,6 +426,40 @@ def test_configured_callbacks_and_logger_stay_beside_the_command_s_own(parsed, t
         assert isinstance(trainer.logger, CSVLogger)
     timers = [callback for trainer in trainers for callback in trainer.callbacks if isinstance(callback, Timer)]
     assert timers[0] is not timers[1], "each training has callbacks of its own"
+
+
+def test_each_trainer_has_the_configured_list_of_callbacks_once(parsed, tmp_path):
+    listed = [{"class_path": "Timer"}, {"class_path": "LearningRateMonitor"}]
+    (tmp_path / "callbacks.yaml").write_text(yaml.safe_dump({"trainer": {"callbacks": listed}}))
+    fit = parsed(f"--config={tmp_path / 'callbacks.yaml'}")
+    for trainer in [fit.make_trainer(enable_progress_bar=False) for _ in range(2)]:
+        names = [type(callback).__name__ for callback in trainer.callbacks]
+        assert names.count("Timer") == names.count("LearningRateMonitor") == names.count("ModelCheckpoint") == 1
+        assert not any(isinstance(callback, ProgressBar) for callback in trainer.callbacks)
+
+
+@pytest.mark.parametrize(
+    ("option", "said"),
+    [("accelerator=tpu", "torch_xla"), ("strategy=dpp", "'dpp'"), ("devices=0", "devices")],
+)
+def test_what_lightning_says_of_a_trainer_option_ends_in_one_line(main, options, option, said):
+    told = main("fit", *options, f"--trainer.{option}")
+    assert told.startswith("error: trainer: ") and said in told and "\n" not in told
+
+
+def test_an_option_wins_over_a_config_file_wherever_it_stands(tmp_path):
+    files = [tmp_path / "first.yaml", tmp_path / "second.yaml"]
+    files[0].write_text("{prune: {sparsity: 0.1, scale: 3.0}, merge: {method: null, output: null}}")
+    files[1].write_text("prune: {sparsity: 0.2}")
+    first, second = map(str, files)
+    for line in (
+        ["--merge.method", "ties", "--config", first, f"--config={second}", "--merge.output=out"],
+        ["--config", first, "--merge.method=ties", "--merge.output", "out", "-c", second],
+        ["--merge.method=ties", f"-c={first}", "--merge.output=out", f"-c{second}"],
+    ):
+        command = cli.SapCLI("merge", line)
+        assert type(command.merge.method).__name__ == "TIES" and command.config_init.merge.output == "out"
+        assert (command.config_init.prune.sparsity, command.config_init.prune.scale) == (0.2, 3.0)
 
 
 def test_a_trial_with_few_batches_trains_on_few_and_measures_all(parsed):

@@ -11,8 +11,11 @@ from sap_lightning.errors import InputError
 
 
 def test_a_merged_model_s_images_are_preprocessed_as_it_says_itself(finished, run, tmp_path, capsys):
-    model = tmp_path / "model"
-    shutil.copytree(finished / "merged" / "photo" / "sap", model)
+    model, untouched = tmp_path / "model", tmp_path / "untouched"
+    uploads = [str(finished / "uploads" / name) for name in ("cartoon", "sketch")]
+    run("merge", "--merge.format=model", f"--merge.output={untouched}", "--uploads", *uploads)
+    shutil.copytree(untouched, model)
+    capsys.readouterr()
     settings = json.loads((model / "preprocessor_config.json").read_text())
     (model / "preprocessor_config.json").write_text(json.dumps(settings | {"image_mean": [0.1, 0.2, 0.9]}))
 
@@ -21,7 +24,15 @@ def test_a_merged_model_s_images_are_preprocessed_as_it_says_itself(finished, ru
         return capsys.readouterr().out
 
     assert shown(f"--uploads={model}") == shown(f"--model.base={model}")
-    assert shown(f"--uploads={model}") != shown(f"--uploads={finished / 'merged' / 'photo' / 'sap'}")
+    assert shown(f"--uploads={model}") != shown(f"--uploads={untouched}")
+
+
+def test_uploads_named_in_two_options_are_refused(finished, run, tmp_path):
+    upload = str(finished / "uploads" / "photo")
+    for twice in (["--uploads", upload, "--uploads", upload], [f"--uploads={upload}", "--uploads", upload]):
+        with pytest.raises(InputError, match="--uploads is given twice"):
+            run("merge", f"--merge.output={tmp_path / 'out'}", *twice)
+    assert not (tmp_path / "out").exists()
 
 
 @pytest.mark.parametrize("domain", ["../photo", "/tmp/photo", ".photo"])

@@ -29,7 +29,7 @@ from sap_lightning.fingerprints import digest
 
 logger = logging.getLogger(__name__)
 
-FORMAT = 1
+FORMAT = 2
 """Part of every cache key: raise it when the same inputs are to give other pixels."""
 
 MAX_CORRUPT = 0.01

@@ -35,7 +35,8 @@ class DomainDataModule(PixelDataModule):
         root: Folder `domain/class/image`, folder of a saved or parquet dataset, or id of a dataset on the hub.
         domain: The domain to load; needed once images are, not for `domains` and `class_names`.
         class_names: Names for the prompts, in label order; by default the class folders' own with spaces for `_`.
-            Matched to the folders by name; if the names differ but their number agrees, in sorted folder order.
+            Matched to the folders by name; if the names differ but their number agrees, in the order of the folders:
+            alphabetical, or by value where all are numbers.
         base: Hub id or folder of the CLIP checkpoint whose preprocessing to apply.
         batch_size: Images per batch over all processes.
         val_fraction: Share of the domain kept back from training for validation.
@@ -235,6 +236,11 @@ def match_classes(found: list[str], given: list[str] | None) -> tuple[list[str],
         if not set(found_keys) <= set(keys):
             _check_positional(found_keys, keys)
             keys = found_keys
+    if len(names) < 2:
+        raise InputError(
+            f"one class only ({', '.join(names)}); a classifier needs two: give images of others, or name more in"
+            " class_names"
+        )
     label = {key: position for position, key in enumerate(keys)}
     return names, {name: label[_key(name)] for name in found}
 
@@ -252,7 +258,7 @@ def _check_positional(found: list[str], given: list[str]) -> None:
         missing = ", ".join(name for name in found if name not in given)
         raise InputError(
             f"class_names has {len(given)} names for {len(found)} classes and none for: {missing};"
-            " give a name for every class, spelled as its folder or in the folders' sorted order"
+            " give a name for every class, spelled as its folder or in the folders' order"
         )
 
 

@@ -8,9 +8,9 @@ from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
-from PIL import Image
+from PIL import Image, ImageOps
 
-SUFFIXES = {".jpg", ".jpeg", ".png", ".webp", ".bmp"}
+SUFFIXES = {".bmp", ".gif", ".jfif", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp"}
 
 
 class Picture(NamedTuple):
@@ -31,7 +31,7 @@ def file_picture(file: Path, root: Path) -> Picture:
 
 
 def decode(data: bytes) -> Image.Image:
-    """Decode an image file to RGB; animations give their first frame, EXIF orientation is not applied.
+    """Decode an image file to RGB, upright as its EXIF orientation says; animations give their first frame.
 
     Transparent pixels become white: dropping the alpha channel would show whatever colour hides below, mostly black.
 
@@ -40,6 +40,7 @@ def decode(data: bytes) -> Image.Image:
     """
     image: Image.Image = Image.open(io.BytesIO(data))
     image.load()
+    ImageOps.exif_transpose(image, in_place=True)
     if image.mode.startswith("I"):
         return _from_16_bit(image).convert("RGB")
     if image.has_transparency_data:

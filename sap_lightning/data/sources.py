@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from pathlib import Path
 from typing import NamedTuple, Protocol
 
@@ -62,7 +62,10 @@ def open_source(root: str, domain_column: str, label_column: str) -> Source:
 
 
 class ImageFolder:
-    """A folder `domain/class/image`; hidden files, other files and folders without images are passed over."""
+    """A folder `domain/class/image`; hidden files, other files and folders without images are passed over.
+
+    Classes are in alphabetical order, or by value where all are numbers.
+    """
 
     def __init__(self, root: Path) -> None:
         self._root = root
@@ -71,7 +74,7 @@ class ImageFolder:
             for domain in subfolders(root)
         }
         self.domains = sorted(domain for domain, classes in per_domain.items() if classes)
-        self.classes = sorted(set().union(*per_domain.values()))
+        self.classes = in_order(set().union(*per_domain.values()))
         if not self.domains:
             raise InputError(
                 f"{root}: no images; expected domain/class/image with {', '.join(sorted(SUFFIXES))}, or a saved dataset"
@@ -100,7 +103,7 @@ class ImageTable:
         self._labels = _names(table, label_column, root)
         self.domains = sorted(set(self._domains))
         label = table.features[label_column]
-        self.classes = list(label.names) if isinstance(label, datasets.ClassLabel) else sorted(set(self._labels))
+        self.classes = list(label.names) if isinstance(label, datasets.ClassLabel) else in_order(set(self._labels))
         if not self.domains:
             raise InputError(f"{root}: the dataset has no rows")
 
@@ -123,6 +126,13 @@ def _names(table: datasets.Dataset, column: str, root: str) -> list[str]:
     if None in values:
         raise InputError(f"{root}: row {values.index(None)} has no {column!r}")
     return values
+
+
+def in_order(names: Collection[str]) -> list[str]:
+    """Names sorted: 2 before 10 where all are numbers."""
+    if all(name.isdecimal() for name in names):
+        return sorted(names, key=lambda name: (int(name), name))
+    return sorted(names)
 
 
 def subfolders(folder: Path) -> list[Path]:

@@ -22,6 +22,7 @@ Shapes = Mapping[str, tuple[int, ...]]
 """Weight shape (d_out, d_in) of every linear layer of a base, by name."""
 _DTYPE_NAMES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 _FACTOR_KEY = re.compile(r"base_model\.model\.(?P<layer>.+)\.lora_(?P<factor>[AB])\.weight")
+_NAMED_FACTOR_KEY = re.compile(r".+\.lora_[AB]\.(?P<name>\w+)\.weight")
 
 
 class Stated(NamedTuple):
@@ -171,6 +172,11 @@ def _parse_key(key: str, shapes: Shapes | None) -> tuple[str, str]:
     """The layer, under our name for it, and the factor that a file's key stands for."""
     match = _FACTOR_KEY.fullmatch(key)
     if not match:
+        if named := _NAMED_FACTOR_KEY.fullmatch(key):
+            raise InputError(
+                f"{short(key)} has the adapter's name {named['name']!r} in it; save the adapter with PEFT's"
+                " save_pretrained"
+            )
         raise InputError(f"{short(key)} is no LoRA factor; expected base_model.model.*.lora_A.weight or _B")
     if shapes is None:
         return match["layer"], match["factor"]
@@ -179,7 +185,10 @@ def _parse_key(key: str, shapes: Shapes | None) -> tuple[str, str]:
             return name, match["factor"]
     if in_text_tower(key) and not any(map(in_text_tower, shapes)):
         raise InputError(f"{short(key)} changes the text tower, only the vision tower can be merged here")
-    raise InputError(f"{short(key)}: the base has no such linear layer; train the adapter on this base")
+    raise InputError(
+        f"{short(key)}: the base has no such linear layer; merge adapters of this base, of its linear layers alone (no"
+        " convolutions, no embeddings)"
+    )
 
 
 def _read_layer(

@@ -65,7 +65,11 @@ class FilesInFolder:
         if not os.path.lexists(path):
             if name == WEIGHTS_FILE and os.path.lexists(folder / "adapter_model.bin"):
                 raise InputError(f"{folder}: adapter_model.bin is a pickle, never read; save as {WEIGHTS_FILE}")
-            raise InputError(f"{path}: no such file; save the adapter with PEFT's save_pretrained")
+            below = sorted(found.parent.name for found in folder.glob(f"*/{name}"))
+            advice = (
+                f"there is one in {below[0]!r} below it" if below else "save the adapter with PEFT's save_pretrained"
+            )
+            raise InputError(f"{path}: no such file; {advice}")
         if not Path(os.path.realpath(path)).is_relative_to(os.path.realpath(folder)):
             raise InputError(f"{path}: leads outside the folder; put the file itself there")
         if not path.is_file():

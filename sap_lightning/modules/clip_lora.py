@@ -169,7 +169,10 @@ class CLIPLoRAModule(CLIPClassifier):
     def validation_step(self, batch: Batch, batch_idx: int) -> None:
         logits = self(batch.images)
         self.metrics.update(logits, batch.labels)
-        self.log("val/loss", cross_entropy(logits, batch.labels), batch_size=len(batch.labels), sync_dist=True)
+        loss = cross_entropy(logits, batch.labels)
+        self.log("val/loss", loss, batch_size=len(batch.labels), sync_dist=True)
+        # What Lightning's own examples have callbacks monitor.
+        self.log("val_loss", loss, batch_size=len(batch.labels), sync_dist=True, logger=False)
 
     def on_validation_epoch_end(self) -> None:
         self.log_accuracy("val/")

@@ -145,7 +145,7 @@ def test_too_few_images_in_class_folders_are_refused(tmp_path, base):
 
 
 def test_a_folder_with_neither_listing_nor_class_folders_is_refused(folder, base):
-    with pytest.raises(InputError, match=r"neither a captions\.jsonl .* nor images class/image with \.bmp, \.jpeg"):
+    with pytest.raises(InputError, match=r"neither a captions\.jsonl .* nor images class/image with \.bmp, \.gif, "):
         _ = AnchorDataModule(str(folder), 2, base).captions
 
 

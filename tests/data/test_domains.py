@@ -241,7 +241,7 @@ def test_few_corrupt_images_are_skipped_and_named(large_root, base, caplog):
     files = sorted((large_root / "photo" / "dog").iterdir())
     files[7].write_bytes(b"")
     files[9].write_bytes(files[9].read_bytes()[:60])
-    data = DomainDataModule(str(large_root), "photo", base=base)
+    data = DomainDataModule(str(large_root), "photo", ["dog", "horse"], base=base)
     with caplog.at_level(logging.WARNING):
         data.setup("test")
     assert "2 of 200 images cannot be decoded" in caplog.text
@@ -254,7 +254,7 @@ def test_few_corrupt_images_are_skipped_and_named(large_root, base, caplog):
 def test_many_corrupt_images_are_refused(large_root, base):
     for file in sorted((large_root / "photo" / "dog").iterdir())[:3]:
         file.write_bytes(b"not an image")
-    data = DomainDataModule(str(large_root), "photo", base=base)
+    data = DomainDataModule(str(large_root), "photo", ["dog", "horse"], base=base)
     for _ in range(2):
         with pytest.raises(InputError, match=r"3 of 200 images .*photo/dog/000\.png .*replace or remove"):
             data.setup("test")
@@ -262,6 +262,12 @@ def test_many_corrupt_images_are_refused(large_root, base):
 
 def test_default_class_names_have_spaces():
     assert match_classes(["alarm_clock", "dog"], None) == (["alarm clock", "dog"], {"alarm_clock": 0, "dog": 1})
+
+
+@pytest.mark.parametrize(("found", "given"), [(["car"], None), (["car", "Car"], None), (["car"], ["car"])])
+def test_one_class_is_refused_with_the_way_out(found, given):
+    with pytest.raises(InputError, match=r"^one class only \(car\); a classifier needs two: .* class_names"):
+        match_classes(found, given)
 
 
 def test_spellings_of_one_class_share_its_label():

@@ -45,10 +45,12 @@ def test_sixteen_bit_greys_keep_their_brightness():
     np.testing.assert_array_equal(np.asarray(decoded)[0, :, 0], [0, 128, 255])
 
 
-def test_exif_orientation_is_not_applied():
-    exif = Image.Exif()
+@pytest.mark.parametrize("kind", ["png", "jpeg", "webp", "tiff"])
+def test_an_image_is_upright_as_its_exif_orientation_says(kind):
+    image, exif = noise(0, 24, 20), Image.Exif()
     exif[0x0112] = 6
-    assert decode(encoded(noise(0, 24, 20), "jpeg", exif=exif)).size == (24, 20)
+    plain, turned = encoded(image, kind), encoded(image, kind, exif=exif)
+    np.testing.assert_array_equal(decode(turned), np.rot90(decode(plain), -1))
 
 
 @pytest.mark.parametrize(

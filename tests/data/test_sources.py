@@ -8,6 +8,7 @@ import pytest
 from pictures import noise
 from PIL import Image
 
+from sap_lightning.data.images import decode
 from sap_lightning.data.sources import open_source
 from sap_lightning.data.tables import table_fingerprint, table_pictures
 from sap_lightning.errors import InputError
@@ -175,3 +176,21 @@ def test_broken_parquet_is_refused(tmp_path):
     (tmp_path / "broken.parquet").write_bytes(b"PAR1 no more")
     with pytest.raises(InputError, match="nor a readable dataset"):
         open_source(str(tmp_path), "domain", "label")
+
+
+def test_folders_named_by_numbers_are_classes_in_counting_order(tmp_path):
+    for name in ("0", "1", "10", "2"):
+        (tmp_path / "photo" / name).mkdir(parents=True)
+        (tmp_path / "photo" / name / "0.png").write_bytes(png(0)["bytes"])
+    assert open_source(str(tmp_path), "domain", "label").classes == ["0", "1", "2", "10"]
+    (tmp_path / "photo" / "10").rename(tmp_path / "photo" / "ten")
+    assert open_source(str(tmp_path), "domain", "label").classes == ["0", "1", "2", "ten"]
+
+
+@pytest.mark.parametrize("suffix", [".TIF", ".tiff", ".gif", ".ppm", ".pgm", ".jfif", ".webp", ".bmp"])
+def test_every_format_of_an_image_is_read(tmp_path, suffix):
+    (tmp_path / "photo" / "dog").mkdir(parents=True)
+    image = noise(0).convert("L")
+    image.save(tmp_path / "photo" / "dog" / f"0{suffix}", "jpeg" if suffix == ".jfif" else None)
+    (picture,) = open_source(str(tmp_path), "domain", "label").samples("photo").pictures
+    assert decode(picture.read()).size == image.size

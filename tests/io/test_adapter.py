@@ -471,7 +471,7 @@ def with_tensor(key: str, tensor: Tensor) -> Callable[[dict[str, Tensor]], dict[
         (with_tensor("a\nb\x1b[31m", torch.zeros(1)), r"'a\\nb\\x1b\[31m' is no LoRA factor"),
         (with_tensor("x" * 5000, torch.zeros(1)), r"xxx\.\.\.xxx"),
         (with_tensor(Q_A.replace("lora_A", "lora_magnitude_vector"), torch.ones(32)), "is no LoRA factor"),
-        (with_tensor(Q_A.replace("weight", "default.weight"), torch.ones(3, 32)), "is no LoRA factor"),
+        (with_tensor(Q_A.replace("weight", "default.weight"), torch.ones(3, 32)), "the adapter's name 'default' in it"),
         (with_tensor(Q_B.replace("weight", "bias"), torch.ones(32)), "is no LoRA factor"),
         (with_tensor(Q_A.replace("layers.0", "layers.7"), torch.ones(3, 32)), "no such linear layer"),
         (with_tensor(Q_A.replace(Q, "vision_model.embeddings.patch_embedding"), torch.ones(3, 3, 8, 8)), "no such"),
@@ -711,6 +711,12 @@ def test_truncated_safetensors_are_refused(upload: Path, shapes: dict[str, torch
 def test_missing_files_are_refused(upload: Path, shapes: dict[str, torch.Size], name: str) -> None:
     (upload / name).unlink()
     assert_refused(upload, shapes, f"{name}: no such file")
+
+
+def test_an_adapter_in_a_folder_below_is_pointed_at(upload: Path, shapes: dict[str, torch.Size]) -> None:
+    (upload / "sketch").mkdir()
+    (upload / CONFIG_FILE).rename(upload / "sketch" / CONFIG_FILE)
+    assert_refused(upload, shapes, f"{CONFIG_FILE}: no such file; there is one in 'sketch' below it")
 
 
 def test_missing_folders_are_refused(upload: Path, shapes: dict[str, torch.Size]) -> None:

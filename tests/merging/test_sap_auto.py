@@ -10,12 +10,14 @@ import pytest
 import torch
 from adapters import adapter_of, exact_delta, reaching
 from probes import captions, images, model_of, probe, relative_gap, tower, unlike_clients
+from safetensors.torch import load_file, save_file
 from torch.func import functional_call
 
 from sap_lightning.errors import InputError
 from sap_lightning.functional.lora import Update, dense
 from sap_lightning.functional.reach import LENGTHS
 from sap_lightning.io.adapter import Adapter
+from sap_lightning.io.upload_files import WEIGHTS_FILE
 from sap_lightning.merging.distances import mean_cosine
 from sap_lightning.merging.pruning import Pruning
 from sap_lightning.merging.sap import SAP
@@ -178,9 +180,11 @@ def record_of(run, uploads, tmp_path):
 
 
 def test_the_command_leaves_the_findings_in_the_record(run, finished, tmp_path):
-    uploads = [shutil.copytree(finished / "uploads" / name, tmp_path / name) for name in ("cartoon", "photo")]
+    uploads = [shutil.copytree(finished / "uploads" / "photo", tmp_path / name) for name in ("one", "opposite")]
     for upload in uploads:
         (upload / "manifest.json").unlink()
+    factors = load_file(uploads[1] / WEIGHTS_FILE)
+    save_file({key: -value if "lora_B" in key else value for key, value in factors.items()}, uploads[1] / WEIGHTS_FILE)
     record = record_of(run, uploads, tmp_path)
     assert len(record["findings"]["tried"]) == 3
     assert record["findings"]["chosen"]["loss"] == min(trial["loss"] for trial in record["findings"]["tried"])

@@ -129,7 +129,7 @@ def test_several_adapters_unpruned_average_to_the_dense_mean(merge, uploads):
 
 
 def test_several_adapters_unpruned_in_delta_space_average_to_the_dense_mean(merge, uploads):
-    out, clients = merge(uploads, *UNPRUNED), [deltas(upload) for upload in uploads]
+    out, clients = merge(uploads, *UNPRUNED, "--prune.space=delta"), [deltas(upload) for upload in uploads]
     for name in clients[0]:
         torch.testing.assert_close(moved(out, name), mean_of(clients, name), atol=1e-6, rtol=0)
 
@@ -161,7 +161,7 @@ def test_weights_follow_the_number_of_samples(merge, uploads, tmp_path):
 
 
 def test_a_plain_peft_folder_is_an_upload(merge, uploads, plain):
-    assert (merge([plain, uploads[1]]) / "model.safetensors").is_file()
+    assert (merge([plain, uploads[1]]) / "adapter_model.safetensors").is_file()
 
 
 def test_samples_without_a_manifest_are_refused_by_name(merge, plain, tmp_path):
@@ -173,7 +173,7 @@ def test_samples_without_a_manifest_are_refused_by_name(merge, plain, tmp_path):
 def test_a_rank_compresses_a_dense_merge_and_reports_the_error(merge, uploads):
     errors = []
     for rank in (4, 64):
-        folder = merge(uploads, f"--merge.rank={rank}", output=f"rank{rank}")
+        folder = merge(uploads, "--prune.space=delta", f"--merge.rank={rank}", output=f"rank{rank}")
         assert json.loads((folder / "adapter_config.json").read_text())["r"] == rank
         errors.append(json.loads((folder / "merge.json").read_text())["relative_error"])
     assert 1 > errors[0] > errors[1] > 0
@@ -209,8 +209,8 @@ def test_an_upload_of_another_base_is_refused(merge, uploads, tmp_path):
 
 def test_robust_rescaling_needs_factor_space(merge, uploads):
     with pytest.raises(InputError, match=r"prune\.space factor"):
-        merge(uploads, "--prune.rescale=robust")
-    assert load_file(merge(uploads, "--prune.rescale=robust", "--prune.space=factor") / "adapter_model.safetensors")
+        merge(uploads, "--prune.rescale=robust", "--prune.space=delta")
+    assert load_file(merge(uploads, "--prune.rescale=robust") / "adapter_model.safetensors")
 
 
 def test_a_method_without_anchors_merges_without_any(merge, uploads, capsys):
