@@ -214,12 +214,14 @@ def pairs_in_table(table: datasets.Dataset, root: str, num_pairs: int) -> Pairs:
 
 
 def _entries(listing: Path) -> Iterator[tuple[str, dict[str, object]]]:
-    """Each JSON object of the file with the words for where it stands."""
+    """Each JSON object of the file with the words for where it stands; blank lines are passed over."""
     try:
-        lines = listing.read_text(encoding="utf-8").splitlines()
+        lines = listing.read_text(encoding="utf-8-sig").split("\n")
     except (OSError, UnicodeDecodeError) as error:
         raise InputError(f"{listing}: cannot be read: {error}") from error
     for number, line in enumerate(lines, start=1):
+        if not line.strip():
+            continue
         where = f"{listing}: line {number}"
         try:
             entry = json.loads(line)

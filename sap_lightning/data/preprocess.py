@@ -32,7 +32,7 @@ class Preprocess:
     def __init__(self, base: str) -> None:
         try:
             # Always PIL: whether torchvision is installed must not change a pixel.
-            self._processor = AutoImageProcessor.from_pretrained(base, backend="pil")
+            self._processor = AutoImageProcessor.from_pretrained(base, backend="pil", trust_remote_code=False)
         except Exception as error:  # a malformed config can fail anywhere in transformers
             raise InputError(
                 f"{base}: cannot load the checkpoint's preprocessor config: {first_line(error)}"

@@ -177,8 +177,8 @@ class Merged:
         for name, layer in self.update.items():
             linear_weight(clip, name).add_(dense(layer))
         clip.save_pretrained(folder)
-        AutoTokenizer.from_pretrained(self.base).save_pretrained(folder)
-        AutoImageProcessor.from_pretrained(self.base).save_pretrained(folder)
+        AutoTokenizer.from_pretrained(self.base, trust_remote_code=False).save_pretrained(folder)
+        AutoImageProcessor.from_pretrained(self.base, trust_remote_code=False).save_pretrained(folder)
         return 0.0
 
 

@@ -133,7 +133,7 @@ def vision_tower(clip: CLIPModel) -> CLIPVisionModelWithProjection:
 
 def _load_tokenizer(base: str, vocab_size: int) -> Any:
     try:
-        tokenizer = AutoTokenizer.from_pretrained(base)
+        tokenizer = AutoTokenizer.from_pretrained(base, trust_remote_code=False)
     except Exception as error:  # transformers raises whatever a faulty file leads it to
         raise InputError(f"model.base {base!r}: no tokenizer could be loaded: {first_line(error)}") from error
     # Without its files a tokenizer is loaded all the same, knowing nothing but the special tokens.

@@ -29,7 +29,7 @@ def model_type(base: str) -> str:
         InputError: when there is no config.
     """
     try:
-        return str(AutoConfig.from_pretrained(base).model_type)
+        return str(AutoConfig.from_pretrained(base, trust_remote_code=False).model_type)
     except Exception as error:  # transformers raises whatever a faulty file leads it to
         raise InputError(f"model.base {base!r}: no checkpoint could be loaded: {first_line(error)}") from error
 
@@ -41,7 +41,7 @@ def linear_shapes(base: str) -> dict[str, tuple[int, int]]:
     """
     try:
         with torch.device("meta"):
-            model = AutoModel.from_config(AutoConfig.from_pretrained(base))
+            model = AutoModel.from_config(AutoConfig.from_pretrained(base, trust_remote_code=False))
     except ValueError:
         return {}
     shapes = {}

@@ -46,6 +46,14 @@ def test_hugging_face_s_listing_of_a_folder_of_images_is_read_too(folder, base):
     assert sorted(filter(None, expected)) == ["caption 0", "caption 2"]
 
 
+@pytest.mark.parametrize("odd", ["\u2028", "\u2029", "\x85", "\x0b", "\x1c"])
+def test_a_line_ends_where_json_lines_do_and_nowhere_else(folder, base, odd):
+    lines = [json.dumps(entry(0)), "", json.dumps(entry(1, captions=[f"one{odd}two"]), ensure_ascii=False), "  "]
+    for end, encoding in (("\n", "utf-8"), ("\r\n", "utf-8-sig")):
+        (folder / "captions.jsonl").write_bytes((end.join(lines) + end).encode(encoding))
+        assert AnchorDataModule(str(folder), num_pairs=2, base=base).captions == ["caption 0", f"one{odd}two"]
+
+
 def test_validate_yields_the_first_pairs_in_order(folder, base):
     write(folder, *[entry(number) for number in (3, 1, 4, 0)])
     data = AnchorDataModule(str(folder), num_pairs=3, base=base, batch_size=2)

@@ -78,3 +78,12 @@ def test_a_model_that_transformers_has_no_base_model_of_has_no_known_layers(tmp_
 def test_a_base_that_is_not_there_is_refused_by_name() -> None:
     with pytest.raises(InputError, match=r"model\.base '/nowhere': no checkpoint could be loaded"):
         model_type("/nowhere")
+
+
+def test_code_that_a_checkpoint_brings_is_neither_run_nor_asked_about(tmp_path: Path, capfd) -> None:
+    config = {"model_type": "of_its_own", "auto_map": {"AutoConfig": "code.Config", "AutoModel": "code.Model"}}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    (tmp_path / "code.py").write_text("raise SystemExit('it was run')")
+    with pytest.raises(InputError, match=r"no checkpoint could be loaded: .*custom code"):
+        model_type(str(tmp_path))
+    assert "[y/N]" not in "".join(capfd.readouterr())
