@@ -10,6 +10,7 @@ the rest. Rows are means over the four styles, and over clients.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from copy import deepcopy
 from pathlib import Path
 
 import numpy as np
@@ -46,7 +47,7 @@ def main(run: str = "runs/shapes", base: str = SHAPES_CLIP, images_per_class: in
     clients = {domain: probe.model(folder / "uploads" / domain) for domain in DOMAINS}
     print("| model | kinds, tied hue | kinds, any hue | others, tied hue | others, any hue |")
     print("| --- | ---: | ---: | ---: | ---: |")
-    show("zero-shot", [probe.measure(load_base(base).tower, domain) for domain in DOMAINS])
+    show("zero-shot", [probe.measure(probe.base.tower, domain) for domain in DOMAINS])
     show("clients at home", [probe.measure(clients[domain], domain) for domain in DOMAINS])
     show("clients elsewhere", [probe.measure(clients[a], b) for a in DOMAINS for b in DOMAINS if a != b])
     for method in sorted(path.name for path in (folder / "merged" / DOMAINS[0]).iterdir()):
@@ -62,8 +63,8 @@ class Probe:
     """New images of every domain, and the accuracy on them."""
 
     def __init__(self, base: str, images_per_class: int, size: int) -> None:
-        self.base = base
-        self.classes = load_base(base).texts.class_features(CLASSES, [TEMPLATE])
+        self.base = load_base(base)
+        self.classes = self.base.texts.class_features(CLASSES, [TEMPLATE])
         self.preprocess = Preprocess(base)
         self.drawn = {domain: list(self.draw(domain, images_per_class, size)) for domain in DOMAINS}
 
@@ -81,7 +82,7 @@ class Probe:
         """The vision tower of a CLIPModel folder, or the base's with the adapter in this folder."""
         if (folder / "config.json").is_file():
             return load_base(str(folder)).tower
-        tower = load_base(self.base).tower
+        tower = deepcopy(self.base.tower)
         Patched(tower).set_update(read_adapter(folder, layer_shapes(tower)).layers)
         return tower
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import re
 from collections.abc import Mapping, Sequence
+from itertools import islice
 from typing import Any
 
 import lightning as L
@@ -169,6 +170,8 @@ class SapCLI(LightningCLI):
         self.command = command
         self.line = list(args)
         refuse_others(command, args)
+        if sum(bool(re.match(r"--uploads(=|$)", arg)) for arg in args) > 1:
+            raise InputError("--uploads is given twice, and the last would count alone; name all uploads after one")
         super().__init__(
             CLIPLoRAModule,
             DomainDataModule,
@@ -215,8 +218,6 @@ class SapCLI(LightningCLI):
         try:
             super().instantiate_classes()
             self.merge = self._merge_module()
-            if sum(bool(re.match(r"--uploads(=|$)", arg)) for arg in self.line) > 1:
-                raise InputError("--uploads is given twice, and the last would count alone; name all uploads after one")
             given = self.config.get("uploads") or []
             self.uploads: list[str] = [given] if isinstance(given, str) else list(given)
         except ValueError as error:
@@ -269,24 +270,22 @@ class SapCLI(LightningCLI):
         if trainer.enable_progress_bar is False:
             overrides["enable_progress_bar"] = False
             callbacks = [callback for callback in callbacks if not isinstance(callback, ProgressBar)]
-        return self.instantiate_trainer(callbacks=[*self._configured_callbacks(), *callbacks], **overrides)
+        return self.instantiate_trainer(callbacks, **overrides)
 
-    def instantiate_trainer(self, **kwargs: Any) -> L.Trainer:
-        """A Trainer as configured, but for the arguments that are given.
+    def instantiate_trainer(self, callbacks: Sequence[L.Callback] = (), **overrides: Any) -> L.Trainer:
+        """A Trainer as configured, with these callbacks besides the configured ones and these overrides.
 
         Raises:
             InputError: with what Lightning says of the options.
         """
-        # A Trainer adds to the very list of callbacks that it is given.
-        arguments = {"callbacks": self._configured_callbacks(), **kwargs}
+        # A copy: a Trainer adds to the very list of callbacks that it is given.
+        configured = copy.deepcopy(self.config_init.trainer.callbacks or [])
+        if isinstance(configured, L.Callback):
+            configured = [configured]
         try:
-            return super().instantiate_trainer(**arguments)
+            return super().instantiate_trainer(callbacks=[*configured, *callbacks], **overrides)
         except (MisconfigurationException, ImportError, RuntimeError, TypeError, ValueError) as error:
             raise InputError(f"trainer: {first_line(error)}") from error
-
-    def _configured_callbacks(self) -> list[L.Callback]:
-        configured = copy.deepcopy(self.config_init.trainer.callbacks or [])
-        return [configured] if isinstance(configured, L.Callback) else configured
 
     def federation(self, **others: Any) -> OneShotFederation:
         """The federation as configured, but for the arguments that are given."""
@@ -340,13 +339,15 @@ def is_taken(option: str, command: str) -> bool:
 def config_files_first(args: Sequence[str]) -> list[str]:
     """The command line with its config files first, in their order: an option wins over a file wherever it stands."""
     files: list[str] = []
-    options = list(args)
-    for index in reversed(range(len(options))):
-        if re.match(r"(--config|-c)=|-c.", options[index]):
-            files[:0] = [options.pop(index)]
-        elif options[index] in ("--config", "-c"):
-            files[:0] = options[index : index + 2]
-            del options[index : index + 2]
+    options: list[str] = []
+    rest = iter(args)
+    for arg in rest:
+        if arg in ("--config", "-c"):
+            files += [arg, *islice(rest, 1)]
+        elif re.match(r"--config=|-c.", arg):
+            files.append(arg)
+        else:
+            options.append(arg)
     return files + options
 
 
