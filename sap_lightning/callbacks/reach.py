@@ -34,6 +34,7 @@ class ReachCallback(L.Callback):
         batch = data_of(trainer).held_out(IMAGES)
         if not len(batch.labels):
             return
+        pl_module.to(trainer.strategy.root_device)  # by now Lightning has taken it off
         images, labels = batch.images.to(pl_module.device).float() / 255, batch.labels.to(pl_module.device)
         pl_module.eval()
         for style in MEASURED:
