@@ -53,6 +53,7 @@ TAKEN_BY: dict[str, tuple[str, ...]] = {
     "merge.format": ("fit", "merge"),
     "merge.rank": ("fit", "merge"),
     "merge.output": ("merge",),
+    "merge.drop_heads": ("merge",),
     "merge.report": ("merge",),
     "merge.push_to_hub": ("merge",),
     "federation": ("fit", "sweep"),

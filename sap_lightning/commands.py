@@ -117,6 +117,8 @@ def _leave_behind(merged: Merged, module: MergeModule, options: Any, metrics: Ma
     if options.report:
         Console().print(report_table(merged.adapters, merged.weights, merged.update))
     measured = "".join(f", {name.replace('_', ' ')} {value:.4f}" for name, value in metrics.items())
+    if len(merged.adapters) == 1:
+        print(f"One upload only: what was written is {merged.adapters[0].name}, as {merged.method.name} changes it")
     print(f"Merged {len(merged.adapters)} uploads by {merged.method.name}{measured}: {options.output}")
     if options.push_to_hub:
         print(f"Uploaded to {push_to_hub(options.output, options.push_to_hub)}")

@@ -14,6 +14,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import (
     BertConfig,
+    BertForSequenceClassification,
     BertModel,
     GPT2Config,
     GPT2LMHeadModel,
@@ -239,6 +240,131 @@ def test_what_is_no_plain_lora_is_refused_by_name(bert, tmp_path, config, named)
         merge(bert, tmp_path / "out", [faulty], "--merge.method=average")
     assert_one_line(error)
     assert not (tmp_path / "out").exists()
+
+
+def test_heads_that_were_trained_whole_are_left_out_when_asked(bert, tmp_path):
+    """A classifier's adapter, to which PEFT adds its head by itself; an older file has the head's tensors alone."""
+    uploads = []
+    for seed in range(2):
+        torch.manual_seed(seed)
+        model = get_peft_model(
+            BertForSequenceClassification.from_pretrained(bert),
+            LoraConfig(r=2, lora_alpha=4, target_modules=["query"], task_type="SEQ_CLS"),
+        )
+        for name, weight in model.named_parameters():
+            if "lora_" in name:
+                weight.data = 0.2 * torch.randn(weight.shape)
+        model.save_pretrained(tmp_path / str(seed))
+        uploads.append(tmp_path / str(seed))
+    with pytest.raises(
+        InputError, match=r"modules_to_save is \['classifier', 'score'\].*--merge\.drop_heads true"
+    ) as error:
+        merge(bert, tmp_path / "out", uploads, "--merge.method=average")
+    assert_one_line(error)
+    older = json.loads((uploads[1] / "adapter_config.json").read_text()) | {"modules_to_save": None}
+    (uploads[1] / "adapter_config.json").write_text(json.dumps(older))
+    with pytest.raises(InputError, match=r"'classifier' was trained whole.*--merge\.drop_heads true"):
+        merge(bert, tmp_path / "out", uploads[1:], "--merge.method=average")
+    merge(bert, tmp_path / "out", uploads, "--merge.method=average", "--merge.drop_heads=true")
+    merged = load_file(tmp_path / "out" / "adapter_model.safetensors")
+    assert all(".attention.self.query.lora_" in key for key in merged)
+    record = json.loads((tmp_path / "out" / "merge.json").read_text())
+    assert [source["dropped"] for source in record["sources"]] == [["classifier"]] * 2
+    expected = {}
+    for path in uploads:
+        for key, A in load_file(path / "adapter_model.safetensors").items():
+            if key.endswith("lora_A.weight"):
+                B = load_file(path / "adapter_model.safetensors")[key.replace("lora_A", "lora_B")]
+                expected[key] = expected.get(key, 0) + B.double() @ A.double()  # s = 2, and the mean of two
+    for key, delta in expected.items():
+        found = merged[key.replace("lora_A", "lora_B")].double() @ merged[key].double()
+        assert torch.allclose(scale_of(tmp_path / "out", merged[key].shape[0]) * found, delta, rtol=1e-5, atol=1e-6)
+
+
+def scale_of(adapter: Path, rank: int) -> float:
+    config = json.loads((adapter / "adapter_config.json").read_text())
+    return config["lora_alpha"] / rank
+
+
+def test_a_copy_of_the_base_s_weight_is_left_out_if_it_is_one(tmp_path):
+    """PEFT saves the unchanged head beside its factors."""
+    base = saved_base("llama", tmp_path / "base")
+    uploads = [
+        upload("llama", base, tmp_path / str(seed), seed, r=2, target_modules=["q_proj", "lm_head"])
+        for seed in range(2)
+    ]
+    tensors = load_file(uploads[0] / "adapter_model.safetensors")
+    copy = "base_model.model.lm_head.base_layer.weight"
+    assert copy in tensors
+    merge(base, tmp_path / "out", uploads, "--merge.method=average")
+    merged = load_file(tmp_path / "out" / "adapter_model.safetensors")
+    assert copy not in merged and "base_model.model.lm_head.lora_A.weight" in merged
+    save_file(tensors | {copy: tensors[copy] + 1e-3}, uploads[0] / "adapter_model.safetensors")
+    with pytest.raises(InputError, match=r"lm_head\.base_layer\.weight' is not the base's own weight") as error:
+        merge(base, tmp_path / "again", uploads, "--merge.method=average")
+    assert_one_line(error)
+
+
+def test_names_of_another_version_of_transformers_are_called_that(tmp_path):
+    base = saved_base("llama", tmp_path / "base")
+    one = upload("llama", base, tmp_path / "one", 0, r=2, target_modules=["q_proj"])
+    tensors = load_file(one / "adapter_model.safetensors")
+    renamed = {key.replace(".model.layers.", ".decoder.blocks."): tensor for key, tensor in tensors.items()}
+    save_file(renamed, one / "adapter_model.safetensors")
+    with pytest.raises(
+        InputError, match=r"it has layers\.0\.self_attn\.q_proj, as another version of transformers"
+    ) as error:
+        merge(base, tmp_path / "out", [one], "--merge.method=average")
+    assert_one_line(error)
+
+
+def test_each_adapter_can_have_its_own_weight_in_the_order_of_the_uploads(bert, tmp_path):
+    uploads = [upload("bert", bert, tmp_path / str(i), i, r=2, target_modules=["query"]) for i in range(2)]
+    one, other = (change("bert", bert, path) for path in uploads)
+    for weights, order in (([0.7, 0.3], [0, 1]), ([0.3, 0.7], [1, 0]), ([0.7, 0.3], [1, 0]), ([1.5, -0.5], [0, 1])):
+        output = tmp_path / f"{weights} {order}"
+        given = [uploads[k] for k in order]
+        merge(bert, output, given, "--merge.method=average", f"--merge.weights={weights}")
+        first, second = ((one, other)[k] for k in order)
+        expected = {name: weights[0] * first[name] + weights[1] * second[name] for name in first}
+        assert relative_gap(change("bert", bert, output), expected) < 1e-5
+
+
+@pytest.mark.parametrize(
+    ("weights", "method", "message"),
+    [
+        ("[0.7]", "average", "1 numbers for 2 uploads"),
+        ("[0,0]", "average", "not all of them 0"),
+        ("[.nan,1]", "average", "must be finite"),
+        ("[1.5,-0.5]", "ties", "ties takes none below 0; average and task_arithmetic do"),
+        ("[0.7,0.3]", "median", "clients count alike in median"),
+    ],
+)
+def test_weights_that_cannot_be_are_refused(bert, tmp_path, weights, method, message):
+    uploads = [upload("bert", bert, tmp_path / str(i), i, r=2, target_modules=["query"]) for i in range(2)]
+    with pytest.raises(InputError, match=message) as error:
+        merge(bert, tmp_path / "out", uploads, f"--merge.method={method}", f"--merge.weights={weights}")
+    assert_one_line(error)
+    assert not (tmp_path / "out").exists()
+
+
+def test_adapters_that_name_different_bases_are_merged_with_a_warning_that_is_recorded(bert, tmp_path, caplog):
+    uploads = [upload("bert", bert, tmp_path / str(i), i, r=2, target_modules=["query"]) for i in range(2)]
+    for path, name in zip(uploads, ("org/one", "/home/me/secret/two"), strict=True):
+        config = json.loads((path / "adapter_config.json").read_text())
+        (path / "adapter_config.json").write_text(json.dumps(config | {"base_model_name_or_path": name}))
+    merge(bert, tmp_path / "out", uploads, "--merge.method=average")
+    record = (tmp_path / "out" / "merge.json").read_text()
+    assert sorted(source["base"] for source in json.loads(record)["sources"]) == ["org/one", "two"]
+    (doubt,) = json.loads(record)["doubts"]
+    assert "different bases: '0' on org/one, '1' on two" in doubt and doubt in caplog.text
+    assert "secret" not in record
+
+
+def test_a_merge_of_one_adapter_says_so(bert, tmp_path, capsys):
+    one = upload("bert", bert, tmp_path / "alone", 0, r=2, target_modules=["query"])
+    merge(bert, tmp_path / "out", [one], "--merge.method=average")
+    assert "One upload only: what was written is alone, as average changes it" in capsys.readouterr().out
 
 
 def test_lora_on_a_convolution_is_refused_by_name(tmp_path):

@@ -187,6 +187,29 @@ class ElectedMean(Consensus):
         return torch.where(support > 0, elected / support, 0)
 
 
+class MedianOf(Consensus):
+    """The median at every element, whatever the weights; all updates are in memory until there is a result.
+
+    Example:
+        >>> import torch
+        >>> from sap_lightning.functional.consensus import MedianOf
+        >>> middle = MedianOf()
+        >>> for value in (1.0, 100.0, 2.0):
+        ...     middle.add(torch.tensor([[value]]), weight=1 / 3)
+        >>> middle.result().tolist()
+        [[2.0]]
+    """
+
+    def __init__(self) -> None:
+        self.updates: list[Tensor] = []
+
+    def add(self, update: Update, weight: float) -> None:
+        self.updates.append(dense(update))
+
+    def result(self) -> Tensor:
+        return median(torch.stack(self.updates))
+
+
 def weighted_sum(updates: Iterable[Update], weights: Iterable[float]) -> Update:
     """Σ w_k·ΔW_k of one layer; updates are looked at one at a time.
 

@@ -18,7 +18,7 @@ MEASURED = ("plain", *STYLES)
 
 
 def carried_over(reaches: Sequence[Reach]) -> Tensor:
-    """What is won over λ = 0 in the style that wins the least, mean over clients, shape (lengths,).
+    """What is won over λ = 0 in each changed style, mean over clients, shape (styles, lengths), float64.
 
     A shortcut of the home domain shows here: what a client learned of colour is lost on grey images.
 
@@ -30,23 +30,24 @@ def carried_over(reaches: Sequence[Reach]) -> Tensor:
         >>> everywhere = [0.5, 0.6, 0.7, 0.8, 0.9]
         >>> shortcut = [0.5, 0.5, 0.4, 0.4, 0.3]
         >>> client = {"plain": everywhere, "grey": shortcut, "edges": everywhere}
-        >>> [round(value, 3) for value in carried_over([client]).tolist()]
-        [0.0, 0.0, -0.1, -0.1, -0.2]
+        >>> (1000 * carried_over([client])).round().tolist()
+        [[0.0, 0.0, -100.0, -100.0, -200.0], [0.0, 100.0, 200.0, 300.0, 400.0]]
     """
     styles = [style for style in reaches[0] if style != "plain"]
     measured = torch.tensor([[list(reach[style]) for style in styles] for reach in reaches], dtype=torch.float64)
-    return (measured - measured[..., :1]).mean(0).min(0).values
+    return (measured - measured[..., :1]).mean(0)
 
 
-def best_length(reaches: Sequence[Reach]) -> float:
-    """The λ at which most is carried over in every style; 0 where nothing is. The shortest, where several are alike.
+def best_length(won: Tensor) -> float:
+    """The λ at which the style that wins the least wins most; 0 where it only loses. The shortest, of several alike.
 
     Args:
-        reaches: of the clients, at least one.
+        won: what `carried_over` gives, shape (styles, lengths).
 
     Example:
+        >>> import torch
         >>> from sap_lightning.functional.reach import best_length
-        >>> best_length([{"plain": [0.5] * 5, "grey": [0.5, 0.6, 0.8, 0.7, 0.6]}])
+        >>> best_length(torch.tensor([[0.0, 0.2, 0.3, 0.1, 0.1], [0.0, 0.3, 0.4, 0.5, 0.6]]))
         0.5
     """
-    return LENGTHS[int(carried_over(reaches).argmax())]
+    return LENGTHS[int(won.min(0).values.argmax())]

@@ -7,7 +7,7 @@ bytes of these files. PEFT loads it as it is, and any LoRA folder that PEFT save
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from hashlib import sha256
 from pathlib import Path
@@ -17,20 +17,24 @@ from sap_lightning.errors import InputError
 from sap_lightning.files import new_folder
 from sap_lightning.fingerprints import hash_tensor
 from sap_lightning.functional.lora import LoRALayer
-from sap_lightning.io.factors import Shapes, StoredLayers, Weights, require_finite, weights_bytes
+from sap_lightning.io.factors import NOTHING_BESIDE, Beside, Shapes, StoredLayers, require_finite, weights_bytes
 from sap_lightning.io.manifest import BaseFingerprint, Manifest, manifest_from, require_base
 from sap_lightning.io.peft_config import (
     CONFIG_FILE,
     MAX_PATTERNS,
     alpha_of,
+    base_name,
     clip_fields,
     model_fields,
     peft_config,
+    public_name,
     require_plain_lora,
+    require_targets,
     scaling_from,
 )
-from sap_lightning.io.rules import RANK, errors_in, json_bytes, require
+from sap_lightning.io.rules import RANK, errors_in, json_bytes, require, short
 from sap_lightning.io.upload_files import MANIFEST_FILE, WEIGHTS_FILE, FilesInFolder, FilesInMemory, UploadFiles
+from sap_lightning.io.weights import Weights
 
 
 @dataclass(frozen=True)
@@ -44,6 +48,9 @@ class Adapter:
         sha256: `sha256_of` the layers: the same for the same update, however its files are laid out.
         manifest: None for a plain PEFT folder.
         peft: what PEFT's config says of the model that the layers belong to.
+        base: name of the base that it says it was trained on; empty where it does not.
+        dropped: layers that were trained whole, and are left out.
+        doubts: what speaks against it, in words.
     """
 
     name: str = field(compare=False)
@@ -51,6 +58,9 @@ class Adapter:
     sha256: str
     manifest: Manifest | None = field(default=None, compare=False)
     peft: Mapping[str, Any] = field(default_factory=dict, compare=False, repr=False)
+    base: str = field(default="", compare=False)
+    dropped: Sequence[str] = field(default=(), compare=False)
+    doubts: Sequence[str] = field(default=(), compare=False)
 
     @property
     def num_samples(self) -> int | None:
@@ -70,7 +80,10 @@ def sha256_of(layers: Mapping[str, LoRALayer]) -> str:
 
 
 def read_adapter(
-    folder: str | os.PathLike[str], shapes: Shapes | None = None, base_fingerprint: BaseFingerprint = None
+    folder: str | os.PathLike[str],
+    shapes: Shapes | None = None,
+    base_fingerprint: BaseFingerprint = None,
+    beside: Beside = NOTHING_BESIDE,
 ) -> Adapter:
     """Read an upload from its folder, whole or not at all. Nothing is unpickled.
 
@@ -79,15 +92,17 @@ def read_adapter(
         shapes: `layer_shapes` of the base's vision tower, or of both towers; if not given, the adapter may be of any
             model, and its layers keep the names that PEFT gave them.
         base_fingerprint: the base's; compared with the manifest's, if there is one.
+        beside: what may stand beside the LoRA factors.
 
     Raises:
         InputError: a file is missing, malformed or outside the folder; the adapter is for another base or of
             a kind other than ΔW = s·B·A; a tensor is unknown, missing, not finite or of a wrong shape or
-            dtype; the manifest's hash is not that of the tensors.
+            dtype; the manifest's hash is not that of the tensors, or manifest, config and tensors contradict
+            each other.
     """
     folder = Path(folder)
     try:
-        return _read(FilesInFolder(folder), folder.absolute().name, shapes, base_fingerprint)
+        return _read(FilesInFolder(folder), folder.absolute().name, shapes, base_fingerprint, beside)
     except OSError as error:
         raise InputError(f"{folder}: cannot be read ({error.strerror}); check the files") from None
 
@@ -109,7 +124,13 @@ def adapter_from_bytes(
     return _read(FilesInMemory(files, sender), sender, shapes, base_fingerprint)
 
 
-def _read(files: UploadFiles, name: str, shapes: Shapes | None, base_fingerprint: BaseFingerprint) -> Adapter:
+def _read(
+    files: UploadFiles,
+    name: str,
+    shapes: Shapes | None,
+    base_fingerprint: BaseFingerprint,
+    beside: Beside = NOTHING_BESIDE,
+) -> Adapter:
     manifest = None
     if files.has(MANIFEST_FILE):
         content = files.json(MANIFEST_FILE)
@@ -119,13 +140,25 @@ def _read(files: UploadFiles, name: str, shapes: Shapes | None, base_fingerprint
         with errors_in(files.place(MANIFEST_FILE)):
             require_base(manifest.base_fingerprint, expected, manifest.base)
     config = PeftConfig(files.json(CONFIG_FILE), files.place(CONFIG_FILE))
-    adapter = adapter_from(files.weights(), config, name, manifest, shapes)
-    if manifest and manifest.tensors_sha256 != adapter.sha256:
-        raise InputError(
-            f"{files.place(MANIFEST_FILE)}: tensors_sha256 is {manifest.tensors_sha256}, the tensors and scales "
-            f"give {adapter.sha256}; the files have changed since they were written, upload them again"
-        )
+    adapter = adapter_from(files.weights(), config, name, manifest, shapes, beside)
+    if manifest:
+        with errors_in(files.place(MANIFEST_FILE)):
+            _require_agreement(manifest, adapter)
     return adapter
+
+
+def _require_agreement(manifest: Manifest, adapter: Adapter) -> None:
+    """Raises InputError when a manifest says what is not so."""
+    if manifest.tensors_sha256 != adapter.sha256:
+        raise InputError(
+            f"tensors_sha256 is {manifest.tensors_sha256}, the tensors and scales give {adapter.sha256}; the files have"
+            " changed since they were written, upload them again"
+        )
+    layers = adapter.layers.values()
+    if (manifest.rank, manifest.alpha) not in {(layer.rank, alpha_of(layer)) for layer in layers}:
+        raise InputError(f"no layer is of rank {manifest.rank} and alpha {manifest.alpha:g}; upload the adapter again")
+    if missing := require_targets({"target_modules": list(manifest.targets)}, adapter.layers):
+        raise InputError(f"targets name {missing[0]!r}, of which there are no weights; upload the whole adapter again")
 
 
 def expected_base(base_fingerprint: BaseFingerprint, weights: Callable[[], Weights]) -> str | None:
@@ -144,7 +177,12 @@ class PeftConfig(NamedTuple):
 
 
 def adapter_from(
-    weights: Weights, config: PeftConfig, name: str, manifest: Manifest | None, shapes: Shapes | None
+    weights: Weights,
+    config: PeftConfig,
+    name: str,
+    manifest: Manifest | None,
+    shapes: Shapes | None,
+    beside: Beside = NOTHING_BESIDE,
 ) -> Adapter:
     """The adapter that tensors and PEFT's config make: every check on them, wherever they come from.
 
@@ -154,16 +192,27 @@ def adapter_from(
         name: of the adapter where there is no manifest.
         manifest: what the client says of it.
         shapes: as for `read_adapter`.
+        beside: as for `read_adapter`.
 
     Raises:
         InputError: as `read_adapter` does.
     """
     with errors_in(config.place):
-        require_plain_lora(config.content)
+        require_plain_lora(config.content, beside.heads)
         scaling = scaling_from(config.content, MAX_PATTERNS if shapes is None else len(shapes))
-    layers = StoredLayers(weights, scaling, shapes)
-    name = manifest.domain if manifest else name
-    return Adapter(name, layers, sha256_of(dict(layers)), manifest, model_fields(config.content))
+    layers = StoredLayers(weights, scaling, shapes, beside)
+    with errors_in(config.place):
+        missing = require_targets(config.content, layers)
+    return Adapter(
+        manifest.domain if manifest else name,
+        layers,
+        sha256_of(layers),
+        manifest,
+        model_fields(config.content),
+        base=public_name(manifest.base) if manifest else base_name(config.content),
+        dropped=layers.dropped,
+        doubts=[f"its config names {short(target)}, of which it has no layer" for target in missing],
+    )
 
 
 def write_adapter(

@@ -3,113 +3,40 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Iterator, Mapping
-from contextlib import AbstractContextManager, contextmanager
-from pathlib import Path
-from typing import Any, NamedTuple, Protocol
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from typing import NamedTuple
 
 import safetensors.torch
 import torch
-from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from sap_lightning.errors import InputError
 from sap_lightning.functional.lora import LoRALayer
 from sap_lightning.io.peft_config import Scaling, in_text_tower
-from sap_lightning.io.rules import MAX_FLOAT32, errors_in, short
+from sap_lightning.io.rules import MAX_FLOAT32, short
+from sap_lightning.io.weights import DTYPES, OpenWeights, Weights
 
 Shapes = Mapping[str, tuple[int, ...]]
 """Weight shape (d_out, d_in) of every linear layer of a base, by name."""
-_DTYPE_NAMES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 _FACTOR_KEY = re.compile(r"base_model\.model\.(?P<layer>.+)\.lora_(?P<factor>[AB])\.weight")
 _NAMED_FACTOR_KEY = re.compile(r".+\.lora_[AB]\.(?P<name>\w+)\.weight")
+_WHOLE_KEY = re.compile(r"base_model\.model\.(?P<layer>(?:(?!lora_)[\w-]+\.)*?)(?P<copy>base_layer\.)?(?:weight|bias)")
 
 
-class Stated(NamedTuple):
-    """What a weights file says of a tensor before it is read."""
+class Beside(NamedTuple):
+    """What may stand in a weights file beside LoRA factors, and is left out.
 
-    dtype: torch.dtype | str
-    shape: tuple[int, ...]
-
-
-class OpenWeights(Protocol):
-    """Tensors by key, each read when it is looked at."""
-
-    def keys(self) -> Iterable[str]:
-        """The keys of all tensors."""
-
-    def stated(self, key: str) -> Stated:
-        """Dtype and shape of a tensor."""
-
-    def tensor(self, key: str) -> Tensor:
-        """The tensor."""
-
-
-class Weights(Protocol):
-    """Where tensors come from, to be opened for every look at them."""
-
-    def opened(self) -> AbstractContextManager[OpenWeights]:
-        """The tensors; what is wrong with them is said to be wrong here."""
-
-
-class WeightsFile:
-    """A safetensors file, open only while it is looked at."""
-
-    def __init__(self, path: Path) -> None:
-        self.path = path
-
-    @contextmanager
-    def opened(self) -> Iterator[OpenWeights]:
-        try:
-            with errors_in(self.path), safe_open(self.path, framework="pt") as file:
-                yield _OpenFile(file)
-        except SafetensorError as error:
-            raise InputError(f"{self.path}: not safetensors, {short(str(error))}; save the adapter again") from None
-        except OSError as error:
-            raise InputError(f"{self.path}: cannot be read ({error.strerror}); check the file") from None
-
-
-class _OpenFile:
-    def __init__(self, file: Any) -> None:
-        self.file = file
-
-    def keys(self) -> Iterable[str]:
-        return list(self.file.keys())
-
-    def stated(self, key: str) -> Stated:
-        header = self.file.get_slice(key)
-        return Stated(_DTYPE_NAMES.get(header.get_dtype(), header.get_dtype()), tuple(header.get_shape()))
-
-    def tensor(self, key: str) -> Tensor:
-        read: Tensor = self.file.get_tensor(key)
-        return read
-
-
-class WeightsInMemory:
-    """Tensors that are in memory already.
-
-    Args:
-        tensors: by key.
-        place: how messages call where they came from.
+    Attributes:
+        heads: whether layers that were trained whole, such as a classifier's head, may be.
+        base_weight: the base's weight by PEFT's name for the layer, with which a copy of it must agree; None where the
+            base cannot tell.
     """
 
-    def __init__(self, tensors: Mapping[str, Tensor], place: str) -> None:
-        self.tensors = tensors
-        self.place = place
+    heads: bool = False
+    base_weight: Callable[[str], Tensor | None] = lambda layer: None
 
-    @contextmanager
-    def opened(self) -> Iterator[OpenWeights]:
-        with errors_in(self.place):
-            yield self
 
-    def keys(self) -> Iterable[str]:
-        return self.tensors.keys()
-
-    def stated(self, key: str) -> Stated:
-        return Stated(self.tensors[key].dtype, tuple(self.tensors[key].shape))
-
-    def tensor(self, key: str) -> Tensor:
-        return self.tensors[key]
+NOTHING_BESIDE = Beside()
 
 
 class StoredLayers(Mapping[str, LoRALayer]):
@@ -119,33 +46,107 @@ class StoredLayers(Mapping[str, LoRALayer]):
         weights: where its tensors are.
         scaling: rank and scale of each layer.
         shapes: the base's; if not given, the layers may be of any model.
+        beside: what else may stand there.
+
+    Attributes:
+        dropped: PEFT's names of the layers that were trained whole, and are left out.
 
     Raises:
-        InputError: naming a tensor that is unknown, missing or doubled.
+        InputError: naming a tensor that is unknown, missing, doubled or of a wrong shape.
     """
 
-    def __init__(self, weights: Weights, scaling: Scaling, shapes: Shapes | None) -> None:
+    def __init__(
+        self, weights: Weights, scaling: Scaling, shapes: Shapes | None, beside: Beside = NOTHING_BESIDE
+    ) -> None:
         self._weights = weights
-        self._scaling = scaling
-        self._shapes = shapes
         with weights.opened() as tensors:
-            keys = factor_keys(tensors.keys(), shapes)
-        self._keys = dict(sorted(keys.items()))
+            whole = _whole(tensors.keys())
+            self.dropped = _dropped(tensors, whole, beside)
+            keys = dict(sorted(factor_keys(tensors.keys() - whole.keys(), shapes).items()))
+            stated = {name: _stated(tensors, factors) for name, factors in keys.items()}
+            names = {name: _peft_name(factors["A"]) for name, factors in keys.items()}
+            of = scaling.ranks_and_scales({names[name]: stated[name].A[0] for name in keys})
+        self._layers = {
+            name: _StoredLayer(name, keys[name], shapes[name] if shapes else stated[name].delta, *of[names[name]])
+            for name in keys
+        }
 
     def __len__(self) -> int:
-        return len(self._keys)
+        return len(self._layers)
 
     def __iter__(self) -> Iterator[str]:
-        return iter(self._keys)
+        return iter(self._layers)
 
     def __contains__(self, name: object) -> bool:
-        return name in self._keys
+        return name in self._layers
 
     def __getitem__(self, name: str) -> LoRALayer:
-        keys = self._keys[name]
-        shape = None if self._shapes is None else self._shapes[name]
         with self._weights.opened() as tensors:
-            return _read_layer(tensors, name, keys, self._scaling, shape)
+            return self._layers[name].read(tensors)
+
+
+class _StatedShapes(NamedTuple):
+    """Shapes of a layer's factors as its file states them, (r, d_in) and (d_out, r)."""
+
+    A: tuple[int, ...]
+    B: tuple[int, ...]
+
+    @property
+    def delta(self) -> tuple[int, ...]:
+        return self.B[0], self.A[1]
+
+
+class _StoredLayer(NamedTuple):
+    """Where a layer's factors are, and what they must be."""
+
+    name: str
+    keys: dict[str, str]
+    shape: tuple[int, ...]
+    rank: int
+    scale: float
+
+    def read(self, tensors: OpenWeights) -> LoRALayer:
+        d_out, d_in = self.shape
+        layer = LoRALayer(
+            A=_read_factor(tensors, self.keys["A"], (self.rank, d_in)),
+            B=_read_factor(tensors, self.keys["B"], (d_out, self.rank)),
+            scale=self.scale,
+        )
+        require_finite(self.name, layer)
+        return layer
+
+
+def _whole(keys: Iterable[str]) -> dict[str, re.Match[str]]:
+    """Keys of tensors that are no factors, with the layers they are of."""
+    return {key: found for key in keys if (found := _WHOLE_KEY.fullmatch(key))}
+
+
+def _dropped(tensors: OpenWeights, whole: Mapping[str, re.Match[str]], beside: Beside) -> list[str]:
+    """Names of layers that were trained whole, once copies of the base's weights are found to be that."""
+    heads = set()
+    for key, found in whole.items():
+        layer = found["layer"].removesuffix(".")
+        if not found["copy"]:
+            heads.add(layer)
+        elif not _is_copy(tensors.tensor(key), beside.base_weight(layer)):
+            raise InputError(
+                f"{short(key)} is not the base's own weight, as far as can be told; save the adapter with"
+                " save_embedding_layers=False"
+            )
+    if heads and not beside.heads:
+        raise InputError(
+            f"{short(min(heads))} was trained whole and is no LoRA, such as a classifier's head;"
+            " --merge.drop_heads true merges the rest without it"
+        )
+    return sorted(heads)
+
+
+def _is_copy(weight: Tensor, own: Tensor | None) -> bool:
+    return own is not None and weight.shape == own.shape and torch.equal(weight, own.to(weight.dtype))
+
+
+def _peft_name(key: str) -> str:
+    return key.removeprefix("base_model.model.").removesuffix(".lora_A.weight")
 
 
 def factor_keys(file_keys: Iterable[str], shapes: Shapes | None) -> dict[str, dict[str, str]]:
@@ -191,32 +192,19 @@ def _parse_key(key: str, shapes: Shapes | None) -> tuple[str, str]:
     )
 
 
-def _read_layer(
-    tensors: OpenWeights, name: str, keys: dict[str, str], scaling: Scaling, weight_shape: tuple[int, ...] | None
-) -> LoRALayer:
-    d_out, d_in = weight_shape or _stated_shape(tensors, keys)
-    peft_name = keys["A"].removeprefix("base_model.model.").removesuffix(".lora_A.weight")
-    rank = scaling.rank_of(peft_name)
-    layer = LoRALayer(
-        A=_read_factor(tensors, keys["A"], (rank, d_in)),
-        B=_read_factor(tensors, keys["B"], (d_out, rank)),
-        scale=scaling.scale_of(peft_name),
-    )
-    require_finite(name, layer)
-    return layer
-
-
-def _stated_shape(tensors: OpenWeights, keys: dict[str, str]) -> tuple[int, int]:
-    A, B = (tensors.stated(keys[factor]).shape for factor in "AB")
-    if len(A) != 2 or len(B) != 2:
-        raise InputError(f"{keys['A']} has shape {A}, expected (r, d_in); only linear layers can be merged")
-    return B[0], A[1]
+def _stated(tensors: OpenWeights, keys: dict[str, str]) -> _StatedShapes:
+    shapes = _StatedShapes(*(tensors.stated(keys[factor]).shape for factor in "AB"))
+    for factor, expected in (("A", "(r, d_in)"), ("B", "(d_out, r)")):
+        shape = getattr(shapes, factor)
+        if len(shape) != 2 or 0 in shape:
+            raise InputError(f"{keys[factor]} has shape {shape}, expected {expected}; only linear layers can be merged")
+    return shapes
 
 
 def _read_factor(tensors: OpenWeights, key: str, shape: tuple[int, int]) -> Tensor:
     stated = tensors.stated(key)
-    if stated.dtype not in _DTYPE_NAMES.values():
-        raise InputError(f"{key} has dtype {stated.dtype}, expected one of {', '.join(_DTYPE_NAMES)}")
+    if stated.dtype not in DTYPES.values():
+        raise InputError(f"{key} has dtype {stated.dtype}, expected one of {', '.join(DTYPES)}")
     if stated.shape != shape:
         raise InputError(
             f"{key} has shape {stated.shape}, expected {shape} by the base and the adapter's rank; train the adapter on"

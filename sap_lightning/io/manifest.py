@@ -15,7 +15,7 @@ BaseFingerprint = str | Callable[[Iterable[str]], str] | None
 _TEXTS = Rule(lambda value: isinstance(value, tuple) and all(map(is_text, value)), "a list of texts")
 _NAME = Rule(matches(r"[A-Za-z0-9_-][A-Za-z0-9 _.-]{0,63}"), "at most 64 letters, digits, spaces and _ - . (not first)")
 _SHA256 = Rule(matches(r"[0-9a-f]{64}"), "a sha256 in hex")
-_COUNT = Rule(lambda value: is_integer(value, 1), "a positive integer")
+_COUNT = Rule(lambda value: is_integer(value, 1, 10**9), "an integer from 1 to a thousand million")
 _SEED = Rule(lambda value: is_integer(value, 0), "an integer from 0")
 _VERSION = Rule(lambda value: is_integer(value, 1, 1), "1, the only version known here")
 

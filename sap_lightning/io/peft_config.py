@@ -7,16 +7,17 @@ import re
 from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from peft import LoraConfig
-from peft.utils.other import get_pattern_key
 
 from sap_lightning.errors import InputError
 from sap_lightning.functional.lora import LoRALayer
 from sap_lightning.io.rules import NUMBER, OBJECT, RANK, TEXT, TEXT_BY_NAME, Rule, matches, require, short
 
 CONFIG_FILE = "adapter_config.json"
+HUB_ID = re.compile(r"[\w-][\w.-]*/[\w.-]+")
 MAX_PATTERNS = 4096
 _TEXT_TOWER = re.compile(r"(?:^|\.)text_(?:model|projection)(?:\.|$)")
 
@@ -43,12 +44,14 @@ _HARMLESS_FIELDS = frozenset(
         "task_type",
     }
 )
+_HEADS = "modules_to_save"
 _CHECKED_FIELDS = frozenset(
     {
         "alpha_pattern",
         "bias",
         "init_lora_weights",
         "lora_alpha",
+        _HEADS,
         "peft_type",
         "r",
         "rank_pattern",
@@ -59,9 +62,13 @@ _CHECKED_FIELDS = frozenset(
 _INITS_KEEPING_THE_BASE = ("gaussian", "eva", "orthogonal", "mica")
 
 
-def _is_plain_pattern(value: str) -> bool:
+_NAME = re.compile(r"[\w.-]{1,256}", re.ASCII)
+_MAX_STEPS = 2 * 10**7
+
+
+def _is_pattern(value: str) -> bool:
     # Neither groups nor many repeats: a hostile pattern with them takes years to match.
-    if not matches(r"[\w.^$\\\[\]*+-]{1,256}")(value) or sum(map(value.count, "*+")) > 2:
+    if not matches(r"[\w.^$\\\[\]*+-]{1,256}")(value) or _repeats(value) > 2:
         return False
     try:
         return bool(re.compile(value))
@@ -69,10 +76,17 @@ def _is_plain_pattern(value: str) -> bool:
         return False
 
 
+def _repeats(pattern: str) -> int:
+    return sum(map(pattern.count, "*+"))
+
+
 _FLAG = Rule(lambda value: isinstance(value, bool), "true or false")
 _LORA = Rule(lambda value: value == "LORA", "'LORA', the only kind that can be merged")
 _NO_BIAS = Rule(lambda value: value == "none", "'none', as biases cannot be merged")
-_PATTERN = Rule(_is_plain_pattern, "a layer's name or a pattern with at most two repeats and no groups")
+_PATTERN = Rule(
+    _is_pattern,
+    "a layer's name or a pattern with at most two repeats and no groups; write out the layers' names, a key for each",
+)
 _TRANSFORMERS_CLASS = Rule(
     lambda value: (
         TEXT_BY_NAME.holds(value)
@@ -88,9 +102,44 @@ _INIT = Rule(
 _MODEL_FIELDS = {"auto_mapping": _TRANSFORMERS_CLASS, "task_type": TEXT, "fan_in_fan_out": _FLAG}
 
 
+class ByLayer:
+    """A value for each layer by PEFT's rule: that of the first key that is the end of its name, or matches it.
+
+    Dots in a key without other signs are dots, where PEFT takes any character for them.
+
+    Args:
+        values: by key; a key is a name or a pattern.
+        default: where no key fits.
+    """
+
+    def __init__(self, values: Mapping[str, Any], default: Any) -> None:
+        self.values = [*values.values(), default]
+        self.names = {key: place for place, key in enumerate(values) if _NAME.fullmatch(key)}
+        self.patterns = [
+            (place, re.compile(rf"(.*\.)?({key})$")) for place, key in enumerate(values) if key not in self.names
+        ]
+
+    def of(self, layer: str) -> Any:
+        """The value for a layer by PEFT's name for it."""
+        parts = layer.split(".")
+        ends = (".".join(parts[start:]) for start in range(len(parts)))
+        places = [self.names[end] for end in ends if end in self.names]
+        places += [place for place, pattern in self.patterns if pattern.match(layer)]
+        return self.values[min(places, default=-1)]
+
+    def steps(self, layer: str) -> int:
+        """At most so many steps its patterns take for a layer's name."""
+        starts = layer.count(".") + 1
+        return sum(starts * len(layer) ** _repeats(pattern.pattern[5:]) for _, pattern in self.patterns)
+
+
 @dataclass(frozen=True)
 class Scaling:
-    """Rank and scale of each layer, by PEFT's own rules."""
+    """Rank and scale of each layer, by PEFT's own rules.
+
+    Where a key of ``rank_pattern`` is more than a name or a plain pattern, the ranks are what the tensors have, which
+    PEFT would compare with it.
+    """
 
     rank: int
     alpha: float
@@ -102,18 +151,35 @@ class Scaling:
         require("r", self.rank, RANK)
         require("lora_alpha", self.alpha, NUMBER)
         require("use_rslora", self.use_rslora, _FLAG)
-        _require_pattern("rank_pattern", self.rank_pattern, RANK)
-        _require_pattern("alpha_pattern", self.alpha_pattern, NUMBER)
+        _require_values("rank_pattern", self.rank_pattern, RANK)
+        _require_values("alpha_pattern", self.alpha_pattern, NUMBER)
+        for key in self.alpha_pattern:
+            require("key of alpha_pattern", key, _PATTERN)
 
-    def rank_of(self, layer: str) -> int:
-        """r of a layer by PEFT's name for it."""
-        return self.rank_pattern.get(get_pattern_key(list(self.rank_pattern), layer), self.rank)
+    def ranks_and_scales(self, ranks: Mapping[str, int]) -> dict[str, tuple[int, float]]:
+        """r and s of each layer by PEFT's name for it.
 
-    def scale_of(self, layer: str) -> float:
-        """s of a layer by PEFT's name for it."""
-        alpha = self.alpha_pattern.get(get_pattern_key(list(self.alpha_pattern), layer), self.alpha)
-        rank = self.rank_of(layer)
-        return alpha / math.sqrt(rank) if self.use_rslora else alpha / rank
+        Args:
+            ranks: that its tensors have.
+
+        Raises:
+            InputError: when the patterns would take too long for so many layers.
+        """
+        known = all(map(_is_pattern, self.rank_pattern))
+        rank_of = ByLayer(self.rank_pattern if known else {}, self.rank)
+        alpha_of = ByLayer(self.alpha_pattern, self.alpha)
+        if sum(rank_of.steps(layer) + alpha_of.steps(layer) for layer in ranks) > _MAX_STEPS:
+            raise InputError(
+                f"rank_pattern and alpha_pattern take too long to match for {len(ranks)} layers; write out the layers'"
+                " names, a key for each"
+            )
+        of = {}
+        for layer, stated in ranks.items():
+            allowed = {rank_of.of(layer)} if known else {self.rank, *self.rank_pattern.values()}
+            rank = stated if stated in allowed else max(allowed)
+            alpha = alpha_of.of(layer)
+            of[layer] = rank, alpha / math.sqrt(rank) if self.use_rslora else alpha / rank
+        return of
 
 
 def in_text_tower(name: str) -> bool:
@@ -161,11 +227,16 @@ def scaling_from(config: dict[str, Any], most_patterns: int = MAX_PATTERNS) -> S
     return scaling
 
 
-def require_plain_lora(config: dict[str, Any]) -> None:
-    """Raises InputError when the config is of anything but ΔW = s·B·A on the base's own weights."""
+def require_plain_lora(config: dict[str, Any], heads: bool = False) -> None:
+    """Raises InputError when the config is of anything but ΔW = s·B·A on the base's own weights, and allowed heads."""
     require("peft_type", config.get("peft_type"), _LORA)
     require("bias", config.get("bias", "none"), _NO_BIAS)
     require("init_lora_weights", config.get("init_lora_weights", True), _INIT)
+    if config.get(_HEADS) and not heads:
+        raise InputError(
+            f"{_HEADS} is {short(config[_HEADS])}, layers trained whole such as a classifier's head, which cannot be"
+            " merged; --merge.drop_heads true merges the rest without them"
+        )
     for name in sorted(config.keys() - _HARMLESS_FIELDS - _CHECKED_FIELDS):
         if config[name]:
             raise InputError(
@@ -174,11 +245,47 @@ def require_plain_lora(config: dict[str, Any]) -> None:
             )
 
 
-def _require_pattern(name: str, pattern: Any, rule: Rule) -> None:
+def base_name(config: Mapping[str, Any]) -> str:
+    """What the config calls its base, as far as it may be told; empty where it calls it nothing."""
+    name = config.get("base_model_name_or_path")
+    return public_name(name) if isinstance(name, str) and TEXT.holds(name) else ""
+
+
+def public_name(base: str) -> str:
+    """A hub id as it is, of a folder its own name: its path is nobody else's business."""
+    return base if HUB_ID.fullmatch(base) and not Path(base).exists() else Path(base).name
+
+
+def require_targets(config: Mapping[str, Any], layers: Iterable[str]) -> list[str]:
+    """Compares the layers that an adapter has with those that its config names.
+
+    Args:
+        config: the object in adapter_config.json.
+        layers: names of those it has.
+
+    Returns:
+        Names of which it has no layer. PEFT allows them: one list of names serves several kinds of models.
+
+    Raises:
+        InputError: when it has a layer that is not among those named, and which PEFT would not load.
+    """
+    targets = config.get("target_modules")
+    if not isinstance(targets, list):  # a pattern, or all linear layers
+        return []
+    named, found = set(filter(TEXT.holds, targets)), set()
+    for layer in layers:
+        parts = layer.split(".")
+        ends = named.intersection(".".join(parts[start:]) for start in range(len(parts)))
+        if not ends:
+            raise InputError(f"target_modules do not name {layer}, of which there are weights; save the adapter again")
+        found |= ends
+    return sorted(named - found)
+
+
+def _require_values(name: str, pattern: Any, rule: Rule) -> None:
     require(name, pattern, OBJECT)
     for key, value in pattern.items():
-        require(f"key of {name}", key, _PATTERN)
-        require(f"{name}[{key!r}]", value, rule)
+        require(f"{name}[{short(key)}]", value, rule)
 
 
 def alpha_of(layer: LoRALayer) -> float:
@@ -192,7 +299,7 @@ def peft_config(layers: Mapping[str, LoRALayer], base: str) -> dict[str, Any]:
     alphas = {name: _whole(alpha_of(layer)) for name, layer in sorted(layers.items())}
     rank, alpha = _most_common(ranks.values()), _most_common(alphas.values())
     config = LoraConfig(
-        base_model_name_or_path=base,
+        base_model_name_or_path=public_name(base),
         inference_mode=True,
         r=rank,
         lora_alpha=alpha,

@@ -75,14 +75,23 @@ def object_from(content: bytes) -> dict[str, Any]:
     """The object that JSON text holds.
 
     Raises:
-        InputError: no JSON, or no object.
+        InputError: no JSON, no object, or one with a key twice, of which readers take either.
     """
     try:
-        value = json.loads(content.decode())
+        value = json.loads(content.decode(), object_pairs_hook=_without_repeats)
     except (ValueError, RecursionError) as error:
         raise InputError(f"not valid JSON, {short(str(error))}; save the adapter again") from None
     require("the file", value, OBJECT)
     return dict(value)
+
+
+def _without_repeats(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    content: dict[str, Any] = {}
+    for key, value in pairs:
+        if key in content:
+            raise ValueError(f"{key!r} stands there twice")
+        content[key] = value
+    return content
 
 
 def json_bytes(content: dict[str, Any]) -> bytes:

@@ -7,13 +7,10 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Protocol
 
-from safetensors import SafetensorError
-from safetensors.torch import load
-
 from sap_lightning.errors import InputError
-from sap_lightning.io.factors import Weights, WeightsFile, WeightsInMemory
 from sap_lightning.io.peft_config import CONFIG_FILE
-from sap_lightning.io.rules import errors_in, object_from, short
+from sap_lightning.io.rules import errors_in, object_from
+from sap_lightning.io.weights import SafetensorsFile, Weights
 
 WEIGHTS_FILE = "adapter_model.safetensors"
 MANIFEST_FILE = "manifest.json"
@@ -38,7 +35,7 @@ class UploadFiles(Protocol):
 
 
 class FilesInFolder:
-    """Regular files of a folder, none of which leads out of it."""
+    """Regular files of a folder, none of which leads out of it, but to the blobs of the hub's cache."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
@@ -56,7 +53,7 @@ class FilesInFolder:
             return object_from(path.read_bytes())
 
     def weights(self) -> Weights:
-        return WeightsFile(self._regular_file(WEIGHTS_FILE))
+        return SafetensorsFile.at(self._regular_file(WEIGHTS_FILE))
 
     def _regular_file(self, name: str) -> Path:
         folder, path = self.folder, self.folder / name
@@ -70,11 +67,18 @@ class FilesInFolder:
                 f"there is one in {below[0]!r} below it" if below else "save the adapter with PEFT's save_pretrained"
             )
             raise InputError(f"{path}: no such file; {advice}")
-        if not Path(os.path.realpath(path)).is_relative_to(os.path.realpath(folder)):
+        real = Path(os.path.realpath(path))
+        if not any(map(real.is_relative_to, _own_folders(folder))):
             raise InputError(f"{path}: leads outside the folder; put the file itself there")
         if not path.is_file():
             raise InputError(f"{path}: not a regular file; put the file itself there")
         return path
+
+
+def _own_folders(folder: Path) -> list[Path]:
+    """A folder, and for a snapshot in the Hugging Face cache the blobs beside it, to which its links lead."""
+    real = Path(os.path.realpath(folder))
+    return [real, real.parents[1] / "blobs"] if real.parent.name == "snapshots" else [real]
 
 
 class FilesInMemory:
@@ -103,11 +107,7 @@ class FilesInMemory:
     def weights(self) -> Weights:
         place = self.place(WEIGHTS_FILE)
         with errors_in(place):
-            content = self._content(WEIGHTS_FILE)
-        try:
-            return WeightsInMemory(load(content), place)
-        except (SafetensorError, KeyError) as error:  # a KeyError for a dtype that torch does not have
-            raise InputError(f"{place}: not safetensors, {short(str(error))}; save the adapter again") from None
+            return SafetensorsFile.of(self._content(WEIGHTS_FILE), place)
 
     def _content(self, name: str) -> bytes:
         if name not in self.files:

@@ -13,13 +13,12 @@ from sap_lightning.console import track
 from sap_lightning.errors import InputError, first_line
 from sap_lightning.files import cache_folder
 from sap_lightning.io.adapter import Adapter, PeftConfig, adapter_from, expected_base, read_adapter
-from sap_lightning.io.factors import Shapes, WeightsInMemory
+from sap_lightning.io.factors import NOTHING_BESIDE, Beside, Shapes
 from sap_lightning.io.manifest import BaseFingerprint, require_base
-from sap_lightning.io.peft_config import CONFIG_FILE
+from sap_lightning.io.peft_config import CONFIG_FILE, HUB_ID
 from sap_lightning.io.rules import errors_in
 from sap_lightning.io.upload_files import MANIFEST_FILE, WEIGHTS_FILE
-
-HUB_ID = re.compile(r"[\w-][\w.-]*/[\w.-]+")
+from sap_lightning.io.weights import WeightsInMemory
 
 
 def read_uploads(
@@ -27,8 +26,9 @@ def read_uploads(
     shapes: Shapes | None = None,
     base_fingerprint: BaseFingerprint = None,
     base_shapes: Shapes | None = None,
+    beside: Beside = NOTHING_BESIDE,
 ) -> list[Adapter]:
-    """Reads and validates uploads, in an order that depends on their content only.
+    """Reads and validates uploads.
 
     Args:
         uploads: PEFT folders, hub ids (user/name), or checkpoints (.ckpt) of this package's clients.
@@ -36,6 +36,10 @@ def read_uploads(
         base_fingerprint: as for `read_adapter`.
         base_shapes: without `shapes`: of a base whose layers the adapters may name with a prefix more or less, as PEFT
             does for models with a head; layers that it lacks are left alone if it has others of the same adapter.
+        beside: as for `read_adapter`.
+
+    Returns:
+        The adapters in the order of the uploads.
 
     Raises:
         InputError: when one is faulty, two are the same, or they are of different bases.
@@ -43,7 +47,7 @@ def read_uploads(
     found: dict[str, str] = {}
     adapters = []
     for upload in track(uploads, "reading uploads"):
-        adapter = _read(upload, shapes, base_fingerprint)
+        adapter = _read(upload, shapes, base_fingerprint, beside)
         if adapter.sha256 in found:
             raise InputError(f"{upload}: the same adapter as {found[adapter.sha256]}; give each upload once")
         found[adapter.sha256] = str(upload)
@@ -53,16 +57,16 @@ def read_uploads(
         _require_one_base(found_shapes)
         for client, layers in found_shapes:
             _require_base(client, layers, base_shapes or {})
-    return sorted(adapters, key=lambda adapter: adapter.sha256)
+    return adapters
 
 
-def _read(upload: str | Path, shapes: Shapes | None, base_fingerprint: BaseFingerprint) -> Adapter:
+def _read(upload: str | Path, shapes: Shapes | None, base_fingerprint: BaseFingerprint, beside: Beside) -> Adapter:
     path = Path(upload)
     if path.suffix == ".ckpt" and path.is_file():
         return _read_checkpoint(path, shapes, base_fingerprint)
     if not path.exists() and HUB_ID.fullmatch(str(upload)):
         path = _download(str(upload))
-    return read_adapter(path, shapes, base_fingerprint)
+    return read_adapter(path, shapes, base_fingerprint, beside)
 
 
 def _download(hub_id: str) -> Path:
@@ -100,9 +104,14 @@ def _peft_key(key: str) -> str:
 def _require_base(client: str, layers: Shapes, shapes: Shapes) -> None:
     found = {name: shape for name in layers for layer, shape in shapes.items() if _same_layer(name, layer)}
     if shapes and not found:
+        first = next(iter(layers))
         raise InputError(
-            f"upload {client!r}: the base has no layer {next(iter(layers))}, nor any other of its layers;"
-            " set --model.base to the base it was trained on"
+            f"upload {client!r}: the base has no layer {first}, nor any other of its layers; "
+            + (
+                f"it has {other}, as another version of transformers calls it: load and save the adapter with PEFT once"
+                if (other := _renamed(first, layers[first], shapes))
+                else "set --model.base to the base it was trained on"
+            )
         )
     for name, shape in found.items():
         if layers[name] != shape:
@@ -110,6 +119,16 @@ def _require_base(client: str, layers: Shapes, shapes: Shapes) -> None:
                 f"upload {client!r}: {name} is for a weight of shape {layers[name]}, the base has"
                 f" {shape}; set --model.base to the base it was trained on"
             )
+
+
+_BLOCK = re.compile(r"\.\d+\..+")
+
+
+def _renamed(name: str, shape: tuple[int, ...], shapes: Shapes) -> str | None:
+    """A layer of the same block, name in it and shape, which is called otherwise before that."""
+    block = _BLOCK.search(name)
+    alike = (other for other in shapes if block and other.endswith(block[0]) and shapes[other] == shape)
+    return next(alike, None)
 
 
 def _same_layer(name: str, other: str) -> bool:
@@ -130,5 +149,5 @@ def _require_one_base(clients: Iterable[tuple[str, Shapes]]) -> None:
         if longer := [other for other in shapes if other.endswith(f".{name}")]:
             raise InputError(
                 f"uploads {first!r} and {shapes[longer[0]][1]!r} call one layer {name} and {longer[0]}; save both from"
-                " the same class of model"
+                " the same class of model, with one version of transformers"
             )

@@ -18,17 +18,19 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class AtReach(OnTop):
-    """Another method's ΔW, scaled as a whole to λ times the clients' mean norm.
+    """Another method's ΔW, scaled as a whole to the length that the clients' reach asks for.
 
-    λ is the multiple of their adapters at which most of what they learned carries over to every changed style, as their
-    manifests say. Where nothing does the merge is the base itself, and the log says so. The length of the other method
-    does not matter, so methods can be compared at one that no label of the unseen domain has chosen.
+    They say at which multiple λ of their adapters most of what they learned carries over to every changed style; the
+    merge is then halfway between their average and λ times a client, in Frobenius norm. Where nothing carries over to
+    the styles together the merge is the base itself, and the log says so. The length of the other method does not
+    matter, so methods can be compared at one that no label of the unseen domain has chosen.
 
     Args:
         method: a method, or the name of one at its default settings.
     """
 
     name = "at_reach"
+    uses_weights = True  # in the length
 
     method: MergeMethod | str = "average"
 
@@ -41,9 +43,9 @@ class AtReach(OnTop):
                 f"merge.method {self.name}: not every upload's manifest says how far its adapter reaches; train the"
                 " clients with --model.reach true and some data.val_fraction, or use another method"
             )
-        if reach.factor == 0:
+        if reach.length == 0:
             log.warning("nothing that the clients learned carries over to other styles; the merge is the base")
         else:
-            log.info("clients reach furthest at %g times their adapters; the merge is as long", reach.factor)
+            log.info("clients reach furthest at %g times their adapters", reach.factor)
         prepared = self.inner.prepare(adapters, weights, anchors)
         return Changed(prepared, lambda merged: at_length(merged, reach.length), reach.findings)

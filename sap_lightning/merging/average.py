@@ -18,6 +18,7 @@ class Average(LayerwiseMethod):
     """Σ w_k·ΔW_k: exact, of the products ΔW and not of A and B apart."""
 
     name = "average"
+    takes_any_weights = True
 
     def merge_layer(self, layers: Sequence[LoRALayer], weights: Sequence[float]) -> Update:
         return weighted_sum(layers, weights)

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import logging
+import math
+import statistics
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, Literal
 
@@ -9,9 +12,13 @@ import torch
 
 from sap_lightning.errors import InputError
 from sap_lightning.functional.lora import LoRALayer
+from sap_lightning.functional.rescaling import norm
 from sap_lightning.io.adapter import Adapter
 
+log = logging.getLogger(__name__)
 Weights = Literal["uniform", "samples"]
+FAR = 20.0
+"""So many times the median length, and an adapter is doubted."""
 
 
 class ClientLayers(Sequence[LoRALayer]):
@@ -53,16 +60,21 @@ def layers_named(adapter: Adapter, names: Iterable[str] | None) -> Mapping[str, 
     return {name: adapter.layers[name] for name in names if name in adapter.layers}
 
 
-def client_weights(adapters: Sequence[Adapter], weights: Weights = "uniform") -> list[float]:
-    """Each adapter's share of the whole; they sum to 1.
+def client_weights(
+    adapters: Sequence[Adapter], weights: Weights | Mapping[str, float] = "uniform", max_share: float | None = None
+) -> list[float]:
+    """Each adapter's share of the whole; they sum to 1, unless they are given.
 
     Args:
         adapters: one for each client.
-        weights: clients count alike, or by their number of training images.
+        weights: clients count alike, or by their number of training images; or the weight of each adapter by sha256.
+        max_share: the most that a client may count by its images; the others share what is above that.
 
     Raises:
-        InputError: when sample counts are needed and an upload does not say its own.
+        InputError: when sample counts are needed and an upload does not say its own, or no client could have a share.
     """
+    if isinstance(weights, Mapping):
+        return [weights[adapter.sha256] for adapter in adapters]
     if weights == "uniform":
         return [1 / len(adapters)] * len(adapters)
     samples = [adapter.num_samples for adapter in adapters]
@@ -72,4 +84,46 @@ def client_weights(adapters: Sequence[Adapter], weights: Weights = "uniform") ->
                 f"merge.weights samples: upload {adapter.name!r} has no manifest that says its number of"
                 " samples; use --merge.weights uniform"
             )
-    return [count / sum(filter(None, samples)) for count in samples if count]
+    shares = bounded_shares([count for count in samples if count], 1.0 if max_share is None else max_share)
+    said = ", ".join(f"{adapter.name} {share:.3f}" for adapter, share in zip(adapters, shares, strict=True))
+    log.info("clients count by their images: %s", said)
+    return shares
+
+
+def bounded_shares(counts: Sequence[int], most: float) -> list[float]:
+    """Shares of a whole in proportion to counts, none above ``most``, as far as the others can take what is above it.
+
+    Raises:
+        InputError: when so many shares, of at most so much, do not make a whole.
+    """
+    if most * len(counts) < 1:
+        raise InputError(
+            f"merge.max_share {most:g}: {len(counts)} clients of at most that make no whole; give at least"
+            f" {1 / len(counts):.3g}"
+        )
+    bounded: set[int] = set()
+    while True:
+        rest = [index for index in range(len(counts)) if index not in bounded]
+        left = 1 - most * len(bounded)
+        total = sum(counts[index] for index in rest)
+        shares = [most if index in bounded else left * counts[index] / total for index in range(len(counts))]
+        if not (above := {index for index in rest if shares[index] > most}):
+            return shares
+        bounded |= above
+
+
+def doubts_about(adapters: Sequence[Adapter]) -> list[str]:
+    """What speaks against some of these adapters, in words: a merge of them is made, but may not be what was meant."""
+    doubts = [f"upload {adapter.name!r}: {doubt}" for adapter in adapters for doubt in adapter.doubts]
+    lengths = [math.hypot(*(norm(layer, 2) for layer in adapter.layers.values())) for adapter in adapters]
+    typical = statistics.median_low(lengths)
+    for adapter, length in zip(adapters, lengths, strict=True):
+        if length == 0:
+            doubts.append(f"upload {adapter.name!r}: its ΔW is zero; it was not trained")
+        elif typical and length > FAR * typical:
+            doubts.append(f"upload {adapter.name!r}: its ΔW is {length / typical:.0f} times as long as the median")
+    bases = {adapter.base: adapter.name for adapter in reversed(adapters) if adapter.base}
+    if len(bases) > 1:
+        said = ", ".join(f"{client!r} on {base}" for base, client in sorted(bases.items()))
+        doubts.append(f"uploads say that they were trained on different bases: {said}")
+    return doubts

@@ -47,5 +47,5 @@ class DARE(PruningMethod):
     def masks(self, scores: Mapping[str, Parameters], sparsity: float) -> dict[str, Parameters]:
         return {name: tuple(draw >= sparsity for draw in layer) for name, layer in scores.items()}
 
-    def consensus(self) -> Consensus:
+    def new_consensus(self) -> Consensus:
         return ElectedMean() if self.election else WeightedSum()

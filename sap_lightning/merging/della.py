@@ -71,7 +71,7 @@ class DELLA(PruningMethod):
         kept = 1 - drop_probabilities(row_ranks(delta.abs()), sparsity, self.window)
         return torch.where(pruned != 0, pruned / kept, 0)
 
-    def consensus(self) -> Consensus:
+    def new_consensus(self) -> Consensus:
         return ElectedMean()
 
     def factor(self, clients: int) -> float:

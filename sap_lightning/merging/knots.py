@@ -60,7 +60,7 @@ class KnOTS(PruningMethod):
     def factor(self, clients: int) -> float:
         return self.scale
 
-    def consensus(self) -> Consensus:
+    def new_consensus(self) -> Consensus:
         return AlignedElection(self.majority)
 
 

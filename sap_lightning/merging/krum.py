@@ -38,6 +38,10 @@ class Krum(MergeMethod):
         check_at_least("merge.method.byzantine", self.byzantine, 0)
         check_at_least("merge.method.multi", self.multi, 1)
 
+    @property
+    def uses_weights(self) -> bool:  # type: ignore[override]  # of a single client there is nothing to weigh
+        return self.multi > 1
+
     def prepare(
         self, adapters: Sequence[Adapter], weights: Sequence[float], anchors: AnchorProbe | None = None
     ) -> Prepared:

@@ -55,6 +55,10 @@ class LiNeS(OnTop):
             check_at_least("merge.method.alpha", self.alpha, 0)
         check_at_least("merge.method.beta", self.beta, 0)
 
+    @property
+    def uses_weights(self) -> bool:  # type: ignore[override]  # the authors' α is that of a weighted average
+        return self.alpha is None or self.inner.uses_weights
+
     def prepare(
         self, adapters: Sequence[Adapter], weights: Sequence[float], anchors: AnchorProbe | None = None
     ) -> Prepared:

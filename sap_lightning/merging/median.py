@@ -20,6 +20,7 @@ class Median(LayerwiseMethod):
     """
 
     name = "median"
+    uses_weights = False
 
     def merge_layer(self, layers: Sequence[LoRALayer], weights: Sequence[float]) -> Tensor:
         return coordinatewise(median, layers)

@@ -19,7 +19,7 @@ from sap_lightning.files import as_json, new_folder, write_json, write_text
 from sap_lightning.functional.lora import LoRALayer, Update, dense, recompress
 from sap_lightning.functional.rescaling import relative_error
 from sap_lightning.io.adapter import Adapter, adapter_files
-from sap_lightning.io.uploads import HUB_ID
+from sap_lightning.io.peft_config import HUB_ID, public_name
 from sap_lightning.merging.method import MergeMethod, Prepared
 from sap_lightning.models.clip import load_clip
 from sap_lightning.models.layers import linear_weight, model_type
@@ -45,6 +45,7 @@ class Merged:
         update: ΔW by layer.
         sparsity: that the update was pruned to; None is the method's own.
         rejected: names of clients that were left out as outliers.
+        doubts: what speaks against some of the adapters, in words.
     """
 
     base: str
@@ -55,6 +56,7 @@ class Merged:
     update: Mapping[str, Update] = field(repr=False)
     sparsity: float | None = None
     rejected: Sequence[str] = ()
+    doubts: Sequence[str] = ()
 
     def at(self, sparsity: float | None) -> Merged:
         """The same merge at another sparsity, or at the method's own."""
@@ -108,10 +110,16 @@ class Merged:
     def record(self) -> dict[str, Any]:
         """What decides the outcome, as JSON knows it."""
         sources = [
-            {"name": adapter.name, "sha256": adapter.sha256, "weight": weight}
+            {
+                "name": adapter.name,
+                "sha256": adapter.sha256,
+                "weight": weight,
+                "base": adapter.base,
+                "dropped": list(adapter.dropped),
+            }
             for adapter, weight in zip(self.adapters, self.weights, strict=True)
         ]
-        return as_json({"base": self.base, **self.method.record, "sources": sources})
+        return as_json({"base": public_name(self.base), **self.method.record, "sources": sources})
 
     def _outcome(self, error: float, metrics: Mapping[str, float]) -> dict[str, Any]:
         return as_json(
@@ -120,6 +128,7 @@ class Merged:
                 "findings": dict(self.prepared.findings),
                 "metrics": dict(metrics),
                 "rejected": list(self.rejected),
+                "doubts": list(self.doubts),
             }
         )
 
@@ -134,7 +143,7 @@ class Merged:
             data,
             template_path=str(Path(__file__).with_name("card.md.j2")),
             method=self.method.name,
-            base=self.base,
+            base=public_name(self.base),
             record=self.record(),
             findings=as_json(dict(self.prepared.findings)),
             metrics=metrics,

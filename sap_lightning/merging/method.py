@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import hashlib
 import inspect
+import math
 import sys
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
@@ -51,11 +52,15 @@ class MergeMethod(ABC):
             is pruned of each adapter.
         sparsity: ρ, the share of parameters set to zero; None where nothing is pruned.
         asks_by_batch: whether what ``prepare`` is told depends on how the anchors are batched.
+        uses_weights: whether clients' weights have a say.
+        takes_any_weights: whether they may also be negative.
     """
 
     name = ""
     needs_anchors = False
     asks_by_batch = False
+    uses_weights = True
+    takes_any_weights = False
     has_masks = False
     sparsity: float | None = None
 
@@ -203,6 +208,16 @@ def _plain(value: Any) -> Any:
     if isinstance(value, MergeMethod):
         return value.record
     return list(value) if isinstance(value, tuple) else value
+
+
+def check_weights(method: MergeMethod, weights: Sequence[float]) -> None:
+    """Raises InputError when a method cannot give its clients these weights."""
+    if not (all(map(math.isfinite, weights)) and any(weights)):
+        raise InputError(f"merge.weights {weights}: must be finite numbers, not all of them 0")
+    if not method.uses_weights:
+        raise InputError(f"merge.weights {weights}: clients count alike in {method.name}; use --merge.weights uniform")
+    if min(weights) < 0 and not method.takes_any_weights:
+        raise InputError(f"merge.weights {weights}: {method.name} takes none below 0; average and task_arithmetic do")
 
 
 def required(anchors: AnchorProbe | None, method: MergeMethod) -> AnchorProbe:

@@ -41,6 +41,10 @@ class OnTop(MergeMethod):
         return self.inner.asks_by_batch
 
     @property
+    def uses_weights(self) -> bool:  # type: ignore[override]
+        return self.inner.uses_weights
+
+    @property
     def has_masks(self) -> bool:  # type: ignore[override]
         return self.inner.has_masks
 

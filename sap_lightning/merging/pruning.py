@@ -107,7 +107,7 @@ class PruningMethod(MergeMethod):
         cap = math.inf if self.rescale_cap is None else self.rescale_cap
         return rescaled(whole, pruned, self.rescale, self.rescale_scope, sparsity, cap)
 
-    def consensus(self) -> Consensus:
+    def new_consensus(self) -> Consensus:
         """How the clients' pruned updates of one layer become one."""
         return FactorSum() if self.mean_of == "factors" else WeightedSum()
 
@@ -175,7 +175,7 @@ class Pruning(Prepared):
     def _merge_layers(self, names: Sequence[str], sparsity: float, progress: str | None = None) -> dict[str, Update]:
         """Prunes these layers together and merges them, one client in memory at a time."""
         method = self.method
-        merged: dict[str, Consensus] = defaultdict(method.consensus)
+        merged: dict[str, Consensus] = defaultdict(method.new_consensus)
         clients = list(zip(self.adapters, self.weights, strict=True))
         for adapter, weight in track(clients, progress) if progress else clients:
             pruned = self.pruned(adapter, sparsity, names)

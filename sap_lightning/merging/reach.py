@@ -7,10 +7,12 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from sap_lightning.functional.consensus import weighted_sum
 from sap_lightning.functional.lora import Update, no_change, times
-from sap_lightning.functional.reach import LENGTHS, Reach, best_length, carried_over
+from sap_lightning.functional.reach import LENGTHS, best_length, carried_over
 from sap_lightning.functional.rescaling import norm
 from sap_lightning.io.adapter import Adapter
+from sap_lightning.merging.clients import client_layers
 
 
 @dataclass(frozen=True)
@@ -18,9 +20,10 @@ class ReachOfClients:
     """What clients say of how far their adapters reach, and what follows for a merge of them.
 
     Attributes:
-        factor: λ, the multiple of a client's adapter at which most carries over to every style; 0 if nothing does.
-        length: λ times the clients' mean Frobenius norm, which is how long their merge should be. A mean of updates
-            that are nearly at right angles is shorter than each of them.
+        factor: λ, the multiple of a client's adapter at which the style that wins the least wins most.
+        length: Frobenius norm that their merge should have: halfway between those of their average and of λ times a
+            client. The worst style is a hard judge, and a client by itself a long measure for a mean of several, which
+            point apart. 0 where no length wins anything in the mean over the styles.
         carried_over: what is won over λ = 0 in the style that wins the least, by λ.
     """
 
@@ -48,20 +51,22 @@ def reach_of(adapters: Sequence[Adapter], weights: Sequence[float]) -> ReachOfCl
     """
     if not say_how_far(adapters):
         return None
-    reaches: list[Reach] = [one.manifest.reach for one in adapters if one.manifest]
-    factor = best_length(reaches)
-    length = factor * sum(weight * _length(one.layers) for one, weight in zip(adapters, weights, strict=True))
-    return ReachOfClients(factor, length, dict(zip(LENGTHS, carried_over(reaches).tolist(), strict=True)))
+    won = carried_over([one.manifest.reach for one in adapters if one.manifest])
+    factor = best_length(won)
+    client = sum(weight * length_of(one.layers) for one, weight in zip(adapters, weights, strict=True))
+    average = math.hypot(*(norm(weighted_sum(of, weights), 2) for of in client_layers(adapters).values()))
+    length = (average + factor * client) / 2 if won.mean(0).max() > 0 else 0.0
+    return ReachOfClients(factor, length, dict(zip(LENGTHS, won.min(0).values.tolist(), strict=True)))
 
 
 def at_length(merged: Mapping[str, Update], length: float) -> dict[str, Update]:
     """The merged update made so long, in Frobenius norm over all layers; nothing, of rank 1, at length 0."""
-    size = _length(merged)
+    size = length_of(merged)
     if length == 0 or size == 0:
         return {name: no_change((update.shape[0], update.shape[1])) for name, update in merged.items()}
     return times(merged, length / size)
 
 
-def _length(update: Mapping[str, Update]) -> float:
+def length_of(update: Mapping[str, Update]) -> float:
     """Frobenius norm over all layers."""
     return math.hypot(*(norm(layer, 2) for layer in update.values()))

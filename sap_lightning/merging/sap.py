@@ -5,10 +5,12 @@ Saliency is first-order Taylor importance (Molchanov et al. 2019, arXiv:1906.107
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from typing import Literal
 
 from sap_lightning.errors import InputError, check_positive, check_share
+from sap_lightning.functional.consensus import Consensus, ElectedMean, MedianOf
 from sap_lightning.functional.masking import Scope
 from sap_lightning.functional.rescaling import Rescale
 from sap_lightning.functional.saliency import AnchorLoss, Reduction, loss_reduction, saliency
@@ -17,10 +19,13 @@ from sap_lightning.io.adapter import Adapter
 from sap_lightning.merging.pruning import MeanOf, PruningMethod
 from sap_lightning.models.probe import AnchorProbe, Answer
 
+SAPConsensus = Literal["mean", "elected", "median"]
+OTHER_CONSENSUS: dict[str, Callable[[], Consensus]] = {"elected": ElectedMean, "median": MedianOf}
+
 
 @dataclass(frozen=True)
 class SAP(PruningMethod):
-    """λ times the weighted mean of the adapters, each without the share ρ of its least salient parameters, rescaled.
+    """λ times the consensus of the adapters, each without the share ρ of its least salient parameters, rescaled.
 
     Args:
         sparsity: ρ, the share of parameters set to zero.
@@ -36,6 +41,8 @@ class SAP(PruningMethod):
             space), or of the whole adapter (global).
         rescale_cap: the largest factor of l1 and l2, from 1 on; any if not given.
         mean_of: whether the pruned ΔW are averaged, or their A and B apart as FedAvg does (factors, in factor space).
+        consensus: of the pruned ΔW: their weighted mean, their mean over those of the elected sign at every element, as
+            in TIES (elected), or their median, whatever the weights.
         scale: λ, above 0. The mean of updates that are nearly at right angles is shorter than each of them.
         loss: the anchors' loss: 1 − cos of a pair (cosine), InfoNCE from image to text against all captions
             (contrastive), the entropy of an image over all captions (entropy), or CLIP's own, both ways within a batch
@@ -49,7 +56,9 @@ class SAP(PruningMethod):
 
     name = "sap"
     needs_anchors = True
-    not_asked = frozenset({"sparsity", "scope", "rescale", "rescale_scope", "rescale_cap", "mean_of", "scale"})
+    not_asked = frozenset(
+        {"sparsity", "scope", "rescale", "rescale_scope", "rescale_cap", "mean_of", "consensus", "scale"}
+    )
 
     sparsity: float = 0.8
     space: SpaceName = "delta"
@@ -59,6 +68,7 @@ class SAP(PruningMethod):
     rescale_scope: Scope = "layer"
     rescale_cap: float | None = None
     mean_of: MeanOf = "delta"
+    consensus: SAPConsensus = "mean"
     scale: float = 1.0
     loss: AnchorLoss = "cosine"
     sign_aware: bool = False
@@ -72,6 +82,8 @@ class SAP(PruningMethod):
                 f"prune.rescale_cap {self.rescale_cap}: must be at least 1, and is for prune.rescale l1 or l2, got"
                 f" {self.rescale}"
             )
+        if self.consensus != "mean" and self.mean_of == "factors":
+            raise InputError(f"prune.consensus {self.consensus} is of ΔW, and prune.mean_of factors of A and B apart")
         if self.asks_by_batch and self.reduction != "mean_then_abs":
             raise InputError(
                 f"prune.loss {self.loss} is of a batch and needs prune.reduction mean_then_abs, got {self.reduction}"
@@ -110,6 +122,9 @@ class SAP(PruningMethod):
 
     def scores(self, adapter: Adapter, spaces: Mapping[str, Space], answer: Answer) -> Mapping[str, Parameters]:
         return answer.of
+
+    def new_consensus(self) -> Consensus:
+        return OTHER_CONSENSUS.get(self.consensus, super().new_consensus)()
 
     def factor(self, clients: int) -> float:
         return self.scale

@@ -38,7 +38,7 @@ class SAPAuto(MergeMethod):
     """SAP at the settings that the clients and the anchors suggest.
 
     Where every client says how far its adapter reaches (``functional.reach``), they decide how long the merge is:
-    ``at_reach`` of SAP at ρ = ``agreed_sparsity``. Where nothing that they learned carries over to other styles, the
+    ``at_reach`` of SAP at ρ = ``reach_sparsity``. Where nothing that they learned carries over to other styles, the
     merge is the base itself, and the log says so.
 
     Where they do not say, the updates themselves are asked. Where these point the same way, their mean cosine above 0,
@@ -53,7 +53,8 @@ class SAPAuto(MergeMethod):
         sparsities: values of ρ to try.
         spaces: spaces to try.
         scales: factors to try on the merged update.
-        agreed_sparsity: ρ where the clients agree, or say how far they reach.
+        reach_sparsity: ρ where the clients say how far they reach.
+        agreed_sparsity: ρ where the clients agree.
         agreed_scale: λ where the clients agree, above 0.
         reduction: as for SAP.
 
@@ -68,6 +69,7 @@ class SAPAuto(MergeMethod):
     sparsities: Sequence[float] = (0.0, 0.5, 0.8, 0.9, 0.95, 0.99)
     spaces: Sequence[SpaceName] = ("delta", "factor", "singular")
     scales: Sequence[float] = (0.25, 0.5, 0.75, 1.0, 1.25, 1.5, 2.0)
+    reach_sparsity: float = 0.8
     agreed_sparsity: float = 0.5
     agreed_scale: float = 1.2
     reduction: Reduction = "abs_then_mean"
@@ -81,6 +83,7 @@ class SAPAuto(MergeMethod):
             check_share("merge.method.sparsities", sparsity)
         for scale in self.scales:
             check_positive("merge.method.scales", scale)
+        check_share("merge.method.reach_sparsity", self.reach_sparsity)
         check_share("merge.method.agreed_sparsity", self.agreed_sparsity)
         check_positive("merge.method.agreed_scale", self.agreed_scale)
 
@@ -89,7 +92,7 @@ class SAPAuto(MergeMethod):
     ) -> Prepared:
         anchors = required(anchors, self)
         if say_how_far(adapters):
-            sap = SAP(self.agreed_sparsity, reduction=self.reduction)
+            sap = SAP(self.reach_sparsity, reduction=self.reduction)
             return AtReach(sap).prepare(adapters, weights, anchors)
         agreement = mean_cosine(adapters)
         if agreement > 0:

@@ -43,6 +43,7 @@ class SensMerging(MergeMethod):
     """
 
     name = "sens_merging"
+    uses_weights = False
     needs_anchors = True
 
     scale: float = 0.4

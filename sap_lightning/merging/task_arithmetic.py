@@ -22,6 +22,7 @@ class TaskArithmetic(LayerwiseMethod):
     """
 
     name = "task_arithmetic"
+    takes_any_weights = True
 
     scale: float = 0.3
 

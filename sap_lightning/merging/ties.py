@@ -52,7 +52,7 @@ class TIES(PruningMethod):
     def scores(self, adapter: Adapter, spaces: Mapping[str, Space], answer: Answer) -> dict[str, Parameters]:
         return magnitudes(spaces)
 
-    def consensus(self) -> Consensus:
+    def new_consensus(self) -> Consensus:
         return ElectedMean(self.majority, by_count=self.variant == "peft")
 
     def factor(self, clients: int) -> float:

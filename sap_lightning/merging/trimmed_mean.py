@@ -29,6 +29,7 @@ class TrimmedMean(LayerwiseMethod):
     """
 
     name = "trimmed_mean"
+    uses_weights = False
 
     trim: float = 0.1
 

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+from functools import lru_cache
+
 import torch
+import transformers
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModel
 from transformers.pytorch_utils import Conv1D
@@ -20,6 +23,24 @@ def linear_weight(model: nn.Module, layer: str) -> Tensor:
     weight = model.get_submodule(layer).weight
     assert isinstance(weight, Tensor)
     return weight.data
+
+
+@lru_cache(maxsize=1)
+def _whole_model(base: str) -> nn.Module | None:
+    config = AutoConfig.from_pretrained(base, trust_remote_code=False)
+    model_class = getattr(transformers, (config.architectures or [""])[0], None)
+    return None if model_class is None else model_class.from_pretrained(base, dtype="auto", trust_remote_code=False)
+
+
+def base_weight(base: str, layer: str) -> Tensor | None:
+    """The weight of a checkpoint's layer by its name in the whole model; None where it cannot be had."""
+    try:
+        model = _whole_model(base)
+    except (OSError, ValueError):  # no weights there
+        return None
+    module = dict(model.named_modules()).get(layer) if model else None
+    weight = getattr(module, "weight", None)
+    return weight.data if isinstance(weight, Tensor) else None
 
 
 def model_type(base: str) -> str:

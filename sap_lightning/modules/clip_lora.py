@@ -22,7 +22,7 @@ from sap_lightning.functional.lora import LoRALayer
 from sap_lightning.functional.reach import Reach
 from sap_lightning.io.adapter import sha256_of, write_adapter
 from sap_lightning.io.manifest import Manifest
-from sap_lightning.io.peft_config import in_text_tower
+from sap_lightning.io.peft_config import in_text_tower, public_name
 from sap_lightning.models.clip import TextEncoder, load_base
 from sap_lightning.models.layers import layer_shapes
 from sap_lightning.modules.classifier import CLIPClassifier, data_of
@@ -212,7 +212,7 @@ class CLIPLoRAModule(CLIPClassifier):
         """
         layers = self.layers()
         manifest = Manifest(
-            base=self.base,
+            base=public_name(self.base),
             base_fingerprint=self.base_fingerprint,
             domain=domain,
             class_names=tuple(self.class_names),

@@ -2,30 +2,34 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
 
 from sap_lightning.data.anchors import AnchorBatch
-from sap_lightning.errors import InputError
+from sap_lightning.errors import InputError, check_positive
 from sap_lightning.functional.saliency import alignment_loss
 from sap_lightning.io.adapter import Adapter
+from sap_lightning.io.factors import Beside
 from sap_lightning.io.peft_config import in_text_tower
 from sap_lightning.io.uploads import read_uploads
 from sap_lightning.merging import MergeMethod, method_named
-from sap_lightning.merging.clients import Weights, client_weights
+from sap_lightning.merging.clients import Weights, client_weights, doubts_about
 from sap_lightning.merging.merged import Format, Merged
-from sap_lightning.merging.method import required
+from sap_lightning.merging.method import check_weights, required
 from sap_lightning.merging.selection import Selection, without_outliers
-from sap_lightning.models.layers import layer_shapes, linear_shapes, model_type
+from sap_lightning.models.layers import base_weight, layer_shapes, linear_shapes, model_type
 from sap_lightning.models.probe import AnchorProbe, Memory
 from sap_lightning.modules.classifier import data_of
 from sap_lightning.modules.evaluator import CLIPEvaluator
+
+log = logging.getLogger(__name__)
 
 
 class MergeModule(CLIPEvaluator):
@@ -40,7 +44,10 @@ class MergeModule(CLIPEvaluator):
         templates: class prompts, averaged after normalisation; ``{}`` stands for the class name.
         method: how adapters become one update: a method, or the name of one at its own settings; if not given, as a
             ``SaliencyPruneCallback`` says (sap).
-        weights: clients count alike, or by their number of training images.
+        weights: clients count alike (uniform), or by their number of training images (samples); or a number for each
+            upload in their order, by which its ΔW is multiplied whatever the sum.
+        max_share: the most that a client may count by its images; the others share what is above that.
+        drop_heads: merge adapters that have layers trained whole, such as a classifier's head, and leave these out.
         reject_outliers: leave out clients whose adapter, alone, has an anchor loss that stands out from the others'
             (robust z-score above 3.5), and say so; of fewer than three clients none stands out.
         format: write a PEFT adapter, a full CLIPModel, or (``auto``) an adapter whenever that is exact or a rank is
@@ -53,7 +60,8 @@ class MergeModule(CLIPEvaluator):
         merged: what was made of them; None before the first merge.
 
     Raises:
-        InputError: when the rank is below 1, or given for a full model, or no method has that name.
+        InputError: when the rank is below 1, or given for a full model, no method has that name, or weights are not
+            what the method takes.
     """
 
     caption_features: Tensor
@@ -63,7 +71,9 @@ class MergeModule(CLIPEvaluator):
         base: str = "openai/clip-vit-base-patch16",
         templates: Sequence[str] = ("a photo of a {}.",),
         method: MergeMethod | str | None = None,
-        weights: Weights = "uniform",
+        weights: Weights | list[float] = "uniform",
+        max_share: float | None = None,
+        drop_heads: bool = False,
         reject_outliers: bool = False,
         format: Format = "auto",
         rank: int | None = None,
@@ -71,8 +81,14 @@ class MergeModule(CLIPEvaluator):
         super().__init__(base, templates)
         if rank is not None and (rank < 1 or format == "model"):
             raise InputError(f"merge.rank {rank}: must be at least 1, and is for merge.format adapter or auto only")
+        if max_share is not None:
+            check_positive("merge.max_share", max_share)
+            if weights != "samples":
+                raise InputError(f"merge.max_share {max_share:g} is for merge.weights samples, got {weights}")
         self.method = method_named(method) if isinstance(method, str) else method
         self.weights = weights
+        self.max_share = max_share
+        self.drop_heads = drop_heads
         self.reject_outliers = reject_outliers
         self.format = format
         self.rank = rank
@@ -84,6 +100,7 @@ class MergeModule(CLIPEvaluator):
         self._anchor_images = ""
         self._captions: list[str] = []
         self._memory: Memory = {}
+        self._own_weights: dict[str, float] = {}
 
     # Adapters and their merge
 
@@ -100,12 +117,23 @@ class MergeModule(CLIPEvaluator):
         Raises:
             InputError: when one is faulty or two are the same.
         """
+        adapters = self._read(uploads)
+        if not isinstance(self.weights, str):
+            if len(self.weights) != len(adapters):
+                raise InputError(
+                    f"merge.weights {self.weights}: {len(self.weights)} numbers for {len(adapters)} uploads"
+                )
+            self._own_weights = {one.sha256: weight for one, weight in zip(adapters, self.weights, strict=True)}
+        return sorted(adapters, key=lambda adapter: adapter.sha256)
+
+    def _read(self, uploads: Sequence[str | Path]) -> list[Adapter]:
+        beside = Beside(self.drop_heads, partial(base_weight, self.base))
         if self.base_type != "clip":
-            return read_uploads(uploads, base_shapes=linear_shapes(self.base))
+            return read_uploads(uploads, base_shapes=linear_shapes(self.base), beside=beside)
         self.configure_model()
         assert self.tower is not None
         shapes = layer_shapes(self.tower) | layer_shapes(self.texts.tower)
-        return read_uploads(uploads, shapes, self._fingerprint_for)
+        return read_uploads(uploads, shapes, self._fingerprint_for, beside=beside)
 
     def _fingerprint_for(self, layers: Iterable[str]) -> str:
         return self._both_fingerprint if any(map(in_text_tower, layers)) else self.base_fingerprint
@@ -171,13 +199,18 @@ class MergeModule(CLIPEvaluator):
         if not self.adapters:
             raise InputError("nothing to merge: give at least one upload")
         method = self.merge_method
+        if not isinstance(self.weights, str):
+            check_weights(method, self.weights)
+        doubts = doubts_about(self.adapters)
+        for doubt in doubts:
+            log.warning("%s", doubt)
         adapters, rejected = Selection(self.adapters, [])
         if self.reject_outliers:
             adapters, rejected = without_outliers(self.adapters, required(anchors, method))
-        weights = client_weights(adapters, self.weights)
+        weights = client_weights(adapters, self._own_weights or cast(Weights, self.weights), self.max_share)
         prepared = method.prepare(adapters, weights, anchors)
         update = prepared.apply(self._sparsity)
-        self.merged = Merged(self.base, method, adapters, weights, prepared, update, self._sparsity, rejected)
+        self.merged = Merged(self.base, method, adapters, weights, prepared, update, self._sparsity, rejected, doubts)
         if self.base_type == "clip":
             self.set_update(self.merged.update)
         return self.merged

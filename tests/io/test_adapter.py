@@ -7,6 +7,7 @@ import random
 import shutil
 import subprocess
 import sys
+import time
 import zipfile
 from collections.abc import Callable
 from copy import deepcopy
@@ -326,7 +327,10 @@ def test_peft_loads_what_we_write(tmp_path: Path, tower: torch.nn.Module, shapes
     assert (plain - expected).abs().max() > 0.01
 
 
-def test_peft_finds_the_base_by_itself(tmp_path: Path, tower: torch.nn.Module, shapes: dict[str, torch.Size]) -> None:
+def test_peft_finds_the_base_by_itself(
+    tmp_path: Path, tower: torch.nn.Module, shapes: dict[str, torch.Size], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)  # a base in a folder is called by its name alone
     tower.save_pretrained(tmp_path / "base")
     folder = write_adapter(tmp_path / "adapter", random_layers(shapes), str(tmp_path / "base"))
     model = AutoPeftModel.from_pretrained(folder)
@@ -479,7 +483,7 @@ def with_tensor(key: str, tensor: Tensor) -> Callable[[dict[str, Tensor]], dict[
         (with_tensor(Q_A.replace("vision_model.", ""), torch.ones(3, 32)), "one and the same factor"),
         (with_tensor(Q_A, torch.ones(3, 31)), r"lora_A.weight has shape \(3, 31\), expected \(3, 32\)"),
         (with_tensor(Q_A, torch.ones(32, 3)), r"lora_A.weight has shape \(32, 3\), expected \(3, 32\)"),
-        (with_tensor(Q_A, torch.ones(96)), r"has shape \(96,\), expected \(3, 32\)"),
+        (with_tensor(Q_A, torch.ones(96)), r"has shape \(96,\), expected \(r, d_in\)"),
         (with_tensor(Q_B, torch.ones(32, 4)), r"lora_B.weight has shape \(32, 4\), expected \(32, 3\)"),
         (with_tensor(Q_A, torch.ones(3, 32, dtype=torch.float64)), "lora_A.weight has dtype F64"),
         (with_tensor(Q_A, torch.ones(3, 32, dtype=torch.int8)), "lora_A.weight has dtype I8"),
@@ -504,7 +508,7 @@ def test_bad_tensors_are_refused(upload: Path, shapes: dict[str, torch.Size], ed
         ("use_dora", True, "'use_dora' is True, but only plain LoRA"),
         ("lora_bias", True, "'lora_bias' is True"),
         ("use_qalora", True, "'use_qalora' is True"),
-        ("modules_to_save", ["visual_projection"], "'modules_to_save' is"),
+        ("modules_to_save", ["visual_projection"], "modules_to_save is .*--merge.drop_heads true"),
         ("layer_replication", [[0, 2]], "'layer_replication' is"),
         ("target_parameters", ["weight"], "'target_parameters' is"),
         ("trainable_token_indices", [1], "'trainable_token_indices' is"),
@@ -546,7 +550,7 @@ def test_bad_tensors_are_refused(upload: Path, shapes: dict[str, torch.Size], ed
         ("alpha_pattern", {"q_proj": 8}, "tensors_sha256"),
         ("alpha_pattern", {"[": 8}, r"key of alpha_pattern is '\['"),
         ("alpha_pattern", {"**": 8}, r"key of alpha_pattern is '\*\*'"),
-        ("alpha_pattern", {r"(\w+)*x": 8}, "key of alpha_pattern is .* no groups"),
+        ("alpha_pattern", {r"(\w+)*x": 8}, "key of alpha_pattern is .* no groups; write out the layers' names"),
         ("alpha_pattern", {".*.*.*.*.*x": 8}, "key of alpha_pattern"),
         ("alpha_pattern", {"x" * 1000: 8}, "key of alpha_pattern"),
         ("alpha_pattern", {f"layer{i}": 8 for i in range(14)}, "more rank or alpha patterns than"),
@@ -584,7 +588,7 @@ def test_configs_without_the_essentials_are_refused(upload: Path, shapes: dict[s
         ("class_names", "dog", "class_names is 'dog', expected a list of texts"),
         ("class_names", ["dog", 1], "class_names is"),
         ("class_names", ["\x1b[31mdog"], "class_names is"),
-        ("num_samples", 0, "num_samples is 0, expected a positive integer"),
+        ("num_samples", 0, "num_samples is 0, expected an integer from 1 to a"),
         ("num_samples", -5, "num_samples is -5"),
         ("num_samples", 1e9, "num_samples is"),
         ("num_samples", True, "num_samples is True"),
@@ -613,6 +617,54 @@ def test_bad_manifests_are_refused(
 ) -> None:
     edit_json(upload / MANIFEST_FILE, **{name: value})
     assert_refused(upload, shapes, f"{MANIFEST_FILE}: {message}")
+
+
+@pytest.mark.parametrize(
+    ("file", "values", "message"),
+    [
+        (MANIFEST_FILE, {"rank": 5}, "no layer is of rank 5 and alpha"),
+        (MANIFEST_FILE, {"alpha": 1e30}, "no layer is of rank"),
+        (
+            MANIFEST_FILE,
+            {"targets": ["q_proj", "fc1", "v_proj"]},
+            "targets name 'v_proj', of which there are no weights",
+        ),
+        (MANIFEST_FILE, {"targets": ["q_proj"]}, "do not name .*fc1"),
+        (MANIFEST_FILE, {"num_samples": 2**63 - 1}, "num_samples is"),
+        (CONFIG_FILE, {"target_modules": ["q_proj"]}, "target_modules do not name .*fc1, of which there are weights"),
+    ],
+)
+def test_files_that_contradict_each_other_are_refused(
+    upload: Path, shapes: dict[str, torch.Size], file: str, values: dict[str, Any], message: str
+) -> None:
+    edit_json(upload / file, **values)
+    assert_refused(upload, shapes, message)
+
+
+def test_a_config_that_names_more_than_there_is_raises_a_doubt(upload: Path, shapes: dict[str, torch.Size]) -> None:
+    (upload / MANIFEST_FILE).unlink()
+    edit_json(upload / CONFIG_FILE, target_modules=["q_proj", "fc1", "query"])
+    assert read_adapter(upload, shapes).doubts == ["its config names 'query', of which it has no layer"]
+
+
+def test_patterns_that_take_too_long_are_refused(upload: Path, shapes: dict[str, torch.Size]) -> None:
+    (upload / MANIFEST_FILE).unlink()
+    edit_json(upload / CONFIG_FILE, alpha_pattern={".*q.*" + "x" * place: 8 for place in range(2)})
+    assert read_adapter(upload, shapes).name == "upload"
+    layers = {f"{'b' * 60}.{place}.q_proj": LoRALayer(torch.ones(1, 2), torch.ones(2, 1), 1.0) for place in range(3000)}
+    folder = write_adapter(upload.parent / "many", layers, "base")
+    edit_json(folder / CONFIG_FILE, alpha_pattern={"b*b*" + "x" * place: 8 for place in range(50)})
+    started = time.process_time()
+    with pytest.raises(InputError, match="take too long to match for 3000 layers"):
+        read_adapter(folder)
+    assert time.process_time() - started < 5
+
+
+def test_a_base_in_a_folder_is_called_by_the_folder_s_name_alone(tmp_path: Path, shapes: dict[str, torch.Size]) -> None:
+    for base, told in ((str(tmp_path), tmp_path.name), ("org/model", "org/model"), ("../secret/model", "model")):
+        folder = write_adapter(tmp_path / told.replace("/", "-"), random_layers(shapes), base)
+        assert json.loads((folder / CONFIG_FILE).read_text())["base_model_name_or_path"] == told
+        assert read_adapter(folder, shapes).base == told
 
 
 def test_a_manifest_need_not_say_how_far_the_adapter_reaches(upload: Path, shapes: dict[str, torch.Size]) -> None:
@@ -742,6 +794,24 @@ def test_path_tricks_are_refused(upload: Path, tmp_path: Path, shapes: dict[str,
     path.unlink()
     path.mkdir()
     assert_refused(upload, shapes, f"{name}: not a regular file")
+
+
+def test_a_snapshot_of_the_hub_s_cache_is_an_upload(
+    upload: Path, tmp_path: Path, shapes: dict[str, torch.Size]
+) -> None:
+    repository = tmp_path / "models--org--adapter"
+    snapshot = repository / "snapshots" / "abc"
+    snapshot.mkdir(parents=True)
+    upload.rename(repository / "blobs")
+    for file in (repository / "blobs").iterdir():
+        (snapshot / file.name).symlink_to(f"../../blobs/{file.name}")
+    assert read_adapter(snapshot, shapes).name == "art painting"
+    (repository / "refs").mkdir()
+    (snapshot / CONFIG_FILE).rename(repository / "refs" / "main")
+    (snapshot / CONFIG_FILE).symlink_to("../../refs/main")
+    (repository / "refs" / "main").unlink()
+    (repository / "refs" / "main").write_text("{}")
+    assert_refused(snapshot, shapes, "leads outside the folder")
 
 
 def test_links_within_the_folder_are_followed(upload: Path, shapes: dict[str, torch.Size]) -> None:

@@ -31,10 +31,13 @@ def adapter_of(layers: Mapping[str, LoRALayer], name: str = "client", samples: i
     return Adapter(name, dict(sorted(layers.items())), sha256, manifest)
 
 
-def reaching(adapter: Adapter, curve: Sequence[float] = (0.1, 0.2, 0.3, 0.2, 0.2)) -> Adapter:
-    """The adapter of a client that says this of every style; half of the adapter if it is not told what."""
+def reaching(
+    adapter: Adapter, said: Sequence[float] | Mapping[str, Sequence[float]] = (0.1, 0.2, 0.3, 0.2, 0.2)
+) -> Adapter:
+    """The adapter of a client that says this of every style or of each; half of the adapter if not told what."""
+    curves = said if isinstance(said, Mapping) else dict.fromkeys(MEASURED, tuple(said))
     manifest = Manifest("tiny", "0" * 64, "home", ("cat", "dog"), 10, 3, 6, ("q",), 0, {}, adapter.sha256,
-                        dict.fromkeys(MEASURED, tuple(curve)))  # fmt: skip
+                        curves)  # fmt: skip
     return replace(adapter, manifest=manifest)
 
 

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import pytest
-from adapters import assert_same, deltas, reaching, unlike_adapters
+from adapters import assert_same, reaching, unlike_adapters
 
 from sap_lightning.errors import InputError
 from sap_lightning.functional.lora import dense
 from sap_lightning.merging import SAP, TIES, AtReach, Average, TaskArithmetic
+from sap_lightning.merging.reach import reach_of
 
 WEIGHTS = [0.5, 0.3, 0.2]
 
@@ -17,13 +18,12 @@ def clients():
 
 
 @pytest.mark.parametrize("inner", [Average(), TIES(0.5)], ids=lambda method: method.name)
-def test_it_is_the_other_method_s_merge_at_the_clients_mean_norm_times_how_far_they_reach(inner):
+def test_it_is_the_other_method_s_merge_halfway_between_the_average_and_what_the_clients_reach(inner):
     plain = {name: dense(update).double() for name, update in inner.merge(clients(), WEIGHTS).items()}
-    norms = sum(deltas(clients(), name).square().sum((1, 2)) for name in plain).sqrt()
-    wanted = 0.5 * sum(weight * float(norm) for weight, norm in zip(WEIGHTS, norms, strict=True))
+    reach = reach_of(clients(), WEIGHTS)
     size = sum(float(update.square().sum()) for update in plain.values()) ** 0.5
     merged = AtReach(inner).merge(clients(), WEIGHTS)
-    assert_same(merged, {name: wanted / size * update for name, update in plain.items()})
+    assert_same(merged, {name: reach.length / size * update for name, update in plain.items()})
 
 
 def test_the_other_method_s_own_length_does_not_matter():

@@ -9,7 +9,14 @@ from probes import FC2, PROJECTION, Q, random_adapter, random_layer
 
 from sap_lightning.errors import InputError
 from sap_lightning.io.adapter import Adapter, read_adapter, write_adapter
-from sap_lightning.merging.clients import ClientLayers, client_layers, client_weights, layer_names, layers_named
+from sap_lightning.merging.clients import (
+    ClientLayers,
+    client_layers,
+    client_weights,
+    doubts_about,
+    layer_names,
+    layers_named,
+)
 
 
 def unlike_clients() -> list[Adapter]:
@@ -72,3 +79,33 @@ def test_a_client_that_does_not_say_its_images_is_refused_by_name():
     with pytest.raises(InputError, match="upload 'silent' has no manifest that says its number of samples"):
         client_weights([random_adapter(1, samples=5), silent], "samples")
     assert client_weights([random_adapter(1, samples=5), silent]) == [0.5, 0.5]
+
+
+def test_no_client_counts_more_than_the_largest_share_that_is_allowed():
+    clients = [random_adapter(seed, samples=count) for seed, count in enumerate((980, 15, 5))]
+    assert client_weights(clients, "samples") == pytest.approx([0.98, 0.015, 0.005])
+    assert client_weights(clients, "samples", 0.5) == pytest.approx([0.5, 0.375, 0.125])
+    assert client_weights(clients, "samples", 0.4) == pytest.approx([0.4, 0.4, 0.2])
+    assert client_weights(clients, "samples", 1 / 3) == pytest.approx([1 / 3] * 3)
+    with pytest.raises(InputError, match=r"merge\.max_share 0\.3: 3 clients of at most that make no whole"):
+        client_weights(clients, "samples", 0.3)
+
+
+def test_shares_by_images_are_said(caplog):
+    with caplog.at_level("INFO"):
+        client_weights([random_adapter(seed, samples=count) for seed, count in enumerate((3, 1))], "samples")
+    assert "0.750" in caplog.text and "0.250" in caplog.text
+
+
+def test_adapters_that_are_unlike_the_others_are_doubted():
+    honest = [random_adapter(seed) for seed in range(3)]
+    assert doubts_about(honest) == []
+    first = honest[0].layers
+    still = Adapter("still", {name: layer._replace(B=0 * layer.B) for name, layer in first.items()}, "0" * 64)
+    huge = Adapter("huge", {name: layer._replace(scale=1e6) for name, layer in first.items()}, "1" * 64)
+    zero, far = doubts_about([*honest, still, huge])
+    assert "'still': its ΔW is zero" in zero and "'huge': its ΔW is" in far and "times as long as the median" in far
+    missing = Adapter("partial", first, "2" * 64, doubts=["its config names 'fc9', of which it has no layer"])
+    assert doubts_about([missing, *honest[1:]]) == [
+        "upload 'partial': its config names 'fc9', of which it has no layer"
+    ]

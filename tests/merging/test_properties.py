@@ -253,3 +253,12 @@ def test_degenerate_adapters_give_finite_updates(method: MergeMethod, make, clie
     assert all(dense(update).isfinite().all() for update in merged.values())
     if make in (zero, all_zero):
         assert not any(dense(update).any() for update in merged.values())
+
+
+@pytest.mark.parametrize("method", [one for one in UNPRUNED + PRUNED if one != WUDI(None)], ids=title)
+def test_weights_have_a_say_unless_the_method_says_that_they_have_none(method: MergeMethod) -> None:
+    """But for the exact optimum of WUDI, which meets all clients here whatever their weights."""
+    clients = [random_adapter(seed) for seed in range(3)]
+    one, other = (method.merge(clients, weights) for weights in ([0.6, 0.3, 0.1], [0.5, 0.2, 0.3]))
+    same = all(torch.allclose(dense(one[name]), dense(other[name]), rtol=1e-4, atol=1e-5) for name in one)
+    assert same != method.uses_weights

@@ -9,7 +9,7 @@ import torch
 from adapters import deltas, random_adapter, reaching, unlike_adapters
 
 from sap_lightning.functional.lora import dense
-from sap_lightning.functional.reach import LENGTHS
+from sap_lightning.functional.reach import LENGTHS, MEASURED
 from sap_lightning.io.adapter import Adapter
 from sap_lightning.merging.average import Average
 from sap_lightning.merging.magnitude import Magnitude
@@ -19,20 +19,37 @@ WEIGHTS = [0.5, 0.3, 0.2]
 HALF = [0.1, 0.2, 0.3, 0.2, 0.2]
 
 
-def norm_of(adapters: list[Adapter]) -> float:
-    """The clients' mean Frobenius norm over both layers, dense and in float64."""
-    squares = sum(deltas(adapters, name).square().sum((1, 2)) for name in ("fc1", "q"))
-    return float((squares.sqrt() * torch.tensor(WEIGHTS)).sum())
+def norms_of(adapters: list[Adapter]) -> tuple[float, float]:
+    """The clients' mean Frobenius norm over both layers and that of their mean, dense and in float64."""
+    weights = torch.tensor(WEIGHTS, dtype=torch.float64)
+    every = [deltas(adapters, name) for name in ("fc1", "q")]
+    clients = sum(one.square().sum((1, 2)) for one in every).sqrt() @ weights
+    mean = sum(float(torch.tensordot(weights, one, dims=1).square().sum()) for one in every) ** 0.5
+    return float(clients), mean
 
 
-def test_the_length_is_the_clients_mean_norm_times_how_far_they_reach():
+def test_the_length_is_halfway_between_the_average_and_what_the_clients_reach():
     adapters = [reaching(one, HALF) for one in unlike_adapters()]
+    client, average = norms_of(adapters)
     reach = reach_of(adapters, WEIGHTS)
     assert reach is not None
     assert reach.factor == 0.5
-    assert reach.length == pytest.approx(0.5 * norm_of(adapters))
+    assert reach.length == pytest.approx((average + 0.5 * client) / 2)
     assert list(reach.carried_over) == list(LENGTHS)
     assert reach.findings["carried_over"][0.5] == pytest.approx(0.2)
+
+
+def test_where_the_worst_style_only_loses_half_of_the_average_is_left():
+    mixed = dict(zip(MEASURED, [HALF, [0.5, 0.4, 0.3, 0.2, 0.1], [0.1, 0.4, 0.6, 0.7, 0.8], HALF, HALF], strict=True))
+    adapters = [reaching(one, mixed) for one in unlike_adapters()]
+    reach = reach_of(adapters, WEIGHTS)
+    assert reach is not None and reach.factor == 0
+    assert reach.length == pytest.approx(norms_of(adapters)[1] / 2)
+
+
+def test_where_nothing_carries_over_in_the_mean_over_styles_nothing_is_left():
+    reach = reach_of([reaching(one, [0.5, 0.4, 0.3, 0.2, 0.1]) for one in unlike_adapters()], WEIGHTS)
+    assert reach is not None and reach.length == 0
 
 
 def test_one_client_that_does_not_say_is_enough_not_to_know():

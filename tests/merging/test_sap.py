@@ -122,6 +122,32 @@ def test_sap_equals_its_formula_in_every_space_and_reduction(space, reduction):
         assert relative_gap(merged, reference(unlike_clients(), WEIGHTS, method)) < 1e-4
 
 
+@pytest.mark.parametrize("consensus", ["elected", "median"])
+def test_another_consensus_is_of_the_pruned_updates(consensus):
+    clients = unlike_clients()
+    prepared = SAP(0.7, consensus=consensus).prepare(clients, WEIGHTS, probe())
+    merged = prepared.apply()
+    for name in merged:
+        whole = [dense(one.layers[name]).double() if name in one.layers else None for one in clients]
+        pruned = [dense(prepared.pruned(one)[name]).double() for one in clients if name in one.layers]
+        own = [delta.norm() / part.norm() * part for delta, part in zip(filter_none(whole), pruned, strict=True)]
+        weights = [w for w, delta in zip(WEIGHTS, whole, strict=True) if delta is not None]
+        expected = torch.stack(own).quantile(0.5, dim=0) if consensus == "median" else elected(own, weights)
+        assert (dense(merged[name]) - expected).norm() < 1e-5 * expected.norm()
+
+
+def filter_none(values: Sequence[Tensor | None]) -> list[Tensor]:
+    return [value for value in values if value is not None]
+
+
+def elected(updates: Sequence[Tensor], weights: Sequence[float]) -> Tensor:
+    """Element by element: the weighted mean over the updates that have the sign of the weighted sum."""
+    stacked, shares = torch.stack(list(updates)), torch.tensor(weights, dtype=torch.float64).view(-1, 1, 1)
+    agree = (stacked.sign() == (shares * stacked).sum(0).sign()) & (stacked != 0)
+    support = (shares * agree).sum(0)
+    return torch.where(support > 0, (shares * stacked * agree).sum(0) / support, 0)
+
+
 @pytest.mark.parametrize("rescale_scope", ["layer", "global"])
 @pytest.mark.parametrize("rescale", ["none", "l1", "l2", "inverse_keep"])
 def test_every_way_of_rescaling_equals_its_formula(rescale, rescale_scope):
@@ -229,6 +255,8 @@ def test_combinations_that_are_not_defined_are_refused():
         SAP(reduction="square", sign_aware=True)
     with pytest.raises(InputError, match=r"needs prune\.space factor, got singular"):
         SAP(space="singular", rescale="robust")
+    with pytest.raises(InputError, match=r"prune\.consensus median is of ΔW, and prune\.mean_of factors"):
+        SAP(space="factor", mean_of="factors", consensus="median")
     for settings in ({"mean_of": "factors"}, {"rescale_scope": "tensor"}):
         with pytest.raises(InputError, match=r"apart and needs prune\.space factor, got delta"):
             SAP(**settings)
@@ -261,6 +289,7 @@ def test_a_sweep_over_sparsities_looks_at_the_anchors_once_for_every_client(aske
         {"scope": "layer"},
         {"rescale": "none"},
         {"rescale_scope": "global"},
+        {"consensus": "elected"},
         {"rescale_cap": 1.0},
         {"scale": 1.4},
     ],

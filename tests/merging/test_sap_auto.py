@@ -8,7 +8,7 @@ from collections.abc import Mapping
 
 import pytest
 import torch
-from adapters import adapter_of, exact_delta, reaching
+from adapters import adapter_of, reaching
 from probes import captions, images, model_of, probe, relative_gap, tower, unlike_clients
 from safetensors.torch import load_file, save_file
 from torch.func import functional_call
@@ -20,6 +20,7 @@ from sap_lightning.io.adapter import Adapter
 from sap_lightning.io.upload_files import WEIGHTS_FILE
 from sap_lightning.merging.distances import mean_cosine
 from sap_lightning.merging.pruning import Pruning
+from sap_lightning.merging.reach import reach_of
 from sap_lightning.merging.sap import SAP
 from sap_lightning.merging.sap_auto import SAPAuto, Trial
 from sap_lightning.models.probe import AnchorProbe
@@ -110,14 +111,20 @@ def test_where_the_clients_agree_its_own_sparsity_and_scale_are_kept():
 def test_where_clients_say_how_far_they_reach_the_merge_is_as_long_as_that():
     adapters = [reaching(one, [0.1, 0.2, 0.3, 0.4, 0.3]) for one in disagreeing()]
     prepared = auto().prepare(adapters, WEIGHTS, probe())
-    plain = SAP(sparsity=0.5).merge(adapters, WEIGHTS, probe())
-    norms = [sum(float(exact_delta(x).square().sum()) for x in one.layers.values()) ** 0.5 for one in adapters]
-    wanted = 0.75 * sum(weight * norm for weight, norm in zip(WEIGHTS, norms, strict=True))
+    plain = SAP(sparsity=0.8).merge(adapters, WEIGHTS, probe())
+    wanted = reach_of(adapters, WEIGHTS).length
     size = sum(float(dense(update).double().square().sum()) for update in plain.values()) ** 0.5
     expected = {name: wanted / size * dense(update) for name, update in plain.items()}
     assert relative_gap(prepared.apply(), expected) < 1e-5
     assert prepared.findings["reach"] == 0.75
     assert prepared.findings["length"] == pytest.approx(wanted)
+
+
+def test_its_sparsity_at_that_length_is_kept():
+    adapters = [reaching(one) for one in agreeing()]
+    few, many = (SAPAuto(reach_sparsity=rho).merge(adapters, WEIGHTS[:2], probe()) for rho in (0.95, 0.1))
+    kept = [sum(int(dense(update).count_nonzero()) for update in merged.values()) for merged in (few, many)]
+    assert kept[0] < kept[1] / 4
 
 
 def test_where_nothing_carries_over_the_merge_is_the_base_and_the_log_says_so(caplog):

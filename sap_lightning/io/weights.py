@@ -1,0 +1,204 @@
+"""Where an upload's tensors come from: a safetensors file, on disk or in memory, read one tensor at a time.
+
+The format is Hugging Face's (github.com/huggingface/safetensors). Its library parses the header anew at every opening,
+in a time that the sender decides; here a header is bounded, and parsed once.
+"""
+
+from __future__ import annotations
+
+import io
+import math
+import os
+from collections.abc import Callable, Iterator, Mapping, Set
+from contextlib import AbstractContextManager, contextmanager
+from pathlib import Path
+from typing import Any, BinaryIO, NamedTuple, Protocol
+
+import torch
+from torch import Tensor
+
+from sap_lightning.errors import InputError
+from sap_lightning.io.rules import errors_in, is_integer, object_from, short
+
+MAX_HEADER_BYTES = 2**23
+DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+_METADATA = "__metadata__"
+_LENGTH_BYTES = 8
+
+
+class Stated(NamedTuple):
+    """What a weights file says of a tensor before it is read."""
+
+    dtype: torch.dtype | str
+    shape: tuple[int, ...]
+
+
+class OpenWeights(Protocol):
+    """Tensors by key, each read when it is looked at."""
+
+    def keys(self) -> Set[str]:
+        """The keys of all tensors."""
+
+    def stated(self, key: str) -> Stated:
+        """Dtype and shape of a tensor."""
+
+    def tensor(self, key: str) -> Tensor:
+        """The tensor."""
+
+
+class Weights(Protocol):
+    """Where tensors come from, to be opened for every look at them."""
+
+    def opened(self) -> AbstractContextManager[OpenWeights]:
+        """The tensors; what is wrong with them is said to be wrong here."""
+
+
+class _Place(NamedTuple):
+    """A tensor in a file: what is stated of it, and the bytes from start up to end."""
+
+    stated: Stated
+    start: int
+    end: int
+
+
+class SafetensorsFile:
+    """A safetensors file, open only while it is looked at, so that a thousand adapters need no thousand open files.
+
+    Args:
+        open_file: opens its bytes.
+        place: how messages call it.
+    """
+
+    def __init__(self, open_file: Callable[[], BinaryIO], place: str) -> None:
+        self._open = open_file
+        self._place = place
+        self._version: tuple[int, ...] | None = None
+        self._index: dict[str, _Place] = {}
+
+    @classmethod
+    def at(cls, path: Path) -> SafetensorsFile:
+        """The file at a path."""
+        return cls(lambda: path.open("rb"), str(path))
+
+    @classmethod
+    def of(cls, content: bytes, place: str) -> SafetensorsFile:
+        """The file whose bytes these are."""
+        return cls(lambda: io.BytesIO(content), place)
+
+    @contextmanager
+    def opened(self) -> Iterator[OpenWeights]:
+        try:
+            with errors_in(self._place), self._open() as file:
+                version = _version_of(file)
+                if version != self._version:
+                    self._index = index_of(file)
+                    self._version = version
+                yield _OpenFile(file, self._index)
+        except OSError as error:
+            raise InputError(f"{self._place}: cannot be read ({error.strerror}); check the file") from None
+
+
+class _OpenFile:
+    def __init__(self, file: BinaryIO, index: Mapping[str, _Place]) -> None:
+        self.file = file
+        self.index = index
+
+    def keys(self) -> Set[str]:
+        return self.index.keys()
+
+    def stated(self, key: str) -> Stated:
+        return self._place_of(key).stated
+
+    def tensor(self, key: str) -> Tensor:
+        (dtype, shape), start, end = self._place_of(key)
+        assert isinstance(dtype, torch.dtype)
+        self.file.seek(start)
+        return torch.frombuffer(bytearray(self.file.read(end - start)), dtype=dtype).view(shape)
+
+    def _place_of(self, key: str) -> _Place:
+        if key not in self.index:
+            raise InputError(f"{short(key)} is gone; the file has changed since it was first read")
+        return self.index[key]
+
+
+class WeightsInMemory:
+    """Tensors that are in memory already.
+
+    Args:
+        tensors: by key.
+        place: how messages call where they came from.
+    """
+
+    def __init__(self, tensors: Mapping[str, Tensor], place: str) -> None:
+        self.tensors = tensors
+        self.place = place
+
+    @contextmanager
+    def opened(self) -> Iterator[OpenWeights]:
+        with errors_in(self.place):
+            yield self
+
+    def keys(self) -> Set[str]:
+        return self.tensors.keys()
+
+    def stated(self, key: str) -> Stated:
+        return Stated(self.tensors[key].dtype, tuple(self.tensors[key].shape))
+
+    def tensor(self, key: str) -> Tensor:
+        return self.tensors[key]
+
+
+def index_of(file: BinaryIO) -> dict[str, _Place]:
+    """Where each tensor of a safetensors file is, from its header.
+
+    Raises:
+        InputError: it is no such file, or its header is too large or says what cannot be.
+    """
+    size = file.seek(0, os.SEEK_END)
+    file.seek(0)
+    length = int.from_bytes(file.read(_LENGTH_BYTES), "little")
+    if not 2 <= length <= min(size - _LENGTH_BYTES, MAX_HEADER_BYTES):
+        _refuse(f"a header of {length} bytes in a file of {size}")
+    header = object_from(file.read(length))
+    if not isinstance(header.pop(_METADATA, {}), dict):
+        _refuse(f"{_METADATA} is no object")
+    first = _LENGTH_BYTES + length
+    index = {key: _place_of(key, entry, first) for key, entry in header.items()}
+    at = first
+    for place in sorted(index.values(), key=lambda place: (place.start, place.end)):
+        if place.start != at:
+            _refuse("its tensors overlap or leave gaps")
+        at = place.end
+    if at != size:
+        _refuse(f"its header is for {at} bytes, the file has {size}")
+    return index
+
+
+def _place_of(key: str, entry: Any, first: int) -> _Place:
+    if not (isinstance(entry, dict) and entry.keys() == {"dtype", "shape", "data_offsets"}):
+        _refuse(f"{short(key)} has no dtype, shape and data_offsets")
+    dtype, shape, offsets = entry["dtype"], entry["shape"], entry["data_offsets"]
+    if not (isinstance(dtype, str) and _are_sizes(shape) and _are_sizes(offsets) and len(offsets) == 2):
+        _refuse(f"{short(key)} is {short(entry)}")
+    known = DTYPES.get(dtype, dtype)
+    start, end = offsets
+    if end < start or (isinstance(known, torch.dtype) and end - start != math.prod(shape) * known.itemsize):
+        _refuse(f"{short(key)} of shape {short(shape)} has {end - start} bytes")
+    return _Place(Stated(known, tuple(shape)), first + start, first + end)
+
+
+def _are_sizes(values: Any) -> bool:
+    return isinstance(values, list) and len(values) <= 8 and all(is_integer(value, 0) for value in values)
+
+
+def _refuse(what: str) -> None:
+    raise InputError(f"not safetensors, {what}; save the adapter again")
+
+
+def _version_of(file: BinaryIO) -> tuple[int, ...]:
+    """Changes whenever the file does."""
+    try:
+        stat = os.fstat(file.fileno())
+    except OSError:  # bytes in memory, which stay as they are
+        return ()
+    return stat.st_ino, stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns
