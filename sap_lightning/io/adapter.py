@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from hashlib import sha256
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -18,7 +18,7 @@ from sap_lightning.files import new_folder
 from sap_lightning.fingerprints import hash_tensor
 from sap_lightning.functional.lora import LoRALayer
 from sap_lightning.io.factors import NOTHING_BESIDE, Beside, Shapes, StoredLayers, require_finite, weights_bytes
-from sap_lightning.io.manifest import BaseFingerprint, Manifest, manifest_from, require_base
+from sap_lightning.io.manifest import BaseFingerprint, Manifest, manifest_bytes, manifest_from, require_base
 from sap_lightning.io.peft_config import (
     CONFIG_FILE,
     MAX_PATTERNS,
@@ -272,5 +272,5 @@ def adapter_files(
         CONFIG_FILE: json_bytes(peft_config(layers, base) | dict(clip_fields(layers) if peft is None else peft)),
     }
     if manifest:
-        files[MANIFEST_FILE] = json_bytes(asdict(manifest))
+        files[MANIFEST_FILE] = manifest_bytes(manifest)
     return files

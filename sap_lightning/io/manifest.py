@@ -3,12 +3,24 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
+from hashlib import sha256
 from typing import Any
 
 from sap_lightning.errors import InputError
 from sap_lightning.functional.reach import LENGTHS, MEASURED, Reach
-from sap_lightning.io.rules import NUMBER, TEXT, TEXT_BY_NAME, Rule, is_integer, is_text, matches, require, short
+from sap_lightning.io.rules import (
+    NUMBER,
+    TEXT,
+    TEXT_BY_NAME,
+    Rule,
+    is_integer,
+    is_text,
+    json_bytes,
+    matches,
+    require,
+    short,
+)
 
 BaseFingerprint = str | Callable[[Iterable[str]], str] | None
 """`fingerprint` of a base, or what gives it for an adapter of these layers; any base is right where there is none."""
@@ -51,6 +63,7 @@ _RULES = {
     "reach": _REACH,
 }
 _OPTIONAL = {"reach"}
+DIGEST = "fields_sha256"
 
 
 @dataclass(frozen=True)
@@ -102,6 +115,24 @@ def manifest_from(content: dict[str, Any]) -> Manifest:
         InputError: naming a field that is missing, unknown or wrong.
     """
     require("format_version", content.get("format_version"), _VERSION)
+    fields = {name: value for name, value in content.items() if name != DIGEST}
+    manifest = _from_fields(fields)
+    if DIGEST in content and content[DIGEST] != _digest(fields):
+        raise InputError(f"{DIGEST} is not that of the other fields; the file has changed, upload it again")
+    return manifest
+
+
+def manifest_bytes(manifest: Manifest) -> bytes:
+    """A manifest as JSON text, with a digest of its fields that shows damage."""
+    fields = asdict(manifest)
+    return json_bytes(fields | {DIGEST: _digest(fields)})
+
+
+def _digest(fields: dict[str, Any]) -> str:
+    return sha256(json_bytes(fields)).hexdigest()
+
+
+def _from_fields(content: dict[str, Any]) -> Manifest:
     if missing := sorted(_RULES.keys() - _OPTIONAL - content.keys()):
         raise InputError(f"{missing[0]} is missing; write the upload again")
     if unknown := sorted(content.keys() - _RULES.keys()):

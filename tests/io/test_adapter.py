@@ -12,6 +12,7 @@ import zipfile
 from collections.abc import Callable
 from copy import deepcopy
 from dataclasses import replace
+from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
@@ -38,8 +39,9 @@ from sap_lightning.fingerprints import fingerprint
 from sap_lightning.functional.lora import LoRALayer
 from sap_lightning.functional.reach import MEASURED
 from sap_lightning.io.adapter import read_adapter, sha256_of, write_adapter
-from sap_lightning.io.manifest import Manifest
+from sap_lightning.io.manifest import DIGEST, Manifest
 from sap_lightning.io.peft_config import CONFIG_FILE
+from sap_lightning.io.rules import json_bytes
 from sap_lightning.io.upload_files import MANIFEST_FILE, WEIGHTS_FILE
 from sap_lightning.models.layers import layer_shapes
 
@@ -440,7 +442,12 @@ def test_a_failed_write_leaves_nothing(tmp_path: Path, shapes: dict[str, torch.S
 
 
 def edit_json(path: Path, **values: Any) -> None:
-    path.write_text(json.dumps(json.loads(path.read_text()) | values))
+    """Other values, of a manifest with a digest that is theirs."""
+    content = json.loads(path.read_text()) | values
+    if DIGEST in content and DIGEST not in values:
+        fields = {name: value for name, value in content.items() if name != DIGEST}
+        content[DIGEST] = sha256(json_bytes(fields)).hexdigest()
+    path.write_text(json.dumps(content))
 
 
 def edit_tensors(folder: Path, edit: Callable[[dict[str, Tensor]], dict[str, Tensor]]) -> dict[str, Tensor]:
@@ -631,6 +638,7 @@ def test_bad_manifests_are_refused(
         ),
         (MANIFEST_FILE, {"targets": ["q_proj"]}, "do not name .*fc1"),
         (MANIFEST_FILE, {"num_samples": 2**63 - 1}, "num_samples is"),
+        (MANIFEST_FILE, {"num_samples": 11, DIGEST: "0" * 64}, "fields_sha256 is not that of the other fields"),
         (CONFIG_FILE, {"target_modules": ["q_proj"]}, "target_modules do not name .*fc1, of which there are weights"),
     ],
 )
