@@ -26,6 +26,7 @@ from sap_lightning.merging.selection import check_rejection
 from sap_lightning.modules.merge import MergeModule
 from sap_lightning.reporting.layers import report_table
 from sap_lightning.reporting.show import show
+from sap_lightning.reporting.table import metrics_table
 from sap_lightning.results import Results, refuse_earlier
 
 MODEL_CONFIG_FILE = "config.json"
@@ -125,7 +126,8 @@ def test(args: Sequence[str]) -> None:
     model = _model(cli)
     # A merged model's images are preprocessed as it says itself.
     data = cli.varied({"model.base": model.base}).datamodule
-    cli.make_trainer(logger=False, **UNTRAINED).test(model, datamodule=data)
+    (metrics,) = cli.make_trainer(logger=False, **UNTRAINED).test(model, datamodule=data, verbose=False)
+    rank_zero_only(Console().print)(metrics_table(metrics))
 
 
 def predict(args: Sequence[str]) -> None:

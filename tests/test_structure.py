@@ -12,6 +12,7 @@ from places import REPOSITORY
 PACKAGE = REPOSITORY / "sap_lightning"
 ORDER = (
     ("functional", "errors"),
+    ("escapes",),
     ("files", "fingerprints", "console"),
     ("data",),
     ("figures", "io", "results"),
