@@ -22,6 +22,7 @@ ORDER = (
     ("callbacks",),
     ("federation",),
     ("reporting",),
+    ("option_errors",),
     ("cli",),
     ("commands",),
     ("__main__",),
