@@ -63,7 +63,8 @@ def load_pixels(pictures: Sequence[Picture], fingerprint: str, preprocess: Prepr
         cache: False decodes to memory and touches no file.
 
     Raises:
-        InputError: a picture cannot be read at all (a corrupt one is reported in `Pixels.corrupt`).
+        InputError: a picture cannot be read at all, or not in the memory there is (a corrupt one is reported in
+            `Pixels.corrupt`).
     """
     if not cache:
         return _decode_to_memory(pictures, preprocess)
@@ -165,5 +166,9 @@ def _decode_one(picture: Picture, preprocess: Preprocess) -> tuple[np.ndarray, s
         raise InputError(f"{picture.name}: cannot be read: {error.strerror or error}") from error
     try:
         return preprocess.pixels(decode(data)), ""
+    except MemoryError as error:  # which says nothing of the picture, so that it must not be kept as a corrupt one
+        raise InputError(
+            f"{picture.name}: too little memory to decode it; end other programs, or make it smaller"
+        ) from error
     except Exception as error:  # PIL's decoders raise OSError, SyntaxError, ValueError, struct.error, …
         return np.zeros(preprocess.shape, np.uint8), first_line(error)

@@ -117,6 +117,16 @@ def test_a_picture_that_is_too_large_is_corrupt_and_pil_does_not_warn(root, base
     assert not recwarn.list
 
 
+def test_too_little_memory_is_no_fault_of_a_picture(root, base, cache_dir, monkeypatch):
+    def decode(data: bytes) -> None:
+        raise MemoryError
+
+    monkeypatch.setattr(cache, "decode", decode)
+    with pytest.raises(InputError, match=r"photo/big_cat/0\.png: too little memory to decode it"):
+        load(root, base)
+    assert cached_files(cache_dir) == []
+
+
 @pytest.mark.parametrize("use_cache", [True, False])
 def test_corrupt_images_are_reported_by_position(root, base, use_cache):
     (root / "photo" / "big_cat" / "4.png").write_bytes(b"")
