@@ -6,7 +6,7 @@ import copy
 import re
 from collections.abc import Mapping, Sequence
 from itertools import islice
-from typing import Any
+from typing import Any, NoReturn
 
 import lightning as L
 import yaml
@@ -21,9 +21,11 @@ from sap_lightning.errors import InputError, first_line
 from sap_lightning.federation.one_shot import OneShotFederation
 from sap_lightning.federation.run_folder import flat
 from sap_lightning.federation.sweep import Sweep
+from sap_lightning.io.rules import errors_in
 from sap_lightning.merging import METHODS, SAP
 from sap_lightning.modules.clip_lora import CLIPLoRAModule
 from sap_lightning.modules.merge import MergeModule
+from sap_lightning.option_errors import option_error
 
 TRAINING = ("fit", "sweep", "client")
 MERGING = ("fit", "sweep", "merge")
@@ -117,6 +119,14 @@ class Predict:
         self.output = output
 
 
+class ConfigFile(ActionConfigFile):
+    """A config file, which is named before what is wrong in it."""
+
+    def __call__(self, parser: Any, cfg: Any, values: Any, option_string: str | None = None) -> None:
+        with errors_in(values):
+            super().__call__(parser, cfg, values, option_string)
+
+
 class CommandParser(LightningArgumentParser):
     """A parser that knows every setting, since a config file may hold it, and whose help shows what a command takes."""
 
@@ -124,8 +134,10 @@ class CommandParser(LightningArgumentParser):
         super().__init__(*args, **kwargs)
         self.command = command
 
-    def format_usage(self, *args: Any) -> str:
-        return f"usage: {self.prog} [--help] [--config FILE] [options]\n"
+    def error(self, message: str, ex: Exception | None = None) -> NoReturn:
+        if self.command is None:  # jsonargparse tries this parser, and says itself what comes of it
+            super().error(message, ex)
+        raise (ex if isinstance(ex, InputError) else option_error(message, self)) from None
 
     def format_help(self, *args: Any) -> str:
         if self.command is None:  # jsonargparse makes more of this class, of a merge method's settings
@@ -189,7 +201,7 @@ class SapCLI(LightningCLI):
     def init_parser(self, **kwargs: Any) -> LightningArgumentParser:
         parser = CommandParser(command=self.command, **kwargs)
         parser.allow_abbrev = False  # what a short form stands for is not looked up in TAKEN_BY
-        parser.add_argument("-c", "--config", action=ActionConfigFile, help="configuration file, or several in turn")
+        parser.add_argument("-c", "--config", action=ConfigFile, help="configuration file, or several in turn")
         return parser
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:

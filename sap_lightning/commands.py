@@ -21,12 +21,12 @@ from sap_lightning.federation.one_shot import OneShotFederation, chosen_domains,
 from sap_lightning.federation.run_folder import SERVER_SETTINGS, RunFolder, require_settings
 from sap_lightning.federation.sweep import ALL, SEED, check, folder_of, measure
 from sap_lightning.files import locked, refuse_existing, write_csv, write_text
-from sap_lightning.io.manifest import check_domain
 from sap_lightning.merging.merged import Merged, push_to_hub
 from sap_lightning.merging.selection import check_rejection
 from sap_lightning.modules.merge import MergeModule
 from sap_lightning.reporting.layers import report_table
 from sap_lightning.reporting.show import show
+from sap_lightning.reporting.table import metrics_table
 from sap_lightning.results import Results, refuse_earlier
 
 MODEL_CONFIG_FILE = "config.json"
@@ -74,14 +74,12 @@ def sweep(args: Sequence[str]) -> None:
 def client(args: Sequence[str]) -> None:
     """Train one client (--data.domain) at its own site and write its upload to <federation.run_dir>/uploads."""
     cli = SapCLI("client", args, client.__doc__)
-    folder, domain = RunFolder(cli.config_init.federation.run_dir), cli.datamodule.domain
+    folder, domain = RunFolder(cli.config_init.federation.run_dir), cli.datamodule.require_domain()
     refuse_earlier(folder.path)
-    if domain is not None:
-        check_domain(domain)  # before it names a folder
+    home = folder.client(domain)  # or, before anything is written, why it can be none
     if (folder.path / "config.yaml").is_file():
         require_settings(folder.path, cli.settings())
-    if domain is not None:
-        require_settings(folder.client(domain), cli.settings())
+    require_settings(home, cli.settings())
     upload = train_client(cli.model, cli.datamodule, folder, cli.make_trainer, f"client {domain}")
     rank_zero_only(print)(f"Upload: {upload}")
 
@@ -130,7 +128,8 @@ def test(args: Sequence[str]) -> None:
     model = _model(cli)
     # A merged model's images are preprocessed as it says itself.
     data = cli.varied({"model.base": model.base}).datamodule
-    cli.make_trainer(logger=False, **UNTRAINED).test(model, datamodule=data)
+    (metrics,) = cli.make_trainer(logger=False, **UNTRAINED).test(model, datamodule=data, verbose=False)
+    rank_zero_only(Console().print)(metrics_table(metrics))
 
 
 def predict(args: Sequence[str]) -> None:

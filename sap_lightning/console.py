@@ -13,6 +13,8 @@ from rich import get_console
 from rich.logging import RichHandler
 from rich.progress import track as progress_track
 
+from sap_lightning.errors import printable
+
 Item = TypeVar("Item")
 
 NOISE = (
@@ -39,7 +41,9 @@ def quieten() -> None:
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
     package = logging.getLogger("sap_lightning")
-    package.addHandler(_handler())
+    handler = _handler()
+    handler.addFilter(_on_one_line)
+    package.addHandler(handler)
     package.setLevel(logging.INFO if os.environ.get("LOCAL_RANK", "0") == "0" else logging.WARNING)
     package.propagate = False
 
@@ -51,6 +55,11 @@ def _handler() -> logging.Handler:
     handler = logging.StreamHandler()
     handler.setFormatter(logging.Formatter("%(asctime)s %(message)s"))
     return handler
+
+
+def _on_one_line(record: logging.LogRecord) -> bool:
+    record.msg, record.args = printable(record.getMessage()), ()
+    return True
 
 
 def on_terminal() -> bool:

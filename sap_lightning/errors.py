@@ -3,13 +3,29 @@
 from __future__ import annotations
 
 import math
+from reprlib import Repr
 
 
 class InputError(ValueError):
     """Bad input: the message says what is wrong, where (file, key, shape got and expected) and what to do.
 
-    The command line prints it as one line without a traceback.
+    The command line prints it as one line without a traceback, whatever stands in the names that it quotes.
     """
+
+    def __init__(self, message: str) -> None:
+        super().__init__(printable(message))
+
+
+def printable(text: str) -> str:
+    """The text with escapes for what ends a line, steers a terminal, turns the direction of reading or is not seen."""
+    return "".join(sign if sign.isprintable() else sign.encode("unicode_escape").decode() for sign in text)
+
+
+def short(value: object) -> str:
+    """A value from outside, escaped and cut to fit into one line."""
+    printer = Repr()
+    printer.maxstring = 120
+    return printer.repr(value)
 
 
 def first_line(error: Exception) -> str:

@@ -100,8 +100,8 @@ def write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
 
 
 def write_text(path: Path, text: str) -> None:
-    """Replaces a text file in one step."""
-    write_bytes(path, text.encode())
+    """Replaces a text file in one step; bytes of a name in it that are no UTF-8 are escaped, in JSON as JSON does."""
+    write_bytes(path, text.encode(errors="backslashreplace"))
 
 
 def as_json(content: Any) -> Any:

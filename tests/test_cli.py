@@ -198,10 +198,9 @@ def test_the_base_and_the_templates_reach_every_part(parsed):
     assert fit.model.templates == fit.merge.templates == ["a {} drawn"]
 
 
-def test_a_linked_setting_has_no_option_of_its_own(parsed, capsys):
-    with pytest.raises(SystemExit):
+def test_a_linked_setting_has_no_option_of_its_own(parsed):
+    with pytest.raises(InputError, match=r"data\.seed.*seed_everything"):
         parsed("--data.seed=3")
-    assert "data.seed" in capsys.readouterr().err
 
 
 def methods_settings(method: type[MergeMethod]) -> dict[str, Any]:
@@ -318,12 +317,9 @@ def test_a_group_that_is_given_whole_is_judged_by_what_stands_in_it(main, comman
 
 
 @pytest.mark.parametrize("line", ["--merge.meth=ties", "--prune.spars=0.5", "--seed=3"])
-def test_an_abbreviated_option_is_not_guessed(parsed, capsys, line):
-    with pytest.raises(SystemExit) as end:
+def test_an_abbreviated_option_is_not_guessed(parsed, line):
+    with pytest.raises(InputError, match=rf"^{line.partition('=')[0].lstrip('-')}: no such option; "):
         parsed(line)
-    assert end.value.code == 2
-    shown = capsys.readouterr().err
-    assert line.partition("=")[0] in shown and len(shown.splitlines()) < 8, "an error is no page of usage"
 
 
 def test_what_a_command_does_not_use_of_a_config_file_is_not_judged(parsed, tmp_path):
@@ -354,10 +350,9 @@ def test_a_variation_changes_what_it_names_and_all_that_is_linked_to_it(parsed):
     assert other.settings() == expected
 
 
-def test_an_unknown_setting_cannot_be_varied(parsed, capsys):
-    with pytest.raises(SystemExit):
+def test_an_unknown_setting_cannot_be_varied(parsed):
+    with pytest.raises(InputError, match=r"^model\.rnak: no such option; did you mean model\.rank\?$"):
         parsed(command="sweep").varied({"model.rnak": 2})
-    assert "rnak" in capsys.readouterr().err
 
 
 def test_a_merge_method_of_one_s_own_is_named_by_its_class_path(parsed, tmp_path, monkeypatch):
@@ -378,31 +373,15 @@ def test_an_unknown_merge_method_is_refused_with_those_there_are(main, options, 
     assert error.startswith(f"error: merge.method tise: no such method; there are {', '.join(METHODS)}; ")
 
 
-def test_a_misspelled_setting_of_a_merge_method_is_refused_by_name(parsed, capsys):
-    with pytest.raises(SystemExit) as end:
-        parsed("--merge.method=ties", "--merge.method.sparsty=0.5")
-    assert end.value.code == 2
-    assert "sparsty" in capsys.readouterr().err
-
-
 def test_a_faulty_setting_of_a_merge_method_ends_in_one_line(main, options):
     error = main("fit", *options, "--merge.method=ties", "--merge.method.sparsity=2")
     assert error == "error: merge.method.sparsity must lie in [0, 1], got 2.0"
 
 
 @pytest.mark.parametrize(("name", "setting"), FIRST_SETTINGS)
-def test_a_setting_of_a_merge_method_of_another_type_is_refused_by_name(parsed, capsys, name, setting):
-    with pytest.raises(SystemExit) as end:
+def test_a_setting_of_a_merge_method_of_another_type_is_refused_by_name(parsed, name, setting):
+    with pytest.raises(InputError, match=rf"^merge\.method\.{setting}: takes .*, got 'three'$"):
         parsed(f"--merge.method={name}", f"--merge.method.{setting}=three")
-    assert end.value.code == 2
-    assert setting in capsys.readouterr().err
-
-
-def test_a_misspelled_option_is_refused_by_name(parsed, capsys):
-    with pytest.raises(SystemExit) as end:
-        parsed("--prune.sparsty=0.5")
-    assert end.value.code == 2
-    assert "prune.sparsty" in capsys.readouterr().err
 
 
 def test_settings_are_plain_values_without_links(parsed):

@@ -64,6 +64,13 @@ def test_the_package_s_lines_go_above_the_bars_of_a_terminal(package, terminal):
     assert isinstance(handler, RichHandler) and handler.console is rich.get_console()
 
 
+def test_a_name_in_a_line_neither_ends_it_nor_steers_the_terminal(package, capsys):
+    quieten()
+    package.warning("%s skipped", "a\nb\x1b[2J.png")
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.endswith(r" a\nb\x1b[2J.png skipped")
+
+
 @pytest.mark.parametrize(("rank", "level"), [("0", logging.INFO), ("1", logging.WARNING)])
 def test_of_several_processes_the_first_one_speaks(package, monkeypatch, rank, level):
     monkeypatch.setenv("LOCAL_RANK", rank)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from sap_lightning.errors import InputError, check_at_least, check_positive, check_share, first_line
+from sap_lightning.errors import InputError, check_at_least, check_positive, check_share, first_line, printable, short
 
 
 def test_a_share_in_per_cent_is_told_how_to_write_it():
@@ -44,3 +44,16 @@ def test_what_is_below_the_least_is_refused_by_name(value):
 )
 def test_of_a_library_s_error_the_first_line_is_said_or_its_name(error, line):
     assert first_line(error) == line
+
+
+def test_an_error_is_one_printable_line_whatever_it_quotes():
+    assert str(InputError("no 'a\nb\x1b[31m\u202ec\udcff'; rename")) == r"no 'a\nb\x1b[31m\u202ec\udcff'; rename"
+
+
+def test_what_can_be_read_is_not_escaped():
+    assert printable("Gemälde — 素描, ρ = 0.9 \\ [red]") == "Gemälde — 素描, ρ = 0.9 \\ [red]"
+
+
+@pytest.mark.parametrize("value", ["x" * 10**6, [list(range(10**5))] * 50, {"a" * 999: "b" * 999}, "\n\ud800"])
+def test_a_value_from_outside_is_cut_to_fit_into_a_line(value):
+    assert len(short(value)) < 300 and short(value).isprintable()

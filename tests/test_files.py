@@ -94,6 +94,13 @@ def test_text_replaces_a_file_in_one_step_and_leaves_no_other(tmp_path: Path) ->
     assert list(tmp_path.iterdir()) == [path]
 
 
+def test_bytes_of_a_name_that_are_no_utf_8_can_be_written_and_read_back_from_json(tmp_path: Path) -> None:
+    write_text(tmp_path / "text", "caf\udce9")
+    assert (tmp_path / "text").read_text(encoding="utf-8") == r"caf\udce9"
+    write_json(tmp_path / "json", {"name": "caf\udce9"})
+    assert json.loads((tmp_path / "json").read_text(encoding="utf-8")) == {"name": "caf\udce9"}
+
+
 def test_equal_content_gives_equal_json_bytes(tmp_path: Path) -> None:
     write_json(tmp_path / "one", {"b": [1, 0.1], "a": {"y": "ρ", "x": None}})
     write_json(tmp_path / "other", {"a": {"x": None, "y": "ρ"}, "b": [1, 0.1]})

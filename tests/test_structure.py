@@ -12,6 +12,7 @@ from places import REPOSITORY
 PACKAGE = REPOSITORY / "sap_lightning"
 ORDER = (
     ("functional", "errors"),
+    ("escapes",),
     ("files", "fingerprints", "console"),
     ("data",),
     ("figures", "io", "results"),
@@ -21,6 +22,7 @@ ORDER = (
     ("callbacks",),
     ("federation",),
     ("reporting",),
+    ("option_errors",),
     ("cli",),
     ("commands",),
     ("__main__",),

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import itertools
 import json
+import os
+import re
 from collections.abc import Iterator
 from functools import cached_property
 from pathlib import Path
@@ -16,17 +18,19 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from sap_lightning.data.cache import load_pixels
-from sap_lightning.data.images import SUFFIXES, Picture, file_picture
+from sap_lightning.data.images import FORMATS_IN_WORDS, Picture, file_picture
 from sap_lightning.data.pixels import PixelDataModule
 from sap_lightning.data.sources import images_in, subfolders
 from sap_lightning.data.tables import image_column, is_table, load_table, table_fingerprint, table_pictures
-from sap_lightning.errors import InputError, check_at_least
+from sap_lightning.errors import InputError, check_at_least, first_line, short
 from sap_lightning.fingerprints import digest, file_fingerprint
 
 CAPTION_COLUMNS = ("captions", "caption", "sentences", "text")
 CLASS_CAPTION = "a photo of a {}."
 LISTINGS = ("captions.jsonl", "metadata.jsonl")
 """Files that list a folder's images with captions; the second is what Hugging Face's ``imagefolder`` reads."""
+MAX_CAPTION = 10_000
+"""Characters of a caption, of which CLIP reads the first 77 tokens."""
 
 
 class AnchorBatch(NamedTuple):
@@ -189,7 +193,7 @@ def _by_class(folder: Path, num_pairs: int) -> tuple[list[Path], list[str]]:
     if not files:
         raise InputError(
             f"{folder}: neither a {' or '.join(LISTINGS)} (one JSON object per line: file_name, captions)"
-            f" nor images class/image with {', '.join(sorted(SUFFIXES))}; anchors need one of them"
+            f" nor images class/image, each {FORMATS_IN_WORDS}; anchors need one of them"
         )
     if len(files) < num_pairs:
         raise InputError(f"{folder}: num_pairs is {num_pairs}, but the class folders have {len(files)} images")
@@ -225,8 +229,8 @@ def _entries(listing: Path) -> Iterator[tuple[str, dict[str, object]]]:
         where = f"{listing}: line {number}"
         try:
             entry = json.loads(line)
-        except ValueError as error:
-            raise InputError(f"{where}: not JSON: {error}") from error
+        except (ValueError, RecursionError) as error:
+            raise InputError(f"{where}: not JSON: {first_line(error)}") from error
         if not isinstance(entry, dict):
             raise InputError(f"{where}: expected a JSON object, got {type(entry).__name__}")
         yield where, entry
@@ -235,11 +239,11 @@ def _entries(listing: Path) -> Iterator[tuple[str, dict[str, object]]]:
 def _image_file(folder: Path, entry: dict[str, object], where: str) -> Path:
     name = entry.get("file_name")
     if not isinstance(name, str) or not name:
-        raise InputError(f"{where}: file_name must be the name of an image, got {name!r}")
+        raise InputError(f"{where}: file_name must be the name of an image, got {short(name)}")
     if Path(name).is_absolute() or ".." in Path(name).parts:
-        raise InputError(f"{where}: file_name {name!r} points out of the folder")
-    if not (folder / name).is_file():
-        raise InputError(f"{where}: image {name!r} is missing")
+        raise InputError(f"{where}: file_name {short(name)} points out of the folder")
+    if not os.path.isfile(folder / name):  # which also takes a name that no file can have
+        raise InputError(f"{where}: image {short(name)} is missing")
     return folder / name
 
 
@@ -247,5 +251,11 @@ def _caption(value: object, where: str) -> str:
     """The caption, or the first of several."""
     first = value[0] if isinstance(value, list) and value else value
     if not isinstance(first, str) or not first.strip():
-        raise InputError(f"{where}: needs a caption, or captions as a list of strings, got {value!r}")
+        raise InputError(f"{where}: needs a caption, or captions as a list of strings, got {short(value)}")
+    if len(first) > MAX_CAPTION:
+        raise InputError(f"{where}: the caption has {len(first)} characters; shorten it to at most {MAX_CAPTION}")
+    if re.search("[\ud800-\udfff]", first):
+        raise InputError(
+            f"{where}: the caption {short(first)} holds half a surrogate pair, no character; write it anew"
+        )
     return first

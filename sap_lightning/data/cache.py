@@ -11,6 +11,7 @@ import itertools
 import json
 import logging
 import os
+import warnings
 import zlib
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -20,16 +21,17 @@ from typing import NamedTuple
 
 import numpy as np
 from lightning.pytorch.utilities import rank_zero_only
+from PIL import Image
 
 from sap_lightning.data.images import Picture, decode
 from sap_lightning.data.preprocess import Preprocess
-from sap_lightning.errors import InputError
+from sap_lightning.errors import InputError, first_line
 from sap_lightning.files import cache_folder, replacing
 from sap_lightning.fingerprints import digest
 
 logger = logging.getLogger(__name__)
 
-FORMAT = 2
+FORMAT = 3
 """Part of every cache key: raise it when the same inputs are to give other pixels."""
 
 MAX_CORRUPT = 0.01
@@ -61,7 +63,8 @@ def load_pixels(pictures: Sequence[Picture], fingerprint: str, preprocess: Prepr
         cache: False decodes to memory and touches no file.
 
     Raises:
-        InputError: a picture cannot be read at all (a corrupt one is reported in `Pixels.corrupt`).
+        InputError: a picture cannot be read at all, or not in the memory there is (a corrupt one is reported in
+            `Pixels.corrupt`).
     """
     if not cache:
         return _decode_to_memory(pictures, preprocess)
@@ -142,7 +145,9 @@ def _build(path: Path, shape: tuple[int, ...], pictures: Sequence[Picture], prep
 
 def _decode_all(pictures: Sequence[Picture], preprocess: Preprocess) -> Iterator[tuple[np.ndarray, str]]:
     """Each picture's pixels in order and an empty string, or zeros and why it could not be decoded."""
-    with ThreadPoolExecutor(_THREADS) as pool:
+    with ThreadPoolExecutor(_THREADS) as pool, warnings.catch_warnings():
+        # `decode` says what is too large; here, as the filters of warnings are those of all threads.
+        warnings.simplefilter("ignore", Image.DecompressionBombWarning)
         for block in _blocks(pictures):
             yield from pool.map(partial(_decode_one, preprocess=preprocess), block)
 
@@ -160,7 +165,10 @@ def _decode_one(picture: Picture, preprocess: Preprocess) -> tuple[np.ndarray, s
     except OSError as error:
         raise InputError(f"{picture.name}: cannot be read: {error.strerror or error}") from error
     try:
-        image = decode(data)
+        return preprocess.pixels(decode(data)), ""
+    except MemoryError as error:  # which says nothing of the picture, so that it must not be kept as a corrupt one
+        raise InputError(
+            f"{picture.name}: too little memory to decode it; end other programs, or make it smaller"
+        ) from error
     except Exception as error:  # PIL's decoders raise OSError, SyntaxError, ValueError, struct.error, …
-        return np.zeros(preprocess.shape, np.uint8), str(error) or type(error).__name__
-    return preprocess.pixels(image), ""
+        return np.zeros(preprocess.shape, np.uint8), first_line(error)

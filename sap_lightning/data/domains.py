@@ -21,9 +21,10 @@ from sap_lightning.data.loaders import (
     process_of,
     train_sampler,
 )
+from sap_lightning.data.names import check_names, spelling
 from sap_lightning.data.pixels import PixelDataModule
 from sap_lightning.data.sources import Source, open_source
-from sap_lightning.errors import InputError
+from sap_lightning.errors import InputError, short
 
 Relabel = Callable[[Tensor, int], Tensor]
 
@@ -36,7 +37,7 @@ class DomainDataModule(PixelDataModule):
         domain: The domain to load; needed once images are, not for `domains` and `class_names`.
         class_names: Names for the prompts, in label order; by default the class folders' own with spaces for `_`.
             Matched to the folders by name; if the names differ but their number agrees, in the order of the folders:
-            alphabetical, or by value where all are numbers.
+            alphabetical, or by value where all are numbers; see docs/data.md.
         base: Hub id or folder of the CLIP checkpoint whose preprocessing to apply.
         batch_size: Images per batch over all processes.
         val_fraction: Share of the domain kept back from training for validation.
@@ -94,6 +95,18 @@ class DomainDataModule(PixelDataModule):
     def class_names(self) -> list[str]:
         """Names for the prompts, in label order; the same for every domain of `root`."""
         return self._classes[0]
+
+    def require_domain(self) -> str:
+        """The domain that is set.
+
+        Raises:
+            InputError: none is, or there is none of that name.
+        """
+        if self.domain is None:
+            raise InputError(f"data.domain is not set; choose one of {', '.join(self.domains)}")
+        if self.domain not in self.domains:
+            raise InputError(f"{self.root}: no domain {short(self.domain)}; it has {', '.join(self.domains)}")
+        return self.domain
 
     @property
     def num_samples(self) -> int:
@@ -186,10 +199,7 @@ class DomainDataModule(PixelDataModule):
         return match_classes(self._source.classes, self._given_names)
 
     def _load(self) -> None:
-        if self.domain not in self.domains:
-            asked = "set domain" if self.domain is None else f"no domain {self.domain!r}"
-            raise InputError(f"{self.root}: {asked}; it has {', '.join(self.domains)}")
-        samples = self._source.samples(self.domain)
+        samples = self._source.samples(self.require_domain())
         if samples.fingerprint == self._fingerprint:
             return
         labels = self._classes[1]
@@ -225,12 +235,13 @@ def match_classes(found: list[str], given: list[str] | None) -> tuple[list[str],
     Raises:
         InputError: the given names are ambiguous, or fit the dataset neither by name nor by number.
     """
-    found_keys = list(dict.fromkeys(map(_key, found)))
+    found_keys = list(dict.fromkeys(map(spelling, found)))
     if given is None:
-        spelling = {_key(name): name.replace("_", " ") for name in reversed(found)}
-        names, keys = [spelling[key] for key in found_keys], found_keys
+        shown = {spelling(name): name.replace("_", " ") for name in reversed(found)}
+        names, keys = [shown[key] for key in found_keys], found_keys
     else:
-        names, keys = given, list(map(_key, given))
+        check_names("data.class_names", "class", given)
+        names, keys = given, list(map(spelling, given))
         if len(set(keys)) < len(keys):
             raise InputError(f"class_names holds a name twice: {', '.join(given)}")
         if not set(found_keys) <= set(keys):
@@ -242,7 +253,7 @@ def match_classes(found: list[str], given: list[str] | None) -> tuple[list[str],
             " class_names"
         )
     label = {key: position for position, key in enumerate(keys)}
-    return names, {name: label[_key(name)] for name in found}
+    return names, {name: label[spelling(name)] for name in found}
 
 
 def _spread(rows: Tensor, number: int | None) -> Tensor:
@@ -260,7 +271,3 @@ def _check_positional(found: list[str], given: list[str]) -> None:
             f"class_names has {len(given)} names for {len(found)} classes and none for: {missing};"
             " give a name for every class, spelled as its folder or in the folders' order"
         )
-
-
-def _key(name: str) -> str:
-    return name.replace("_", " ").casefold()

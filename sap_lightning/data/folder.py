@@ -9,8 +9,9 @@ import torch
 from torch.utils.data import DataLoader
 
 from sap_lightning.data.cache import load_pixels, report_corrupt
-from sap_lightning.data.images import SUFFIXES, file_picture
+from sap_lightning.data.images import FORMATS_IN_WORDS, file_picture, is_image
 from sap_lightning.data.loaders import Batch, PixelDataset
+from sap_lightning.data.names import check_names, spelling
 from sap_lightning.data.pixels import PixelDataModule
 from sap_lightning.errors import InputError
 
@@ -42,16 +43,17 @@ class ImageFolderDataModule(PixelDataModule):
         batch_size: int = 64,
     ) -> None:
         super().__init__(base, batch_size)
-        if len(class_names) < 2 or len(set(class_names)) < len(class_names):
+        if len(class_names) < 2 or len(set(map(spelling, class_names))) < len(class_names):
             raise InputError(f"class_names must name at least two classes, each once, got {list(class_names)}")
+        check_names("data.class_names", "class", class_names)
         self.folder = Path(folder)
         self.class_names = list(class_names)
 
     def setup(self, stage: str | None = None) -> None:
         """Decodes the images."""
-        files = sorted(path for path in self.folder.rglob("*") if path.suffix.lower() in SUFFIXES and path.is_file())
+        files = sorted(filter(is_image, self.folder.rglob("*")))
         if not files:
-            raise InputError(f"{self.folder}: no images; give a folder with {', '.join(sorted(SUFFIXES))} files")
+            raise InputError(f"{self.folder}: no images; give a folder with files of {FORMATS_IN_WORDS}")
         pictures = [file_picture(file, self.folder) for file in files]
         pixels = load_pixels(pictures, "", self._preprocess, cache=False)
         report_corrupt(pictures, pixels, str(self.folder))

@@ -9,7 +9,8 @@ from typing import NamedTuple, Protocol
 import datasets
 import pyarrow as pa
 
-from sap_lightning.data.images import SUFFIXES, Picture, file_picture
+from sap_lightning.data.images import FORMATS_IN_WORDS, Picture, file_picture, is_image
+from sap_lightning.data.names import check_names, spelling
 from sap_lightning.data.tables import image_column, is_table, load_table, table_fingerprint, table_pictures
 from sap_lightning.errors import InputError
 from sap_lightning.fingerprints import digest, file_fingerprint
@@ -56,9 +57,25 @@ def open_source(root: str, domain_column: str, label_column: str) -> Source:
         InputError: nothing usable there.
     """
     folder = Path(root).expanduser()
+    source: Source
     if folder.is_dir() and not is_table(folder):
-        return ImageFolder(folder)
-    return ImageTable(load_table(root), root, domain_column, label_column)
+        source = ImageFolder(folder)
+    else:
+        source = ImageTable(load_table(root), root, domain_column, label_column)
+    check_names(root, "domain", source.domains)
+    check_names(root, "class", source.classes)
+    _refuse_look_alikes(root, source.domains)
+    return source
+
+
+def _refuse_look_alikes(root: str, domains: list[str]) -> None:
+    """Spellings of a class are one class; of a domain they would be two clients, who share a folder on some disks."""
+    first: dict[str, str] = {}
+    for domain in domains:
+        if (other := first.setdefault(spelling(domain), domain)) != domain:
+            raise InputError(
+                f"{root}: domains {other!r} and {domain!r} differ in spelling alone; rename one, or join them"
+            )
 
 
 class ImageFolder:
@@ -77,7 +94,7 @@ class ImageFolder:
         self.classes = in_order(set().union(*per_domain.values()))
         if not self.domains:
             raise InputError(
-                f"{root}: no images; expected domain/class/image with {', '.join(sorted(SUFFIXES))}, or a saved dataset"
+                f"{root}: no images; expected domain/class/image, each {FORMATS_IN_WORDS}, or a saved dataset"
             )
 
     def samples(self, domain: str) -> Samples:
@@ -142,7 +159,7 @@ def subfolders(folder: Path) -> list[Path]:
 
 def images_in(folder: Path) -> Iterator[Path]:
     """The image files in a folder, sorted, without hidden ones."""
-    return (path for path in _visible(folder) if path.suffix.lower() in SUFFIXES and path.is_file())
+    return filter(is_image, _visible(folder))
 
 
 def _visible(folder: Path) -> list[Path]:

@@ -9,7 +9,7 @@ from pathlib import Path
 import datasets
 import pyarrow.compute as pc
 
-from sap_lightning.data.images import Picture
+from sap_lightning.data.images import Picture, read_encoded
 from sap_lightning.errors import InputError, first_line
 from sap_lightning.fingerprints import digest, file_fingerprint
 
@@ -84,7 +84,7 @@ def table_fingerprint(table: datasets.Dataset, column: str) -> str:
 
 def _read_cell(table: datasets.Dataset, column: str, row: int) -> bytes:
     cell = table[row][column] or {"bytes": b""}
-    return Path(cell["path"]).read_bytes() if cell["bytes"] is None else cell["bytes"]
+    return read_encoded(Path(cell["path"])) if cell["bytes"] is None else cell["bytes"]
 
 
 def _is_saved(folder: Path) -> bool:

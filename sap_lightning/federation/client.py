@@ -16,9 +16,7 @@ from sap_lightning.callbacks.progress import training_progress
 from sap_lightning.callbacks.reach import ReachCallback
 from sap_lightning.console import on_terminal
 from sap_lightning.data.domains import DomainDataModule
-from sap_lightning.errors import InputError
 from sap_lightning.federation.run_folder import RunFolder
-from sap_lightning.io.manifest import check_domain
 from sap_lightning.modules.clip_lora import CLIPLoRAModule
 
 log = logging.getLogger(__name__)
@@ -42,20 +40,18 @@ def train_client(
     A client whose upload stands is done and is not trained again.
 
     Raises:
-        InputError: when the data names no domain, or one that an upload cannot name.
+        InputError: when the data names no domain, or one that it lacks or an upload cannot name.
     """
-    if data.domain is None:
-        raise InputError(f"data.domain is not set; choose one of {', '.join(data.domains)}")
-    check_domain(data.domain)
-    upload = folder.upload(data.domain)
+    domain = data.require_domain()
+    upload = folder.upload(domain)
     if upload.exists():
         log.info("%s: upload stands in %s, not trained again", title, upload)
         return upload
-    home = folder.client(data.domain)
+    home = folder.client(domain)
     checkpoint = home / "last.ckpt"
     reach = ReachCallback()
     measured = [reach] if module.reach else []
-    kept = [KeepEpochs(folder.epochs(data.domain))] if len(module.towers) > 1 else []
+    kept = [KeepEpochs(folder.epochs(domain))] if len(module.towers) > 1 else []
     trainer = make_trainer(
         logger=TensorBoardLogger(home.parent, name="", version=home.name, default_hp_metric=False),
         callbacks=[_last_checkpoint(home), training_progress(title), *measured, *kept],
@@ -67,7 +63,7 @@ def train_client(
     if trainer.interrupted:
         raise KeyboardInterrupt
     if trainer.is_global_zero:
-        module.write_upload(upload, data.domain, data.num_samples, reach.reach)
+        module.write_upload(upload, domain, data.num_samples, reach.reach)
     trainer.strategy.barrier()
     return upload
 

@@ -184,7 +184,7 @@ class OneShotFederation:
         self._check_number_of_clients()
         for unseen in self.unseen:
             self._keep_from_anchors(unseen)
-        for domain in self.domains:
+        for domain in (*self.domains, *self.unseen):
             check_domain(domain)
         self.merge.configure_model()
         self.merge.encode_captions(self.anchors.captions)

@@ -11,6 +11,7 @@ import yaml
 from sap_lightning.errors import InputError
 from sap_lightning.files import write_text
 from sap_lightning.fingerprints import config_hash
+from sap_lightning.io.manifest import check_domain
 from sap_lightning.results import earlier_version, refuse_earlier
 
 FREE_SETTINGS = (
@@ -33,14 +34,18 @@ SERVER_SETTINGS = (*FREE_SETTINGS, "federation", "anchors", "prune", "merge")
 
 
 class RunFolder:
-    """config.yaml, clients/<domain>, uploads/<domain>, merged/<unseen>/<method>, results, report; poisoned/<what>."""
+    """config.yaml, clients/<domain>, uploads/<domain>, merged/<unseen>/<method>, results, report; poisoned/<what>.
+
+    Raises:
+        InputError: on use, for a domain whose name would lead elsewhere.
+    """
 
     def __init__(self, path: str | Path) -> None:
         self.path = Path(path)
 
     def client(self, domain: str) -> Path:
         """A client's checkpoint and TensorBoard events."""
-        return self.path / "clients" / domain
+        return self._of("clients", domain)
 
     def epochs(self, domain: str) -> Path:
         """A client's adapter after every epoch, where it adapts both towers; never sent."""
@@ -48,7 +53,7 @@ class RunFolder:
 
     def upload(self, domain: str) -> Path:
         """What a client sent."""
-        return self.path / "uploads" / domain
+        return self._of("uploads", domain)
 
     def poisoned(self, name: str) -> RunFolder:
         """Training and upload of a poisoned client."""
@@ -56,7 +61,11 @@ class RunFolder:
 
     def merged(self, unseen: str, method: str) -> Path:
         """A merged model, made without the unseen domain's client."""
-        return self.path / "merged" / unseen / method
+        return self._of("merged", unseen) / method
+
+    def _of(self, folder: str, domain: str) -> Path:
+        check_domain(domain)
+        return self.path / folder / domain
 
 
 def config_file(settings: Mapping[str, Any]) -> str:

@@ -7,12 +7,11 @@ import re
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from reprlib import Repr
 from typing import Any, NamedTuple
 
 import torch
 
-from sap_lightning.errors import InputError
+from sap_lightning.errors import InputError, short
 
 MAX_FLOAT32 = torch.finfo(torch.float32).max
 _MAX_RANK = 4096
@@ -53,13 +52,6 @@ def require(name: str, value: Any, rule: Rule) -> None:
     """Raises InputError when a value breaks a rule."""
     if not rule.holds(value):
         raise InputError(f"{name} is {short(value)}, expected {rule.words}")
-
-
-def short(value: object) -> str:
-    """A value from outside, escaped and cut to fit into one line."""
-    printer = Repr()
-    printer.maxstring = 120
-    return printer.repr(value)
 
 
 @contextmanager

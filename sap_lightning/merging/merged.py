@@ -15,6 +15,7 @@ from transformers import AutoImageProcessor, AutoTokenizer
 
 from sap_lightning.console import track
 from sap_lightning.errors import InputError, first_line
+from sap_lightning.escapes import for_markdown
 from sap_lightning.files import as_json, new_folder, write_json, write_text
 from sap_lightning.functional.lora import LoRALayer, Update, dense, recompress
 from sap_lightning.functional.rescaling import relative_error
@@ -145,6 +146,7 @@ class Merged:
             method=self.method.name,
             base=public_name(self.base),
             record=self.record(),
+            for_markdown=for_markdown,
             findings=as_json(dict(self.prepared.findings)),
             metrics=metrics,
         )

@@ -22,6 +22,6 @@ def method_named(name: str, setting: str = "merge.method") -> MergeMethod:
     if name not in METHODS:
         raise InputError(
             f"{setting} {name}: no such method; there are {', '.join(METHODS)}; a method of your own is named by its"
-            " class_path, which Python must be able to import"
+            " class_path, which Python must be able to import, with settings that it takes"
         )
     return METHODS[name]()

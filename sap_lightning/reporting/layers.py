@@ -10,6 +10,7 @@ import torch
 from rich.table import Table
 
 from sap_lightning.console import track
+from sap_lightning.escapes import for_terminal
 from sap_lightning.functional.lora import LoRALayer, Update, dense
 from sap_lightning.functional.rescaling import norm
 from sap_lightning.io.adapter import Adapter
@@ -59,10 +60,11 @@ def layer_report(layers: Sequence[LoRALayer], weights: Sequence[float], merged: 
 def report_table(adapters: Sequence[Adapter], weights: Sequence[float], update: Mapping[str, Update]) -> Table:
     """A row for every layer of the merge."""
     prefix = os.path.commonpath([name.replace(".", "/") for name in update]).replace("/", ".")
-    table = Table(f"layer of {prefix}" if prefix else "layer", title="what the merge kept")
+    table = Table(title="what the merge kept")
+    table.add_column(for_terminal(f"layer of {prefix}" if prefix else "layer"))
     for column in LayerReport._fields:
         table.add_column(column.replace("_", " "), justify="right")
     for name, merged in track(list(update.items()), "report: layers"):
         row = layer_report(ClientLayers(adapters, name), weights, merged)
-        table.add_row(name.removeprefix(f"{prefix}."), *(f"{value:.3f}" for value in row))
+        table.add_row(for_terminal(name.removeprefix(f"{prefix}.")), *(f"{value:.3f}" for value in row))
     return table

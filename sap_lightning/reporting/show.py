@@ -8,6 +8,7 @@ from rich.console import Console
 
 from sap_lightning.callbacks.tensorboard import log_figures, tensorboards
 from sap_lightning.console import on_terminal
+from sap_lightning.escapes import for_terminal
 from sap_lightning.federation.one_shot import OneShotFederation
 from sap_lightning.files import write_csv, write_text
 from sap_lightning.reporting.draw import draw
@@ -55,4 +56,4 @@ def print_table(rows: Sequence[TableRow], unseen: Sequence[str], sentences: Sequ
     console = Console(width=None if on_terminal() else LOG_WIDTH)
     console.print(rich_table(rows, unseen))
     for sentence in sentences:
-        console.print(sentence, highlight=False)
+        console.print(for_terminal(sentence))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from typing import NamedTuple
 
@@ -11,6 +11,7 @@ import torch
 from rich.table import Table
 from torch import Tensor
 
+from sap_lightning.escapes import for_markdown, for_terminal
 from sap_lightning.functional.statistics import Interval, Spread, bootstrap_difference, mean_and_std
 from sap_lightning.results import AVERAGE, Kind, Result, Results
 
@@ -116,24 +117,32 @@ def rich_table(rows: Sequence[TableRow], unseen: Sequence[str]) -> Table:
     partial = any(None in row.cells for row in rows)
     table = Table("model", title="top-1 accuracy on unseen domains", caption=caption if partial else None)
     for domain in [*unseen, "mean"]:
-        table.add_column(domain, justify="right")
+        table.add_column(for_terminal(domain), justify="right")
     best = best_cells(rows)
     for row in rows:
         cells = zip([*row.cells, row.mean], best, strict=True)
         marked = (_marked(cell, top, "[bold]{}[/bold]").replace(" ± 0.", "±.") for cell, top in cells)
-        table.add_row(row.label, *marked)
+        table.add_row(for_terminal(row.label), *marked)
+    return table
+
+
+def metrics_table(metrics: Mapping[str, float]) -> Table:
+    """What a model was measured at, for a terminal."""
+    table = Table("metric", "value")
+    for name, value in sorted(metrics.items()):
+        table.add_row(for_terminal(name), f"{value:.6f}")
     return table
 
 
 def markdown_table(rows: Sequence[TableRow], unseen: Sequence[str]) -> str:
     """The table for TensorBoard's text tab and for documents, with calibration and paired differences."""
-    head = ["model", *unseen, "mean", "ECE", "over average [95 %]", "over zero-shot [95 %]"]
+    head = ["model", *map(for_markdown, unseen), "mean", "ECE", "over average [95 %]", "over zero-shot [95 %]"]
     lines = [head, ["---"] + ["---:"] * (len(head) - 1)]
     best = best_cells(rows)
     for row in rows:
         cells = [_marked(cell, top, "**{}**") for cell, top in zip([*row.cells, row.mean], best, strict=True)]
         differences = [interval_text(value) for value in (row.over_average, row.over_zero_shot)]
-        lines.append([row.label, *cells, f"{row.ece:.3f}", *differences])
+        lines.append([for_markdown(row.label), *cells, f"{row.ece:.3f}", *differences])
     return "\n".join(f"| {' | '.join(line)} |" for line in lines) + "\n"
 
 

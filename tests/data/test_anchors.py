@@ -108,12 +108,22 @@ def test_a_dataset_without_captions_is_refused(tmp_path, folder, base):
         (entry(1, file_name="missing.png"), "line 2: image 'missing.png' is missing"),
         (entry(1, file_name="../1.png"), "line 2: file_name '../1.png' points out"),
         (entry(1, file_name="/etc/hostname"), "line 2: file_name '/etc/hostname' points out"),
+        ("[" * 100_000, "line 2: not JSON: maximum recursion depth"),
+        ("x" * 10**7, "line 2: not JSON"),
+        (entry(1, file_name="a" * 300 + ".png"), "line 2: image 'aaa.* is missing"),
+        (entry(1, file_name="a" * 10**7), "line 2: image 'aaa.* is missing"),
+        (entry(1, file_name="\ud800.png"), "line 2: image .* is missing"),
+        (entry(1, file_name="\0.png"), "line 2: image .* is missing"),
+        (entry(1, captions="a" * 10**7), "line 2: the caption has 10000000 characters; shorten it to at most 10000"),
+        (entry(1, captions=[["a" * 10**7]]), "line 2: needs a caption"),
+        (entry(1, captions="\ud800 dog"), "line 2: the caption .* holds half a surrogate pair"),
     ],
 )
 def test_a_bad_line_is_named(folder, base, line, message):
     write(folder, entry(0), line)
-    with pytest.raises(InputError, match=message):
+    with pytest.raises(InputError, match=message) as refused:
         _ = AnchorDataModule(str(folder), 2, base).captions
+    assert len(str(refused.value)) < 500 and str(refused.value).isprintable()
 
 
 def labelled(folder, **images: int):
@@ -153,7 +163,7 @@ def test_too_few_images_in_class_folders_are_refused(tmp_path, base):
 
 
 def test_a_folder_with_neither_listing_nor_class_folders_is_refused(folder, base):
-    with pytest.raises(InputError, match=r"neither a captions\.jsonl .* nor images class/image with \.bmp, \.gif, "):
+    with pytest.raises(InputError, match=r"neither a captions\.jsonl .* nor images class/image, each JPEG \(\.jpg"):
         _ = AnchorDataModule(str(folder), 2, base).captions
 
 

@@ -4,6 +4,7 @@ import os
 import numpy as np
 import pytest
 from pictures import noise
+from PIL import Image
 
 from sap_lightning.data import cache
 from sap_lightning.data.cache import load_pixels
@@ -103,6 +104,27 @@ def test_an_unusable_cache_folder_means_memory_and_a_warning(root, base, tmp_pat
         images = load(root, base).images
     np.testing.assert_array_equal(images, load(root, base, use_cache=False).images)
     assert "decoding to memory" in caplog.text
+
+
+@pytest.mark.parametrize("use_cache", [True, False])
+def test_a_picture_that_is_too_large_is_corrupt_and_pil_does_not_warn(root, base, use_cache, recwarn, monkeypatch):
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 400)
+    monkeypatch.setattr("sap_lightning.data.images.MAX_PIXELS", 400)
+    noise(0, 20, 20).save(root / "photo" / "big_cat" / "4.png")
+    corrupt = load(root, base, use_cache).corrupt
+    assert corrupt[0] == "24 × 20 pixels are more than 400; make it smaller"
+    assert sorted(corrupt) == [0, 1, 2, 3, *range(5, 20)]
+    assert not recwarn.list
+
+
+def test_too_little_memory_is_no_fault_of_a_picture(root, base, cache_dir, monkeypatch):
+    def decode(data: bytes) -> None:
+        raise MemoryError
+
+    monkeypatch.setattr(cache, "decode", decode)
+    with pytest.raises(InputError, match=r"photo/big_cat/0\.png: too little memory to decode it"):
+        load(root, base)
+    assert cached_files(cache_dir) == []
 
 
 @pytest.mark.parametrize("use_cache", [True, False])

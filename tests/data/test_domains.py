@@ -176,12 +176,15 @@ def test_impossible_settings_are_refused_at_once(make_data, settings):
         make_data(**settings)
 
 
-@pytest.mark.parametrize(("domain", "message"), [(None, "set domain"), ("clipart", "no domain 'clipart'")])
+@pytest.mark.parametrize(
+    ("domain", "message"),
+    [(None, "data.domain is not set; choose one of"), ("clipart", "no domain 'clipart'; it has")],
+)
 def test_a_missing_domain_lists_those_there_are(make_data, domain, message):
     data = make_data(domain=domain)
     assert data.domains == ["photo", "sketch"]
     assert data.class_names == ["big cat", "dog"]
-    with pytest.raises(InputError, match=f"{message}; it has photo, sketch"):
+    with pytest.raises(InputError, match=f"{message} photo, sketch"):
         data.setup("fit")
 
 
@@ -274,6 +277,7 @@ def test_spellings_of_one_class_share_its_label():
     names, labels = match_classes(["Dog", "alarm clock", "alarm_clock", "dog"], None)
     assert names == ["Dog", "alarm clock"]
     assert labels == {"Dog": 0, "dog": 0, "alarm clock": 1, "alarm_clock": 1}
+    assert set(match_classes(["cafe\u0301", "caf\xe9", "dog"], None)[1].values()) == {0, 1}
 
 
 def test_given_names_that_match_set_the_order_and_may_be_more():
@@ -295,6 +299,7 @@ def test_given_names_of_equal_number_are_positional():
         (["dog", "kitten"], "none for: cat"),
         (["dog", "cat", "Dog"], "a name twice"),
         ([], "none for: cat, dog"),
+        (["dog", "cat\u200b"], r"data\.class_names: class 'cat.u200b': a name has printable"),
     ],
 )
 def test_given_names_that_do_not_fit_are_refused(given, message):

@@ -194,3 +194,23 @@ def test_every_format_of_an_image_is_read(tmp_path, suffix):
     image.save(tmp_path / "photo" / "dog" / f"0{suffix}", "jpeg" if suffix == ".jfif" else None)
     (picture,) = open_source(str(tmp_path), "domain", "label").samples("photo").pictures
     assert decode(picture.read()).size == image.size
+
+
+@pytest.mark.parametrize(("domain", "label", "kind"), [("pho\xa0to", "dog", "domain"), ("photo", "dog ", "class")])
+def test_an_odd_name_is_refused_in_a_folder_and_in_a_table(tmp_path, domain, label, kind):
+    (tmp_path / "root" / domain / label).mkdir(parents=True)
+    noise(0).save(tmp_path / "root" / domain / label / "0.png")
+    rows = {"image": [png(0)], "domain": [domain], "label": [label]}
+    (tmp_path / "set").mkdir()
+    pq.write_table(pa.table(rows), tmp_path / "set" / "rows.parquet")
+    for root in ("root", "set"):
+        with pytest.raises(InputError, match=rf"{root}: {kind} '.*': a name has printable characters only"):
+            open_source(str(tmp_path / root), "domain", "label")
+
+
+def test_domains_that_differ_in_spelling_alone_are_refused(tmp_path):
+    for domain in ("photo", "Photo"):
+        (tmp_path / domain / "dog").mkdir(parents=True)
+        noise(0).save(tmp_path / domain / "dog" / "0.png")
+    with pytest.raises(InputError, match="domains 'Photo' and 'photo' differ in spelling alone"):
+        open_source(str(tmp_path), "domain", "label")

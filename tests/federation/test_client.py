@@ -75,4 +75,11 @@ def test_a_domain_that_an_upload_cannot_name_is_refused_before_training(world, r
     root, folder = f"--data.root={tmp_path / 'domains'}", tmp_path / "run"
     with pytest.raises(InputError, match="domain 'Gemälde': its name must be at most 64 letters"):
         run("client", root, "--data.domain=Gemälde", f"--federation.run_dir={folder}")
-    assert not list(folder.rglob("*.ckpt"))
+    assert not folder.exists()
+
+
+@pytest.mark.parametrize("domain", ["../photo", "/tmp/photo", "nosuch"])
+def test_a_domain_that_there_is_not_leaves_nothing_behind(run, tmp_path, domain):
+    with pytest.raises(InputError, match=f"no domain '{domain}'; it has cartoon, painting, photo, sketch"):
+        run("client", f"--data.domain={domain}", f"--federation.run_dir={tmp_path / 'run'}")
+    assert list(tmp_path.iterdir()) == []

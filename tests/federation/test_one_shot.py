@@ -10,7 +10,9 @@ import subprocess
 import sys
 import time
 from dataclasses import replace
+from pathlib import Path
 
+import datasets
 import pytest
 import torch
 import yaml
@@ -177,6 +179,26 @@ def test_too_few_clients_for_a_method_are_refused_before_any_is_trained(run, tmp
     with pytest.raises(InputError, match="krum needs at least 5 clients at these settings, an unseen domain leaves 3"):
         run("fit", *krum, f"--federation.run_dir={tmp_path}")
     assert not (tmp_path / "uploads").exists()
+
+
+@pytest.mark.parametrize("unseen", ["/{}/elsewhere", "../../elsewhere"])
+def test_an_unseen_domain_of_a_table_that_would_lead_elsewhere_is_refused_first(run, world, tmp_path, unseen):
+    unseen = unseen.format(tmp_path)
+    kept = tmp_path / "elsewhere" / "sap" / "mine.txt"
+    kept.parent.mkdir(parents=True)
+    kept.write_text("mine")
+    images = [str(path) for path in sorted((world / "domains" / "photo").glob("*/*"))]
+    rows = {
+        "image": 2 * images,
+        "domain": len(images) * ["photo"] + len(images) * [unseen],
+        "label": 2 * [Path(image).parent.name for image in images],
+    }
+    datasets.Dataset.from_dict(rows).cast_column("image", datasets.Image()).save_to_disk(tmp_path / "set")
+    folder = tmp_path / "run" / "merged"
+    with pytest.raises(InputError, match=r"domain '.*elsewhere': its name must be at most 64 letters"):
+        run("fit", f"--data.root={tmp_path / 'set'}", f"--federation.unseen={unseen}", f"--federation.run_dir={folder}")
+    assert contents(folder) == {".lock": b""}
+    assert kept.read_text() == "mine"
 
 
 def test_bfloat16_trains_and_scores(run, tmp_path):

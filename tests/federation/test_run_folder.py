@@ -45,6 +45,14 @@ def test_everything_has_its_place() -> None:
     assert folder.poisoned("photo-scale-1").upload("photo") == Path("run/poisoned/photo-scale-1/uploads/photo")
 
 
+@pytest.mark.parametrize("domain", ["..", "../../x", "/abs/x", "", ".", "a/b", "photo\n"])
+@pytest.mark.parametrize("place", ["client", "epochs", "upload", "merged"])
+def test_no_domain_leads_out_of_the_folder(place: str, domain: str) -> None:
+    rest = ["sap"] if place == "merged" else []
+    with pytest.raises(InputError, match=r"^domain .*: its name must be at most 64 letters"):
+        getattr(RunFolder("run"), place)(domain, *rest)
+
+
 def test_settings_are_written_as_yaml_in_their_order(tmp_path: Path) -> None:
     require_settings(tmp_path / "run", CONFIG)
     written = yaml.safe_load((tmp_path / "run" / "config.yaml").read_text())

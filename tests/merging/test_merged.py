@@ -197,6 +197,14 @@ def test_the_card_says_how_the_model_was_made(adapters, tmp_path):
         assert f"| {adapter.name} | " in card.text and adapter.sha256 in card.text
 
 
+def test_an_upload_s_name_is_no_mark_in_the_card(adapters, tmp_path):
+    hostile = [replace(one, name=f"{k}|`<script>\n## [x](y)\udce9") for k, one in enumerate(adapters)]
+    folder = merge(hostile, TIES(0.8)).save(tmp_path / "out", {"accuracy on |": 0.5})
+    text = ModelCard.load(folder / "README.md").text
+    assert "<script" not in text and "\n## [x" not in text and "accuracy on &#124;: 0.5" in text
+    assert r"| 0&#124;&#96;&#60;script&#62;&#92;n## &#91;x&#93;(y)&#92;udce9 | " in text
+
+
 def test_the_card_names_a_base_of_the_hub(merged):
     card = replace(merged, base="openai/clip-vit-base-patch16").card("peft", METRICS)
     assert ModelCard(str(card)).data.base_model == "openai/clip-vit-base-patch16"

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 from places import SHAPES_CLIP
+from rich.console import Console
 
 from sap_lightning.functional.lora import LoRALayer, Update
 from sap_lightning.io.adapter import Adapter, sha256_of, write_adapter
@@ -86,8 +87,8 @@ def test_the_table_has_a_row_for_every_layer_under_what_their_names_share():
     layers = {f"vision.layers.{i}.q": random_layer(i) for i in (1, 10)}
     table = report_table([Adapter("one", layers, sha256_of(layers))], [1.0], layers)
     columns = [list(column.cells) for column in table.columns]
-    assert table.columns[0].header == "layer of vision.layers"
-    assert columns[0] == ["1.q", "10.q"]
+    assert str(table.columns[0].header) == "layer of vision.layers"
+    assert [str(cell) for cell in columns[0]] == ["1.q", "10.q"]
     assert columns[1] == columns[2] == columns[4] == ["1.000", "1.000"]
 
 
@@ -95,9 +96,17 @@ def test_a_layer_that_one_client_lacks_is_reported():
     one, other = adapter("one", random_layer(0)), Adapter("other", {"q": random_layer(1)}, "0" * 64)
     merged = {"fc": random_layer(0), "q": random_layer(1)}
     table = report_table([one, other], [0.5, 0.5], merged)
-    assert list(table.columns[0].cells) == ["fc", "q"]
+    assert list(map(str, table.columns[0].cells)) == ["fc", "q"]
     report = layer_report(ClientLayers([one, other], "fc"), [0.5, 0.5], merged["fc"])
     assert report == pytest.approx((2, 1, 0, 1)), "energy is over the mean of both clients"
+
+
+def test_a_layer_s_name_is_shown_as_it_is_written():
+    layers = {"top.[red]q": random_layer(0), "top.\x1b[2J:dog:": random_layer(1)}
+    console = Console(width=100, force_terminal=True)
+    with console.capture() as shown:
+        console.print(report_table([Adapter("one", layers, sha256_of(layers))], [1.0], layers))
+    assert "│ [red]q " in shown.get() and r"│ \x1b[2J:dog: " in shown.get()
 
 
 def test_the_command_prints_a_row_for_every_layer(run, tmp_path, capsys):

@@ -191,10 +191,24 @@ def test_markdown_has_a_dash_where_a_client_is_at_home_and_the_best_in_bold(resu
 def test_the_terminal_s_table_has_the_best_of_each_column_in_bold(results: Results) -> None:
     table = rich_table(tabulate(results, UNSEEN), UNSEEN)
     columns = [list(column.cells) for column in table.columns]
-    assert columns[0] == ["zero-shot", "client photo", "client sketch", "best client", "sap"]
+    assert list(map(str, columns[0])) == ["zero-shot", "client photo", "client sketch", "best client", "sap"]
     assert columns[1] == ["0.250", "–", "[bold]0.625[/bold]", "[bold]0.625[/bold]", "0.500"]
     assert columns[2] == ["0.500", "0.375", "–", "0.375", "[bold]0.750[/bold]"]
     assert columns[3][-1] == "[bold]0.625[/bold]"
+
+
+def test_names_are_shown_as_they_are_written_on_a_terminal_and_in_markdown(tmp_path: Path) -> None:
+    results, unseen = Results(tmp_path), "[red]|*a*"
+    measure(results, result("client <b>x\n", unseen, 4))
+    rows = tabulate(results, [unseen])
+    console = Console(width=100)
+    with console.capture() as shown:
+        console.print(rich_table(rows, [unseen]))
+    assert unseen in shown.get() and r"client <b>x\n" in shown.get()
+    head, line, row = markdown_table(rows, [unseen]).splitlines()
+    assert head.count("|") == line.count("|") == row.count("|") == 7
+    assert "| &#91;red&#93;&#124;&#42;a&#42; |" in head
+    assert row.startswith("| client &#60;b&#62;x&#92;n |")
 
 
 def test_the_terminal_s_table_fits_eighty_columns(results: Results) -> None:

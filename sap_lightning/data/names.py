@@ -1,0 +1,29 @@
+"""Names of classes and domains: which are refused, and when two of them are one."""
+
+from __future__ import annotations
+
+import unicodedata
+from collections.abc import Iterable
+
+from sap_lightning.errors import InputError, short
+
+
+def check_names(place: str, kind: str, names: Iterable[str]) -> None:
+    """Raises InputError for a name that cannot be told from another one by eye, or cannot be put into a prompt.
+
+    Args:
+        place: where the names come from.
+        kind: what they are names of.
+        names: all of them.
+    """
+    for name in names:
+        if not name or name != name.strip() or not name.isprintable():
+            raise InputError(
+                f"{place}: {kind} {short(name)}: a name has printable characters only, and no space before or after;"
+                " rename it"
+            )
+
+
+def spelling(name: str) -> str:
+    """What all spellings of a name have in common: letters of either case, composed or not, and any spaces for _."""
+    return " ".join(unicodedata.normalize("NFC", name).replace("_", " ").casefold().split())

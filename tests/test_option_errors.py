@@ -1,0 +1,96 @@
+"""What a person is told of a faulty option: its name and what it takes, in one line, by every command."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from typing import Any, Literal
+
+import pytest
+
+from sap_lightning.commands import COMMANDS
+from sap_lightning.errors import InputError
+from sap_lightning.merging import METHODS, MergeMethod
+from sap_lightning.option_errors import in_words
+
+TIES = (
+    "ties has no such setting; it has sparsity (float), scale (float), variant (one of authors, peft, mergekit), major"
+)
+UNKNOWN = f"no such method; there are {', '.join(METHODS)}"
+
+
+def told(*line: str) -> str:
+    command, *args = line
+    with pytest.raises(InputError) as refused:
+        COMMANDS[command](args)
+    assert str(refused.value).isprintable() and len(str(refused.value)) < 700
+    return str(refused.value)
+
+
+@pytest.mark.parametrize(
+    ("line", "said"),
+    [
+        ("merge --merge.method ties --merge.method.density 0.5", f"merge.method.density: {TIES}"),
+        ("merge --merge.method lines --merge.method.method ties --merge.method.method.density 1",
+         f"merge.method.method.density: {TIES}"),
+        ("merge --merge.method average --merge.method.x 1", "merge.method.x: average has no such setting; it has none"),
+        ("merge --merge.method ties --merge.method.sparsity x", "merge.method.sparsity: takes float, got 'x'"),
+        ("merge --merge.method lines --merge.method.method ties --merge.method.method.scale x",
+         "merge.method.method.scale: takes float, got 'x'"),
+        ("merge --merge.method nosuch", f"merge.method nosuch: {UNKNOWN}"),
+        ("merge --merge.method nosuch --merge.method.x 1", f"merge.method nosuch: {UNKNOWN}"),
+        ("merge --merge.method no.Such --merge.method.x 1", f"merge.method no.Such: {UNKNOWN}"),
+        ("merge --merge.method torch.nn.Linear --merge.method.bias 1", f"merge.method torch.nn.Linear: {UNKNOWN}"),
+        ("fit --model.rank three", "model.rank: takes int, got 'three'"),
+        ("fit --merge.rank x", "merge.rank: takes int or null, got 'x'"),
+        ("fit --merge.weights x", "merge.weights: takes one of uniform, samples, got 'x'"),
+        ("client --model.targets 3", "model.targets: takes a list of str, got '3'"),
+        ("predict --predict.images p --data.class_names [1,2", "data.class_names: takes a list of str or null, got"),
+        ("sweep --sweep.seeds a", "sweep.seeds: takes a list of int, got 'a'"),
+        ("test --trainer.precision x", "trainer.precision: takes one of 64, 32, 16 or one of "),
+        ("fit --trainer.callbacks Nope", "trainer.callbacks: takes a list of Callback or Callback or null, got 'Nope'"),
+        ("fit --trainer.callbacks Timer --trainer.callbacks.x 1", "trainer.callbacks.x: Timer has no such setting; it"),
+        ("fit --model {rnak: 3}", "model.rnak: no such option; did you mean model.rank?"),
+        ("fit --model.rnak=3", "model.rnak: no such option; did you mean model.rank?"),
+        ("fit foo", "foo: no such option; --help shows all"),
+        ("fit --model.rank", "model.rank: no value is given; it takes int"),
+        ("merge --uploads", "uploads: no value is given"),
+        ("fit --federation.poison x",
+         "federation.poison: takes a file or a mapping of its settings, which are federation.poison.domain, "),
+        ("fit --config /nowhere.yaml", "config: File does not exist: '/nowhere.yaml'"),
+    ],
+)  # fmt: skip
+def test_an_option_is_named_with_what_it_takes(line, said):
+    words = re.findall(r"\{.*\}|\S+", line)
+    assert told(*words).startswith(said)
+
+
+@pytest.mark.parametrize(
+    ("content", "said"),
+    [
+        ("model: {rank: x}", "model.rank: takes int, got 'x'"),
+        ("merge: {method: {class_path: TIES, init_args: {density: 3}}}", f"merge.method.density: {TIES}"),
+        ("model: [1", "Problems parsing config: while parsing a flow sequence"),
+        ("- 3", "Unexpected config: - 3"),
+        ("\x1b[2J", "Problems parsing config"),
+    ],
+)
+def test_what_is_wrong_in_a_config_file_is_said_with_its_name(tmp_path, content, said):
+    file = tmp_path / "config.yaml"
+    file.write_text(content)
+    assert told("fit", "--config", str(file)).startswith(f"{file}: {said}")
+
+
+@pytest.mark.parametrize(
+    ("hint", "words"),
+    [
+        (int, "int"),
+        (float | None, "float or null"),
+        (Literal["a", 1] | bool, "one of a, 1 or bool"),
+        (Sequence[str], "a list of str"),
+        (Mapping[str, list[Any]], "a mapping of a list of Any"),
+        (MergeMethod | str, "MergeMethod or str"),
+    ],
+)
+def test_a_type_is_said_in_words(hint, words):
+    assert in_words(hint) == words
