@@ -146,6 +146,7 @@ class Merged:
             method=self.method.name,
             base=public_name(self.base),
             record=self.record(),
+            doubts=self.doubts,
             for_markdown=for_markdown,
             findings=as_json(dict(self.prepared.findings)),
             metrics=metrics,

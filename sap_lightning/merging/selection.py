@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 from collections.abc import Sequence
 from functools import partial
 from typing import NamedTuple
@@ -24,23 +25,48 @@ class Selection(NamedTuple):
     rejected: list[str]
 
 
+class Standing(NamedTuple):
+    """How an adapter stands among the others by the anchors' loss with it alone."""
+
+    adapter: Adapter
+    loss: float
+    z: float
+
+    @property
+    def stands_out(self) -> bool:
+        """Whether its loss is above the others' beyond what chance gives."""
+        return self.z > OUTLIER
+
+
+def standings(adapters: Sequence[Adapter], anchors: AnchorProbe) -> list[Standing]:
+    """Each adapter's loss alone, and its robust z-score among them."""
+    losses = losses_alone(adapters, anchors)
+    scores = robust_z_scores(torch.tensor(losses)).tolist()
+    return [Standing(*one) for one in zip(adapters, losses, scores, strict=True)]
+
+
 def without_outliers(adapters: Sequence[Adapter], anchors: AnchorProbe) -> Selection:
     """Leaves out adapters whose own anchor loss has a robust z-score above 3.5 among them.
 
     Raises:
         InputError: when no adapter has a finite loss.
     """
-    losses = torch.tensor(losses_alone(adapters, anchors))
-    if not losses.isfinite().any():
+    every = standings(adapters, anchors)
+    if not any(math.isfinite(one.loss) for one in every):
         raise InputError("no upload has a finite anchor loss; all of them are broken, or training diverged")
-    kept, rejected = [], []
-    for adapter, loss, z in zip(adapters, losses.tolist(), robust_z_scores(losses).tolist(), strict=True):
-        if z > OUTLIER:
-            log.warning("%s left out: anchor loss %.4f, robust z-score %.1f", adapter.name, loss, z)
-            rejected.append(adapter.name)
-        else:
-            kept.append(adapter)
-    return Selection(kept, rejected)
+    for adapter, loss, z in filter(lambda one: one.stands_out, every):
+        log.warning("%s left out: anchor loss %.4f, robust z-score %.1f", adapter.name, loss, z)
+    kept = [one.adapter for one in every if not one.stands_out]
+    return Selection(kept, [one.adapter.name for one in every if one.stands_out])
+
+
+def doubts_on_anchors(adapters: Sequence[Adapter], anchors: AnchorProbe) -> list[str]:
+    """Which adapters' own anchor loss stands out, in words."""
+    return [
+        f"upload {adapter.name!r}: its anchor loss of {loss:.4f} stands out (robust z-score {z:.1f});"
+        " --merge.reject_outliers true leaves it out"
+        for adapter, loss, z in filter(lambda one: one.stands_out, standings(adapters, anchors))
+    ]
 
 
 def losses_alone(adapters: Sequence[Adapter], anchors: AnchorProbe) -> list[float]:

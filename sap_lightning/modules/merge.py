@@ -14,6 +14,7 @@ from torch import Tensor
 
 from sap_lightning.data.anchors import AnchorBatch
 from sap_lightning.errors import InputError, check_positive
+from sap_lightning.functional.outliers import LEAST_VALUES
 from sap_lightning.functional.saliency import alignment_loss
 from sap_lightning.io.adapter import Adapter
 from sap_lightning.io.factors import Beside
@@ -23,7 +24,7 @@ from sap_lightning.merging import MergeMethod, method_named
 from sap_lightning.merging.clients import Weights, client_weights, doubts_about
 from sap_lightning.merging.merged import Format, Merged
 from sap_lightning.merging.method import check_weights, required
-from sap_lightning.merging.selection import Selection, without_outliers
+from sap_lightning.merging.selection import Selection, doubts_on_anchors, without_outliers
 from sap_lightning.models.layers import base_weight, layer_shapes, linear_shapes, model_type
 from sap_lightning.models.probe import AnchorProbe, Memory
 from sap_lightning.modules.classifier import data_of
@@ -202,11 +203,13 @@ class MergeModule(CLIPEvaluator):
         if not isinstance(self.weights, str):
             check_weights(method, self.weights)
         doubts = doubts_about(self.adapters)
-        for doubt in doubts:
-            log.warning("%s", doubt)
         adapters, rejected = Selection(self.adapters, [])
         if self.reject_outliers:
             adapters, rejected = without_outliers(self.adapters, required(anchors, method))
+        elif anchors is not None and len(self.adapters) >= LEAST_VALUES:
+            doubts += doubts_on_anchors(self.adapters, anchors)
+        for doubt in doubts:
+            log.warning("%s", doubt)
         weights = client_weights(adapters, self._own_weights or cast(Weights, self.weights), self.max_share)
         prepared = method.prepare(adapters, weights, anchors)
         update = prepared.apply(self._sparsity)

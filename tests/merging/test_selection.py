@@ -13,7 +13,7 @@ from probes import probe, random_adapter
 from sap_lightning.errors import InputError
 from sap_lightning.functional.outliers import LEAST_VALUES, OUTLIER, robust_z_scores
 from sap_lightning.io.adapter import Adapter
-from sap_lightning.merging.selection import check_rejection, losses_alone, without_outliers
+from sap_lightning.merging.selection import check_rejection, doubts_on_anchors, losses_alone, without_outliers
 from sap_lightning.models.probe import AnchorProbe
 
 
@@ -44,6 +44,13 @@ def test_the_client_that_stands_out_is_left_out_and_said(caplog):
     (said,) = [record.getMessage() for record in caplog.records]
     z = float(robust_z_scores(torch.tensor(losses))[2])
     assert said == f"client 9 left out: anchor loss {losses[2]:.4f}, robust z-score {z:.1f}" and z > OUTLIER
+
+
+def test_the_client_that_stands_out_is_doubted_with_the_way_to_leave_it_out():
+    (doubt,) = doubts_on_anchors(clients(), probe())
+    assert doubt.startswith("upload 'client 9': its anchor loss of ")
+    assert doubt.endswith("--merge.reject_outliers true leaves it out")
+    assert doubts_on_anchors([small(seed) for seed in range(1, 5)], probe()) == []
 
 
 def test_the_given_clients_stay_as_they_were():

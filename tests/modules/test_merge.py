@@ -22,6 +22,7 @@ from sap_lightning.errors import InputError
 from sap_lightning.federation.poison import Poison, boosted
 from sap_lightning.functional.lora import dense
 from sap_lightning.io.adapter import Adapter, read_adapter, sha256_of
+from sap_lightning.io.manifest import DIGEST
 from sap_lightning.merging import TIES, Average, RegMean
 from sap_lightning.merging.selection import losses_alone
 from sap_lightning.models.clip import load_base
@@ -153,6 +154,7 @@ def test_weights_follow_the_number_of_samples(merge, uploads, tmp_path):
     few = Path(shutil.copytree(uploads[0], tmp_path / "few"))
     manifest = json.loads((few / "manifest.json").read_text())
     count = manifest["num_samples"]
+    del manifest[DIGEST]
     (few / "manifest.json").write_text(json.dumps(manifest | {"num_samples": 3 * count}))
     out = merge([few, uploads[1]], *UNPRUNED, "--prune.space=factor", "--merge.weights=samples")
     first, second = deltas(few), deltas(uploads[1])
@@ -223,7 +225,7 @@ def test_a_method_without_anchors_merges_without_any(merge, uploads, capsys):
 def test_the_record_says_what_was_merged_how_and_what_was_measured(merge, uploads, capsys):
     out = merge(uploads, "--merge.method=regmean")
     record = json.loads((out / "merge.json").read_text())
-    assert (record["base"], record["method"]) == (SHAPES_CLIP, "regmean")
+    assert (record["base"], record["method"]) == ("shapes_clip", "regmean")
     assert record["settings"] == RegMean().settings
     shapes = layer_shapes(load_base(SHAPES_CLIP).tower)
     hashes = {Path(upload).name: read_adapter(upload, shapes).sha256 for upload in uploads}
@@ -356,6 +358,17 @@ def test_an_outlier_is_rejected_and_the_merge_is_that_of_the_others(module, uplo
     assert module.adapters == clients, "who is left out of a merge is still there for the next"
     for name, weight in module.tower.state_dict().items():
         assert torch.equal(weight, others.tower.state_dict()[name]), name
+
+
+def test_without_rejection_an_outlier_is_merged_with_a_warning(module, anchors, caplog):
+    caplog.set_level("WARNING", logger="sap_lightning")
+    for clients, doubted in ((with_boosted_painting(module.adapters), ["painting"]), (module.adapters, [])):
+        caplog.clear()
+        module.use(clients)
+        quiet_trainer().validate(module, anchors, verbose=False)
+        assert [doubt.split("'")[1] for doubt in module.merged.doubts] == doubted
+        assert [record.getMessage() for record in caplog.records] == list(module.merged.doubts)
+        assert len(module.merged.adapters) == len(clients)
 
 
 def test_without_rejection_or_an_outlier_nobody_is_left_out(module, anchors):
