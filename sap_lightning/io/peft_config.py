@@ -19,6 +19,7 @@ from sap_lightning.io.rules import NUMBER, OBJECT, RANK, TEXT, TEXT_BY_NAME, Rul
 CONFIG_FILE = "adapter_config.json"
 HUB_ID = re.compile(r"[\w-][\w.-]*/[\w.-]+")
 MAX_PATTERNS = 4096
+_MAX_TO_MATCH = 64
 _TEXT_TOWER = re.compile(r"(?:^|\.)text_(?:model|projection)(?:\.|$)")
 
 # What describes, selects or trains the layers, but leaves ΔW = s·B·A as it is.
@@ -284,6 +285,8 @@ def require_targets(config: Mapping[str, Any], layers: Iterable[str]) -> list[st
 
 def _require_values(name: str, pattern: Any, rule: Rule) -> None:
     require(name, pattern, OBJECT)
+    if sum(not _NAME.fullmatch(key) for key in pattern) > _MAX_TO_MATCH:
+        raise InputError(f"{name} has more than {_MAX_TO_MATCH} patterns; write out the layers' names, a key for each")
     for key, value in pattern.items():
         require(f"{name}[{short(key)}]", value, rule)
 

@@ -3,7 +3,6 @@ from __future__ import annotations
 import json
 import os
 import pickle
-import random
 import shutil
 import subprocess
 import sys
@@ -559,6 +558,7 @@ def test_bad_tensors_are_refused(upload: Path, shapes: dict[str, torch.Size], ed
         ("alpha_pattern", {"**": 8}, r"key of alpha_pattern is '\*\*'"),
         ("alpha_pattern", {r"(\w+)*x": 8}, "key of alpha_pattern is .* no groups; write out the layers' names"),
         ("alpha_pattern", {".*.*.*.*.*x": 8}, "key of alpha_pattern"),
+        ("alpha_pattern", {f".*{k}": 8 for k in range(65)}, "alpha_pattern has more than 64 patterns; write out"),
         ("alpha_pattern", {"x" * 1000: 8}, "key of alpha_pattern"),
         ("alpha_pattern", {f"layer{i}": 8 for i in range(14)}, "more rank or alpha patterns than"),
     ],
@@ -826,42 +826,3 @@ def test_links_within_the_folder_are_followed(upload: Path, shapes: dict[str, to
     (upload / WEIGHTS_FILE).rename(upload / "weights")
     (upload / WEIGHTS_FILE).symlink_to("weights")
     assert read_adapter(upload, shapes).name == "art painting"
-
-
-def damaged(content: bytes, chance: random.Random) -> bytes:
-    """The content with a few bytes changed, or with its end or its middle missing."""
-    damage = bytearray(content)
-    start = chance.randrange(len(damage))
-    match chance.choice(["bits", "bytes", "end", "middle"]):
-        case "bits":
-            damage[start] ^= 1 << chance.randrange(8)
-        case "bytes":
-            for _ in range(8):
-                damage[chance.randrange(len(damage))] = chance.randrange(256)
-        case "end":
-            del damage[start:]
-        case "middle":
-            del damage[start : start + chance.randrange(1, 64)]
-    return bytes(damage)
-
-
-def test_a_damaged_upload_is_refused_or_read_as_the_original(
-    upload: Path, tower: torch.nn.Module, shapes: dict[str, torch.Size]
-) -> None:
-    original, base = read_adapter(upload, shapes), fingerprint(tower)
-    files = contents(upload)
-    # Most bytes are tensors, whose hash is easily checked; the header and the JSON deserve most of the blows.
-    files_and_spans = [(CONFIG_FILE, None), (MANIFEST_FILE, None), (WEIGHTS_FILE, 600), (WEIGHTS_FILE, None)]
-    refused = 0
-    for seed in range(600):
-        chance = random.Random(seed)
-        name, span = chance.choice(files_and_spans)
-        content = files[name]
-        (upload / name).write_bytes(damaged(content[:span], chance) + content[slice(span, None) if span else slice(0)])
-        try:
-            assert read_adapter(upload, shapes, base) == original, f"seed {seed}"
-        except InputError as error:
-            refused += 1
-            assert str(error).isprintable(), f"seed {seed}"
-        (upload / name).write_bytes(content)
-    assert 300 < refused < 600
