@@ -2,18 +2,50 @@
 
 from __future__ import annotations
 
+import os
+import signal
 import sys
+from types import FrameType
+from typing import NoReturn
 
-from lightning.fabric.utilities.exceptions import MisconfigurationException
+INTERRUPTIONS = (signal.SIGINT, signal.SIGTERM)
 
-from sap_lightning import __version__
-from sap_lightning.commands import COMMANDS
-from sap_lightning.console import quieten
-from sap_lightning.errors import InputError, first_line
+
+class Interrupted(BaseException):
+    """Ctrl-C or a request to end, of which Lightning would make an end without a word, and of the latter a success."""
+
+    def __init__(self, number: int) -> None:
+        super().__init__()
+        self.exit_code = 128 + number
 
 
 def main() -> None:
-    """Runs a command; bad input ends in one line on standard error and exit code 1."""
+    """Runs a command; bad input ends in one line on standard error and exit code 1, an interruption in 130 or 143."""
+    for number in INTERRUPTIONS:
+        signal.signal(number, _interrupt)
+    try:
+        _run()
+    except Interrupted as end:
+        if os.environ.get("LOCAL_RANK", "0") == "0":
+            print("interrupted: run the same command again to continue", file=sys.stderr)
+        sys.exit(end.exit_code)
+
+
+def _interrupt(number: int, frame: FrameType | None) -> NoReturn:
+    for other in INTERRUPTIONS:
+        signal.signal(other, signal.SIG_IGN)  # what is half-written is cleared away now
+    raise Interrupted(number)
+
+
+def _run() -> None:
+    # Here, as they take seconds in which a command can be interrupted too.
+    from lightning.fabric.utilities.exceptions import MisconfigurationException
+
+    from sap_lightning import __version__
+    from sap_lightning.commands import COMMANDS
+    from sap_lightning.console import quieten
+    from sap_lightning.errors import InputError, first_line
+
     quieten()
     command, *args = sys.argv[1:] or [""]
     if command == "--version":
@@ -31,8 +63,6 @@ def main() -> None:
         sys.exit(f"error: {error}")
     except MisconfigurationException as error:  # what a Trainer finds only when it trains
         sys.exit(f"error: trainer: {first_line(error)}")
-    except KeyboardInterrupt:
-        sys.exit("interrupted: run the same command again to continue")
 
 
 if __name__ == "__main__":

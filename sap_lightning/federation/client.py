@@ -64,8 +64,6 @@ def train_client(
         enable_progress_bar=on_terminal(),
     )
     trainer.fit(module, datamodule=data, ckpt_path=checkpoint if checkpoint.is_file() else None, weights_only=True)
-    if trainer.interrupted:
-        raise KeyboardInterrupt
     if trainer.is_global_zero:
         module.write_upload(upload, data.domain, data.num_samples, reach.reach)
     trainer.strategy.barrier()

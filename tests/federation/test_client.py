@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import shutil
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -53,20 +52,6 @@ def test_a_client_without_a_domain_is_told_which_there_are(world, tmp_path):
     with pytest.raises(InputError, match=r"data\.domain is not set; choose one of cartoon, painting, photo, sketch"):
         train(data, tmp_path, no_trainer)
     assert list(tmp_path.iterdir()) == []
-
-
-@pytest.mark.parametrize("has_checkpoint", [True, False])
-def test_an_interrupted_client_sends_nothing_and_goes_on_from_its_checkpoint(photo, tmp_path, has_checkpoint):
-    checkpoint = tmp_path / "clients" / "photo" / "last.ckpt"
-    if has_checkpoint:
-        checkpoint.parent.mkdir(parents=True)
-        checkpoint.touch()
-    started_from = []
-    trainer = SimpleNamespace(fit=lambda *_, ckpt_path, **__: started_from.append(ckpt_path), interrupted=True)
-    with pytest.raises(KeyboardInterrupt):
-        train(photo, tmp_path, lambda **overrides: trainer)
-    assert started_from == [checkpoint if has_checkpoint else None]
-    assert not (tmp_path / "uploads").exists()
 
 
 def test_a_domain_that_an_upload_cannot_name_is_refused_before_training(world, run, tmp_path):
