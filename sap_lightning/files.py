@@ -6,10 +6,10 @@ import csv
 import io
 import json
 import os
-import tempfile
+import shutil
 import uuid
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -19,6 +19,10 @@ from safetensors.torch import save
 from torch import Tensor
 
 from sap_lightning.errors import InputError
+
+LOCK_FILE = ".lock"
+UNFINISHED = ".unfinished"
+"""How the names of files and folders end that are not whole yet."""
 
 
 def cache_folder() -> Path:
@@ -33,20 +37,48 @@ def refuse_existing(folder: str | Path) -> None:
 
 
 @contextmanager
-def locked(folder: str | Path) -> Iterator[None]:
-    """Keeps other commands from writing to a folder; of several processes of one command the first one holds it.
+def writing(path: str | Path) -> Iterator[None]:
+    """What the system says against writing there becomes the one line that a person reads.
 
     Raises:
-        InputError: when another command has it, or it cannot be written.
+        InputError: naming the path.
+    """
+    try:
+        yield
+    except OSError as error:
+        raise InputError(
+            f"{path}: cannot be written ({error.strerror or error}); check path, permission and room on the disk, then"
+            " run the same command again"
+        ) from error
+
+
+@contextmanager
+def locked(folder: str | Path) -> Iterator[None]:
+    """Keeps other commands from writing to a folder, and clears away what a killed one left unfinished in it.
+
+    Of several processes of one command the first one holds it.
+
+    Raises:
+        InputError: when another command has it or a folder below it, or it cannot be written.
     """
     folder = Path(folder)
-    try:
+    if getattr(rank_zero_only, "rank", 0) != 0:
+        yield
+        return
+    with writing(folder):
         folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise _cannot_be_written(folder, error) from error
+        held = _hold(folder)
+    with held:
+        for lock in folder.glob(f"*/**/{LOCK_FILE}"):
+            with _hold(lock.parent):
+                pass
+        clear_unfinished(folder)
+        yield
+
+
+def _hold(folder: Path) -> AbstractContextManager[object]:
     try:
-        with FileLock(folder / ".lock", timeout=0) if getattr(rank_zero_only, "rank", 0) == 0 else nullcontext():
-            yield
+        return FileLock(folder / LOCK_FILE).acquire(timeout=0)
     except Timeout as error:
         raise InputError(f"{folder}: another command is writing there; wait for it, or use another folder") from error
 
@@ -56,46 +88,96 @@ def new_folder(folder: str | Path) -> Iterator[Path]:
     """An empty folder to fill, which takes its final name when the block ends without an error.
 
     Raises:
-        InputError: when something of that name already stands.
+        InputError: when something of that name already stands, or it cannot be written.
     """
     folder = Path(folder)
     refuse_existing(folder)
-    try:
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(prefix=f".{folder.name}.", dir=folder.parent) as temporary:
-            staging = Path(temporary) / folder.name
-            staging.mkdir()
+    staging = _unfinished(folder)
+    with writing(folder):
+        try:
+            staging.mkdir(parents=True)
             yield staging
+            for path in [*staging.rglob("*"), staging]:
+                _outlast_power_cut(path)
             staging.rename(folder)
-    except OSError as error:
-        raise _cannot_be_written(folder, error) from error
-
-
-def _cannot_be_written(folder: Path, error: OSError) -> InputError:
-    return InputError(f"{folder}: cannot be written ({error.strerror or error}); check path and disk")
+            _outlast_power_cut(folder.parent)
+        finally:
+            shutil.rmtree(staging, ignore_errors=True)
 
 
 @contextmanager
 def replacing(path: Path) -> Iterator[BinaryIO]:
     """A file to fill, which takes the place of ``path`` when the block ends without an error."""
-    staging = path.with_name(f".{path.name}.{uuid.uuid4().hex}")
+    staging = _unfinished(path)
     try:
         with staging.open("xb") as file:
             yield file
+        _outlast_power_cut(staging)
         staging.replace(path)
+        _outlast_power_cut(path.parent)
     finally:
         staging.unlink(missing_ok=True)
 
 
+def _unfinished(path: Path) -> Path:
+    """A name beside a path for what is to become of it."""
+    return path.with_name(f".{path.name}.{uuid.uuid4().hex}{UNFINISHED}")
+
+
+def clear_unfinished(folder: Path, name: str = "*") -> None:
+    """Removes what a killed command was writing in a folder or below it, all of it or that of one name.
+
+    Nobody may be writing it.
+    """
+    for path in folder.rglob(f".{name}.{'?' * 32}{UNFINISHED}"):
+        if path.is_dir():
+            shutil.rmtree(path)
+        else:
+            path.unlink()
+
+
+def _outlast_power_cut(path: Path) -> None:
+    """Waits until a file's content, or the names in a folder, are on the disk."""
+    if os.name == "nt":  # which opens no folders
+        return
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
 def write_bytes(path: Path, content: bytes) -> None:
-    """Replaces a file in one step."""
-    with replacing(path) as file:
-        file.write(content)
+    """Replaces a file in one step; its folder is made if it is not there.
+
+    Raises:
+        InputError: when it cannot be written.
+    """
+    with writing(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with replacing(path) as file:
+            file.write(content)
+
+
+def append_bytes(path: Path, content: bytes) -> None:
+    """Adds to a file that stands, all of it or, when it cannot be written, nothing.
+
+    Raises:
+        InputError: when it cannot be written.
+    """
+    with writing(path):
+        size = path.stat().st_size
+        try:
+            with path.open("ab") as file:
+                file.write(content)
+            _outlast_power_cut(path)
+        except OSError:
+            os.truncate(path, size)
+            raise
 
 
 def write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
-    """Replaces a safetensors file in one step; its folder is made if it is not there."""
-    path.parent.mkdir(parents=True, exist_ok=True)
+    """Replaces a safetensors file in one step."""
     write_bytes(path, save({name: tensor.contiguous() for name, tensor in tensors.items()}))
 
 

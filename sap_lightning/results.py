@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from sap_lightning.errors import InputError
-from sap_lightning.files import as_json, write_csv, write_tensors, write_text
+from sap_lightning.files import append_bytes, as_json, write_csv, write_tensors, write_text
 
 Kind = Literal["zero-shot", "client", "merge"]
 ZERO_SHOT = "zero-shot"
@@ -177,12 +177,11 @@ class Results:
 
     @rank_zero_only
     def _append(self, result: Result) -> None:
-        if self._cut:  # a command was killed while it wrote its last line
+        if self._cut or not self.file.exists():  # a command was killed while it wrote its last line
             write_text(self.file, "".join(map(_line, self.rows)))
             self._cut = False
-            return
-        with self.file.open("a", encoding="utf-8") as file:
-            file.write(_line(result))
+        else:
+            append_bytes(self.file, _line(result).encode())
 
     @rank_zero_only
     def write_csv(self) -> None:

@@ -17,7 +17,9 @@ from sap_lightning.callbacks.reach import ReachCallback
 from sap_lightning.console import on_terminal
 from sap_lightning.data.domains import DomainDataModule
 from sap_lightning.errors import InputError
+from sap_lightning.federation.checkpoints import LAST, WholeCheckpoints, last_checkpoint
 from sap_lightning.federation.run_folder import RunFolder
+from sap_lightning.files import clear_unfinished, locked
 from sap_lightning.io.manifest import check_domain
 from sap_lightning.modules.clip_lora import CLIPLoRAModule
 
@@ -42,7 +44,7 @@ def train_client(
     A client whose upload stands is done and is not trained again.
 
     Raises:
-        InputError: when the data names no domain, or one that an upload cannot name.
+        InputError: when the data names no domain, one that an upload cannot name, or one that another command trains.
     """
     if data.domain is None:
         raise InputError(f"data.domain is not set; choose one of {', '.join(data.domains)}")
@@ -52,25 +54,34 @@ def train_client(
         log.info("%s: upload stands in %s, not trained again", title, upload)
         return upload
     home = folder.client(data.domain)
-    checkpoint = home / "last.ckpt"
-    reach = ReachCallback()
+    with locked(home):
+        clear_unfinished(upload.parent, upload.name)
+        _train(module, data, folder, make_trainer, title)
+    return upload
+
+
+def _train(
+    module: CLIPLoRAModule, data: DomainDataModule, folder: RunFolder, make_trainer: TrainerFactory, title: str
+) -> None:
+    assert data.domain is not None
+    home, reach = folder.client(data.domain), ReachCallback()
     measured = [reach] if module.reach else []
     kept = [KeepEpochs(folder.epochs(data.domain))] if len(module.towers) > 1 else []
     trainer = make_trainer(
         logger=TensorBoardLogger(home.parent, name="", version=home.name, default_hp_metric=False),
-        callbacks=[_last_checkpoint(home), training_progress(title), *measured, *kept],
+        callbacks=[_every_epoch(home), training_progress(title), *measured, *kept],
         default_root_dir=home,
         enable_checkpointing=True,
         enable_progress_bar=on_terminal(),
     )
-    trainer.fit(module, datamodule=data, ckpt_path=checkpoint if checkpoint.is_file() else None, weights_only=True)
+    trainer.strategy.checkpoint_io = WholeCheckpoints()
+    trainer.fit(module, datamodule=data, ckpt_path=last_checkpoint(home), weights_only=True)
     if trainer.is_global_zero:
-        module.write_upload(upload, data.domain, data.num_samples, reach.reach)
+        module.write_upload(folder.upload(data.domain), data.domain, data.num_samples, reach.reach)
     trainer.strategy.barrier()
-    return upload
 
 
-def _last_checkpoint(folder: Path) -> ModelCheckpoint:
+def _every_epoch(folder: Path) -> ModelCheckpoint:
     return ModelCheckpoint(
-        folder, filename="last", every_n_epochs=1, save_on_train_epoch_end=True, enable_version_counter=False
+        folder, filename=Path(LAST).stem, every_n_epochs=1, save_on_train_epoch_end=True, enable_version_counter=False
     )

@@ -153,7 +153,6 @@ class OneShotFederation:
     def _keep_settings(self) -> None:
         """Writes the settings that the rows of the results name by their hash."""
         file = self.results.folder / config_file(self.settings)
-        file.parent.mkdir(parents=True, exist_ok=True)
         write_text(file, yaml.safe_dump(as_json(self.settings), sort_keys=False, allow_unicode=True))
 
     def wanted(self) -> list[Result]:

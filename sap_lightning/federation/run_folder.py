@@ -79,7 +79,6 @@ def require_settings(folder: Path, config: Mapping[str, Any], free: Sequence[str
     file = folder / "config.yaml"
     begun = (folder / "uploads").exists() or any(folder.rglob("*.ckpt"))
     if not (file.is_file() and begun):
-        folder.mkdir(parents=True, exist_ok=True)
         write_text(file, yaml.safe_dump(dict(config), sort_keys=False, allow_unicode=True))
         return
     before, now = (dict(flat(c)) for c in (yaml.safe_load(file.read_text(encoding="utf-8")), config))

@@ -15,6 +15,7 @@ from sap_lightning.data.domains import DomainDataModule
 from sap_lightning.errors import InputError
 from sap_lightning.federation.client import train_client
 from sap_lightning.federation.run_folder import RunFolder
+from sap_lightning.files import locked
 from sap_lightning.modules.clip_lora import CLIPLoRAModule
 
 
@@ -52,6 +53,12 @@ def test_a_client_without_a_domain_is_told_which_there_are(world, tmp_path):
     with pytest.raises(InputError, match=r"data\.domain is not set; choose one of cartoon, painting, photo, sketch"):
         train(data, tmp_path, no_trainer)
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_client_that_another_command_trains_is_refused(photo, tmp_path):
+    refused = pytest.raises(InputError, match="clients/photo: another command is writing there; wait for it")
+    with locked(RunFolder(tmp_path).client("photo")), refused:
+        train(photo, tmp_path, no_trainer)
 
 
 def test_a_domain_that_an_upload_cannot_name_is_refused_before_training(world, run, tmp_path):
