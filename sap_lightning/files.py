@@ -5,22 +5,27 @@ from __future__ import annotations
 import csv
 import io
 import json
+import logging
 import os
 import shutil
 import uuid
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
+from hashlib import sha256
 from pathlib import Path
 from typing import Any, BinaryIO
 
 from filelock import FileLock, Timeout
 from lightning.fabric.utilities.rank_zero import rank_zero_only
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor
 
 from sap_lightning.errors import InputError
 
+log = logging.getLogger(__name__)
 LOCK_FILE = ".lock"
+WHAT_TO_CHECK = "check path, permission and room on the disk, then run the same command again"
 UNFINISHED = ".unfinished"
 """How the names of files and folders end that are not whole yet."""
 
@@ -46,10 +51,7 @@ def writing(path: str | Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        raise InputError(
-            f"{path}: cannot be written ({error.strerror or error}); check path, permission and room on the disk, then"
-            " run the same command again"
-        ) from error
+        raise InputError(f"{path}: cannot be written ({error.strerror or error}); {WHAT_TO_CHECK}") from error
 
 
 @contextmanager
@@ -73,7 +75,13 @@ def locked(folder: str | Path) -> Iterator[None]:
             with _hold(lock.parent):
                 pass
         clear_unfinished(folder)
-        yield
+        try:
+            yield
+        except OSError as error:
+            if error.filename is not None:
+                raise
+            with writing(folder):  # TensorBoard does not say where
+                raise
 
 
 def _hold(folder: Path) -> AbstractContextManager[object]:
@@ -177,8 +185,37 @@ def append_bytes(path: Path, content: bytes) -> None:
 
 
 def write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
-    """Replaces a safetensors file in one step."""
-    write_bytes(path, save({name: tensor.contiguous() for name, tensor in tensors.items()}))
+    """Replaces a safetensors file in one step; it has the sha256 of what it holds in its metadata."""
+    plain = {name: tensor.contiguous() for name, tensor in tensors.items()}
+    write_bytes(path, save(plain, {"sha256": _sha256_of(plain)}))
+
+
+def read_tensors(path: Path) -> dict[str, Tensor] | None:
+    """What `write_tensors` wrote; None where it is not there, or has changed since and is set aside."""
+    if not path.is_file():
+        return None
+    try:
+        with safe_open(path, framework="pt") as file:
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  # it is no mapping
+            stated = (file.metadata() or {}).get("sha256")
+    except (SafetensorError, KeyError):  # a KeyError for a dtype that torch does not have
+        tensors, stated = {}, ""
+    if stated not in (None, _sha256_of(tensors)):
+        set_aside(path)
+        return None
+    return tensors
+
+
+def _sha256_of(tensors: dict[str, Tensor]) -> str:
+    return sha256(save(tensors)).hexdigest()
+
+
+@rank_zero_only
+def set_aside(path: Path) -> None:
+    """Says that a file is damaged, and renames it, so that what it held can be made anew."""
+    aside = path.with_name(f"{path.name}.damaged")
+    path.replace(aside)
+    log.warning("%s is damaged: it is now %s, and what it held is made anew", path, aside.name)
 
 
 def write_text(path: Path, text: str) -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import io
-import logging
 from pathlib import Path
 from typing import Any
 from zipfile import ZipFile
@@ -11,9 +10,8 @@ from zipfile import ZipFile
 import torch
 from lightning.pytorch.plugins.io import TorchCheckpointIO
 
-from sap_lightning.files import write_bytes
+from sap_lightning.files import set_aside, write_bytes
 
-log = logging.getLogger(__name__)
 LAST = "last.ckpt"
 PREVIOUS = "previous.ckpt"
 
@@ -30,15 +28,13 @@ class WholeCheckpoints(TorchCheckpointIO):
 
 
 def last_checkpoint(folder: Path) -> Path | None:
-    """The last checkpoint in a client's folder that can be read; one that cannot is named and set aside."""
+    """The last checkpoint in a client's folder that can be read; one that cannot is set aside."""
     for file in (folder / LAST, folder / PREVIOUS):
         if not file.exists():
             continue
         if _is_whole(file.read_bytes()):
             return file
-        aside = file.with_suffix(".damaged")
-        file.replace(aside)
-        log.warning("%s is damaged and now called %s: training starts at the one before it", file, aside.name)
+        set_aside(file)
     return None
 
 

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from damage import cut, empty, flip
 from federation.runs import contents
 
 from sap_lightning.errors import InputError
@@ -38,20 +39,6 @@ def test_the_last_two_are_kept_and_the_last_is_taken(saved):
 
 def test_without_any_training_starts_anew(tmp_path):
     assert last_checkpoint(tmp_path) is None
-
-
-def cut(file: Path) -> None:
-    file.write_bytes(file.read_bytes()[:-100])
-
-
-def empty(file: Path) -> None:
-    file.write_bytes(b"")
-
-
-def flip(file: Path) -> None:
-    content = bytearray(file.read_bytes())
-    content[len(content) // 2] ^= 1  # among the weights, which torch.load does not check
-    file.write_bytes(content)
 
 
 @pytest.mark.parametrize("damage", [cut, empty, flip])
