@@ -110,11 +110,8 @@ def adapter_from_bytes(
 
 
 def _read(files: UploadFiles, name: str, shapes: Shapes | None, base_fingerprint: BaseFingerprint) -> Adapter:
-    manifest = None
-    if files.has(MANIFEST_FILE):
-        content = files.json(MANIFEST_FILE)
-        with errors_in(files.place(MANIFEST_FILE)):
-            manifest = manifest_from(content)
+    manifest = manifest_in(files)
+    if manifest:
         expected = expected_base(base_fingerprint, files.weights)
         with errors_in(files.place(MANIFEST_FILE)):
             require_base(manifest.base_fingerprint, expected, manifest.base)
@@ -126,6 +123,19 @@ def _read(files: UploadFiles, name: str, shapes: Shapes | None, base_fingerprint
             f"give {adapter.sha256}; the files have changed since they were written, upload them again"
         )
     return adapter
+
+
+def manifest_in(files: UploadFiles) -> Manifest | None:
+    """What a client says of its upload, if it does.
+
+    Raises:
+        InputError: the manifest is malformed.
+    """
+    if not files.has(MANIFEST_FILE):
+        return None
+    content = files.json(MANIFEST_FILE)
+    with errors_in(files.place(MANIFEST_FILE)):
+        return manifest_from(content)
 
 
 def expected_base(base_fingerprint: BaseFingerprint, weights: Callable[[], Weights]) -> str | None:

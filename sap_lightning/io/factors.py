@@ -66,7 +66,7 @@ class WeightsFile:
         except SafetensorError as error:
             raise InputError(f"{self.path}: not safetensors, {short(str(error))}; save the adapter again") from None
         except OSError as error:
-            raise InputError(f"{self.path}: cannot be read ({error.strerror}); check the file") from None
+            raise InputError(f"{self.path}: cannot be read ({error.strerror or error}); check the file") from None
 
 
 class _OpenFile:
