@@ -12,7 +12,7 @@ INTERRUPTIONS = (signal.SIGINT, signal.SIGTERM)
 
 
 class Interrupted(BaseException):
-    """Ctrl-C or a request to end, of which Lightning would make an end without a word, and of the latter a success."""
+    """Ctrl-C or SIGTERM; Lightning alone would end without a word, and on SIGTERM with exit code 0."""
 
     def __init__(self, number: int) -> None:
         super().__init__()
@@ -45,6 +45,7 @@ def _run() -> None:
     from sap_lightning.commands import COMMANDS
     from sap_lightning.console import quieten
     from sap_lightning.errors import InputError, first_line
+    from sap_lightning.files import WHAT_TO_CHECK
 
     quieten()
     command, *args = sys.argv[1:] or [""]
@@ -63,6 +64,8 @@ def _run() -> None:
         sys.exit(f"error: {error}")
     except MisconfigurationException as error:  # what a Trainer finds only when it trains
         sys.exit(f"error: trainer: {first_line(error)}")
+    except OSError as error:  # what no writer or reader of ours has put into words
+        sys.exit(f"error: {error.filename}: {error.strerror or error}; {WHAT_TO_CHECK}")
 
 
 if __name__ == "__main__":
