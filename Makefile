@@ -2,7 +2,7 @@
 PYTHON ?= $(shell command -v python3.11 || command -v python3)
 BIN := .venv/bin
 
-.PHONY: quickstart test lint bench clean
+.PHONY: quickstart test lint bench crash clean
 
 quickstart: .venv/installed
 	test -d runs/shapes_world || $(BIN)/python -m sap_lightning.data.shapes runs/shapes_world
@@ -21,6 +21,9 @@ bench: .venv/installed
 	$(BIN)/python benchmarks/train_step.py
 	$(BIN)/python benchmarks/score.py
 	$(BIN)/python benchmarks/merge.py
+
+crash: .venv/installed
+	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/crash.py
 
 clean:
 	rm -rf .venv build dist *.egg-info runs .mypy_cache .ruff_cache .pytest_cache
