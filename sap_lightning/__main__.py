@@ -21,14 +21,16 @@ class Interrupted(BaseException):
 
 def main() -> None:
     """Runs a command; bad input ends in one line on standard error and exit code 1, an interruption in 130 or 143."""
-    for number in INTERRUPTIONS:
-        signal.signal(number, _interrupt)
+    before = {number: signal.signal(number, _interrupt) for number in INTERRUPTIONS}
     try:
         _run()
     except Interrupted as end:
         if os.environ.get("LOCAL_RANK", "0") == "0":
             print("interrupted: run the same command again to continue", file=sys.stderr)
         sys.exit(end.exit_code)
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 def _interrupt(number: int, frame: FrameType | None) -> NoReturn:

@@ -43,3 +43,9 @@ def test_told_to_end_while_it_still_imports_it_says_the_same(tmp_path: Path):
     line = [sys.executable, "-m", "sap_lightning", "fit"]
     ended = subprocess.run(line, capture_output=True, text=True, env=os.environ | {"PYTHONPATH": found})
     assert (ended.returncode, ended.stderr) == (130, "interrupted: run the same command again to continue\n")
+
+
+def test_whoever_runs_it_within_another_program_keeps_its_signals(refusal):
+    before = [signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)]
+    refusal("fit", "--model.rank=0")
+    assert [signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)] == before
