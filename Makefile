@@ -2,7 +2,7 @@
 PYTHON ?= $(shell command -v python3.11 || command -v python3)
 BIN := .venv/bin
 
-.PHONY: quickstart test lint bench fuzz clean
+.PHONY: quickstart test lint bench fuzz crash clean
 
 quickstart: .venv/installed
 	test -d runs/shapes_world || $(BIN)/python -m sap_lightning.data.shapes runs/shapes_world
@@ -25,6 +25,10 @@ bench: .venv/installed
 # Ten thousand mutations of an upload; the tests do five hundred.
 fuzz: .venv/installed
 	SAP_LIGHTNING_FUZZ=10000 $(BIN)/python -m pytest -q tests/io/test_hostile.py
+
+# Kills a run at twenty places; each must continue to the same bytes.
+crash: .venv/installed
+	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/crash.py
 
 clean:
 	rm -rf .venv build dist *.egg-info runs .mypy_cache .ruff_cache .pytest_cache

@@ -2,18 +2,53 @@
 
 from __future__ import annotations
 
+import os
+import signal
 import sys
+from types import FrameType
+from typing import NoReturn
 
-from lightning.fabric.utilities.exceptions import MisconfigurationException
+INTERRUPTIONS = (signal.SIGINT, signal.SIGTERM)
 
-from sap_lightning import __version__
-from sap_lightning.commands import COMMANDS
-from sap_lightning.console import quieten
-from sap_lightning.errors import InputError, first_line
+
+class Interrupted(BaseException):
+    """Ctrl-C or SIGTERM; Lightning alone would end without a word, and on SIGTERM with exit code 0."""
+
+    def __init__(self, number: int) -> None:
+        super().__init__()
+        self.exit_code = 128 + number
 
 
 def main() -> None:
-    """Runs a command; bad input ends in one line on standard error and exit code 1."""
+    """Runs a command; bad input ends in one line on standard error and exit code 1, an interruption in 130 or 143."""
+    before = {number: signal.signal(number, _interrupt) for number in INTERRUPTIONS}
+    try:
+        _run()
+    except Interrupted as end:
+        if os.environ.get("LOCAL_RANK", "0") == "0":
+            print("interrupted: run the same command again to continue", file=sys.stderr)
+        sys.exit(end.exit_code)
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def _interrupt(number: int, frame: FrameType | None) -> NoReturn:
+    for other in INTERRUPTIONS:
+        signal.signal(other, signal.SIG_IGN)  # what is half-written is cleared away now
+    raise Interrupted(number)
+
+
+def _run() -> None:
+    # Here, as they take seconds in which a command can be interrupted too.
+    from lightning.fabric.utilities.exceptions import MisconfigurationException
+
+    from sap_lightning import __version__
+    from sap_lightning.commands import COMMANDS
+    from sap_lightning.console import quieten
+    from sap_lightning.errors import InputError, first_line
+    from sap_lightning.files import WHAT_TO_CHECK
+
     quieten()
     command, *args = sys.argv[1:] or [""]
     if command == "--version":
@@ -31,8 +66,8 @@ def main() -> None:
         sys.exit(f"error: {error}")
     except MisconfigurationException as error:  # what a Trainer finds only when it trains
         sys.exit(f"error: trainer: {first_line(error)}")
-    except KeyboardInterrupt:
-        sys.exit("interrupted: run the same command again to continue")
+    except OSError as error:  # what no writer or reader of ours has put into words
+        sys.exit(f"error: {error.filename}: {error.strerror or error}; {WHAT_TO_CHECK}")
 
 
 if __name__ == "__main__":

@@ -173,8 +173,8 @@ class SapCLI(LightningCLI):
         uploads: what ``--uploads`` names.
 
     Raises:
-        InputError: for an option of other commands, a faulty setting, or settings of SAP in merge.method beside those
-            of the group prune.
+        InputError: for an option of other commands, a faulty setting, a Trainer that trains nothing, or settings of SAP
+            in merge.method beside those of the group prune.
     """
 
     merge: MergeModule
@@ -231,6 +231,8 @@ class SapCLI(LightningCLI):
         try:
             super().instantiate_classes()
             self.merge = self._merge_module()
+            if self.command in TRAINING:
+                self._check_that_it_trains()
             given = self.config.get("uploads") or []
             self.uploads: list[str] = [given] if isinstance(given, str) else list(given)
         except ValueError as error:
@@ -251,6 +253,14 @@ class SapCLI(LightningCLI):
         elif given := self._given("prune"):
             raise InputError(f"{given}: merge.method is not sap, so nothing would use it; leave one of them out")
         return MergeModule(self.model.base, self.model.templates, method, **settings)
+
+    def _check_that_it_trains(self) -> None:
+        """An adapter that was not trained is no upload."""
+        for name in ("max_epochs", "max_steps", "limit_train_batches"):
+            if self.config_init.trainer[name] == 0:
+                raise InputError(
+                    f"trainer.{name} is 0, at which nothing is trained; set it to 1 or more, or leave it out"
+                )
 
     def _given(self, group: str) -> str | None:
         """The first option of a group that stands on the command line."""

@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any, cast
 
 import torch
-import yaml
 from lightning.pytorch.utilities import rank_zero_only
 from rich.console import Console
 
@@ -18,10 +17,10 @@ from sap_lightning.data.folder import ImageFolderDataModule
 from sap_lightning.errors import InputError
 from sap_lightning.federation.client import UNTRAINED, train_client
 from sap_lightning.federation.one_shot import OneShotFederation, chosen_domains, server_logger
-from sap_lightning.federation.run_folder import SERVER_SETTINGS, RunFolder, require_settings
+from sap_lightning.federation.run_folder import SERVER_SETTINGS, RunFolder, is_held_to, write_settings
 from sap_lightning.federation.sweep import ALL, SEED, check, folder_of, measure
-from sap_lightning.files import locked, refuse_existing, write_csv, write_text
-from sap_lightning.merging.merged import Merged, push_to_hub
+from sap_lightning.files import locked, refuse_existing, write_csv, writing
+from sap_lightning.merging.merged import Merged, push_to_hub, record_in
 from sap_lightning.merging.selection import check_rejection
 from sap_lightning.modules.merge import MergeModule
 from sap_lightning.reporting.layers import report_table
@@ -66,7 +65,7 @@ def sweep(args: Sequence[str]) -> None:
     check(wanted, partial(federation_of, results=Results(run_dir)))
     with locked(run_dir):
         results = Results(run_dir)  # anew, as another command may have written until now
-        write_text(run_dir / "sweep.yaml", yaml.safe_dump(cli.settings(), sort_keys=False, allow_unicode=True))
+        write_settings(run_dir / "sweep.yaml", cli.settings())
         first, points = measure(wanted, partial(federation_of, results=results))
         show(first, results.only(points), cli.config_init.federation.report)
 
@@ -75,12 +74,8 @@ def client(args: Sequence[str]) -> None:
     """Train one client (--data.domain) at its own site and write its upload to <federation.run_dir>/uploads."""
     cli = SapCLI("client", args, client.__doc__)
     folder, domain = RunFolder(cli.config_init.federation.run_dir), cli.datamodule.require_domain()
-    refuse_earlier(folder.path)
-    home = folder.client(domain)  # or, before anything is written, why it can be none
-    if (folder.path / "config.yaml").is_file():
-        require_settings(folder.path, cli.settings())
-    require_settings(home, cli.settings())
-    upload = train_client(cli.model, cli.datamodule, folder, cli.make_trainer, f"client {domain}")
+    is_held_to(folder.path, cli.settings(), SERVER_SETTINGS)
+    upload = train_client(cli.model, cli.datamodule, folder, cli.make_trainer, f"client {domain}", cli.settings())
     rank_zero_only(print)(f"Upload: {upload}")
 
 
@@ -105,7 +100,8 @@ def merge(args: Sequence[str]) -> None:
 def _merge_on_anchors(cli: SapCLI) -> dict[str, float]:
     logger = server_logger(cli.config_init.federation.run_dir)
     trainer = cli.make_trainer([SaliencyPruneCallback()], logger=logger, **UNTRAINED)
-    trainer.validate(cli.merge, datamodule=cli.config_init.anchors, verbose=False)
+    with writing(cli.config_init.federation.run_dir):
+        trainer.validate(cli.merge, datamodule=cli.config_init.anchors, verbose=False)
     return {"anchor_loss": float(trainer.callback_metrics["anchor_loss"])}
 
 
@@ -157,6 +153,8 @@ def _model(cli: SapCLI) -> MergeModule:
     uploads, base, templates = cli.uploads, cli.model.base, cli.model.templates
     if len(uploads) > 1:
         raise InputError(f"--uploads: {cli.command} takes one, got {len(uploads)}; merge them first")
+    for upload in uploads:
+        record_in(Path(upload), "*.safetensors")  # a person may have changed the rest
     if uploads and (Path(uploads[0]) / MODEL_CONFIG_FILE).is_file():
         return MergeModule(uploads[0], templates)
     module = MergeModule(base, templates)

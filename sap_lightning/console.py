@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+import threading
 import warnings
 from collections.abc import Iterable, Sequence
 from typing import TypeVar
@@ -33,6 +34,7 @@ NOISE = (
 
 def quieten() -> None:
     """Shows this package's log lines and hides the noise of its libraries."""
+    threading.excepthook = _say_in_one_line
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     for message in NOISE:
         warnings.filterwarnings("ignore", message)
@@ -46,6 +48,11 @@ def quieten() -> None:
     package.addHandler(handler)
     package.setLevel(logging.INFO if os.environ.get("LOCAL_RANK", "0") == "0" else logging.WARNING)
     package.propagate = False
+
+
+def _say_in_one_line(error: threading.ExceptHookArgs) -> None:
+    """What TensorBoard's thread cannot write is lost; the main thread hears of it when it writes next."""
+    logging.getLogger("sap_lightning").warning("%s: %s", error.thread and error.thread.name, error.exc_value)
 
 
 def _handler() -> logging.Handler:

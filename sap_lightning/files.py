@@ -5,20 +5,29 @@ from __future__ import annotations
 import csv
 import io
 import json
+import logging
 import os
-import tempfile
+import shutil
 import uuid
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager
+from hashlib import sha256
 from pathlib import Path
 from typing import Any, BinaryIO
 
 from filelock import FileLock, Timeout
 from lightning.fabric.utilities.rank_zero import rank_zero_only
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor
 
 from sap_lightning.errors import InputError
+
+log = logging.getLogger(__name__)
+LOCK_FILE = ".lock"
+WHAT_TO_CHECK = "check path, permission and room on the disk, then run the same command again"
+UNFINISHED = ".unfinished"
+"""How the names of files and folders end that are not whole yet."""
 
 
 def cache_folder() -> Path:
@@ -33,20 +42,51 @@ def refuse_existing(folder: str | Path) -> None:
 
 
 @contextmanager
-def locked(folder: str | Path) -> Iterator[None]:
-    """Keeps other commands from writing to a folder; of several processes of one command the first one holds it.
+def writing(path: str | Path) -> Iterator[None]:
+    """What the system says against writing there becomes the one line that a person reads.
 
     Raises:
-        InputError: when another command has it, or it cannot be written.
+        InputError: naming the path.
+    """
+    try:
+        yield
+    except OSError as error:
+        raise InputError(f"{path}: cannot be written ({error.strerror or error}); {WHAT_TO_CHECK}") from error
+
+
+@contextmanager
+def locked(folder: str | Path) -> Iterator[None]:
+    """Keeps other commands from writing to a folder, and clears away what a killed one left unfinished in it.
+
+    Of several processes of one command the first one holds it.
+
+    Raises:
+        InputError: when another command has it or a folder below it, or it cannot be written.
     """
     folder = Path(folder)
-    try:
+    if getattr(rank_zero_only, "rank", 0) != 0:
+        yield
+        return
+    with writing(folder):
         folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise _cannot_be_written(folder, error) from error
-    try:
-        with FileLock(folder / ".lock", timeout=0) if getattr(rank_zero_only, "rank", 0) == 0 else nullcontext():
+        held = _hold(folder)
+    with held:
+        for lock in folder.glob(f"*/**/{LOCK_FILE}"):
+            with _hold(lock.parent):
+                pass
+        clear_unfinished(folder)
+        try:
             yield
+        except OSError as error:
+            if error.filename is not None:
+                raise
+            with writing(folder):  # TensorBoard does not say where
+                raise
+
+
+def _hold(folder: Path) -> AbstractContextManager[object]:
+    try:
+        return FileLock(folder / LOCK_FILE).acquire(timeout=0)
     except Timeout as error:
         raise InputError(f"{folder}: another command is writing there; wait for it, or use another folder") from error
 
@@ -56,47 +96,126 @@ def new_folder(folder: str | Path) -> Iterator[Path]:
     """An empty folder to fill, which takes its final name when the block ends without an error.
 
     Raises:
-        InputError: when something of that name already stands.
+        InputError: when something of that name already stands, or it cannot be written.
     """
     folder = Path(folder)
     refuse_existing(folder)
-    try:
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(prefix=f".{folder.name}.", dir=folder.parent) as temporary:
-            staging = Path(temporary) / folder.name
-            staging.mkdir()
+    staging = _unfinished(folder)
+    with writing(folder):
+        try:
+            staging.mkdir(parents=True)
             yield staging
+            for path in [*staging.rglob("*"), staging]:
+                _outlast_power_cut(path)
             staging.rename(folder)
-    except OSError as error:
-        raise _cannot_be_written(folder, error) from error
-
-
-def _cannot_be_written(folder: Path, error: OSError) -> InputError:
-    return InputError(f"{folder}: cannot be written ({error.strerror or error}); check path and disk")
+            _outlast_power_cut(folder.parent)
+        finally:
+            shutil.rmtree(staging, ignore_errors=True)
 
 
 @contextmanager
 def replacing(path: Path) -> Iterator[BinaryIO]:
     """A file to fill, which takes the place of ``path`` when the block ends without an error."""
-    staging = path.with_name(f".{path.name}.{uuid.uuid4().hex}")
+    staging = _unfinished(path)
     try:
         with staging.open("xb") as file:
             yield file
+        _outlast_power_cut(staging)
         staging.replace(path)
+        _outlast_power_cut(path.parent)
     finally:
         staging.unlink(missing_ok=True)
 
 
+def _unfinished(path: Path) -> Path:
+    """A name beside a path for what is to become of it."""
+    return path.with_name(f".{path.name}.{uuid.uuid4().hex}{UNFINISHED}")
+
+
+def clear_unfinished(folder: Path, name: str = "*") -> None:
+    """Removes what a killed command was writing in a folder or below it, all of it or that of one name.
+
+    Nobody may be writing it.
+    """
+    for path in folder.rglob(f".{name}.{'?' * 32}{UNFINISHED}"):
+        if path.is_dir():
+            shutil.rmtree(path)
+        else:
+            path.unlink()
+
+
+def _outlast_power_cut(path: Path) -> None:
+    """Waits until a file's content, or the names in a folder, are on the disk."""
+    if os.name == "nt":  # which opens no folders
+        return
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
 def write_bytes(path: Path, content: bytes) -> None:
-    """Replaces a file in one step."""
-    with replacing(path) as file:
-        file.write(content)
+    """Replaces a file in one step; its folder is made if it is not there.
+
+    Raises:
+        InputError: when it cannot be written.
+    """
+    with writing(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with replacing(path) as file:
+            file.write(content)
+
+
+def append_bytes(path: Path, content: bytes) -> None:
+    """Adds to a file that stands, all of it or, when it cannot be written, nothing.
+
+    Raises:
+        InputError: when it cannot be written.
+    """
+    with writing(path):
+        size = path.stat().st_size
+        try:
+            with path.open("ab") as file:
+                file.write(content)
+            _outlast_power_cut(path)
+        except OSError:
+            os.truncate(path, size)
+            raise
 
 
 def write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
-    """Replaces a safetensors file in one step; its folder is made if it is not there."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    write_bytes(path, save({name: tensor.contiguous() for name, tensor in tensors.items()}))
+    """Replaces a safetensors file in one step; it has the sha256 of what it holds in its metadata."""
+    plain = {name: tensor.contiguous() for name, tensor in tensors.items()}
+    write_bytes(path, save(plain, {"sha256": _sha256_of(plain)}))
+
+
+def read_tensors(path: Path) -> dict[str, Tensor] | None:
+    """What `write_tensors` wrote; None where it is not there, or has changed since and is set aside."""
+    if not path.is_file():
+        return None
+    try:
+        with safe_open(path, framework="pt") as file:
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  # it is no mapping
+            stated = (file.metadata() or {}).get("sha256")
+    except (SafetensorError, KeyError):  # a KeyError for a dtype that torch does not have
+        tensors, stated = {}, ""
+    if stated not in (None, _sha256_of(tensors)):
+        set_aside(path)
+        return None
+    return tensors
+
+
+def _sha256_of(tensors: dict[str, Tensor]) -> str:
+    return sha256(save(tensors)).hexdigest()
+
+
+@rank_zero_only
+def set_aside(path: Path) -> None:
+    """Says that a file is damaged, and renames it, so that what it held can be made anew."""
+    aside = path.with_name(f"{path.name}.damaged")
+    path.replace(aside)
+    log.warning("%s is damaged: it is now %s, and what it held is made anew", path, aside.name)
 
 
 def write_text(path: Path, text: str) -> None:

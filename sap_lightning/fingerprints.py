@@ -14,12 +14,32 @@ from torch import Tensor, nn
 
 from sap_lightning.errors import InputError
 
+SEAL = "sha256"
 _CLOCK_TICK = 0.02
 
 
 def digest(*parts: object) -> str:
     """A short name for JSON-able values that changes when any of them does."""
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:32]
+
+
+def sealed(content: Mapping[str, Any]) -> dict[str, Any]:
+    """JSON-able content and a digest of it, by which `unsealed` finds it damaged."""
+    return {**content, SEAL: digest(dict(content))}
+
+
+def unsealed(content: Any) -> dict[str, Any]:
+    """What was sealed, or what earlier versions wrote without a seal.
+
+    Raises:
+        InputError: it has changed since.
+    """
+    if not isinstance(content, dict):
+        raise InputError("is no object")
+    inner = {name: value for name, value in content.items() if name != SEAL}
+    if content.get(SEAL) not in (None, digest(inner)):
+        raise InputError("has changed since it was written")
+    return inner
 
 
 def config_hash(config: Mapping[str, Any]) -> str:

@@ -4,22 +4,25 @@ from __future__ import annotations
 
 import copy
 import json
+import logging
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 from lightning.pytorch.utilities import rank_zero_only
-from safetensors.torch import load_file
 from torch import Tensor
 
 from sap_lightning.errors import InputError
-from sap_lightning.files import as_json, write_csv, write_tensors, write_text
+from sap_lightning.files import append_bytes, as_json, read_tensors, write_csv, write_tensors, write_text
+from sap_lightning.fingerprints import sealed, unsealed
 
+log = logging.getLogger(__name__)
 Kind = Literal["zero-shot", "client", "merge"]
 ZERO_SHOT = "zero-shot"
 AVERAGE = "average"
 CSV_METRICS = ("accuracy", "macro_accuracy", "ece")
+ANOTHER_FOLDER = "use another --federation.run_dir (with a copy of its uploads in it, no client is trained again)"
 EARLIER_FILE = "results.json"
 """Where versions before 0.2 kept their points."""
 
@@ -139,10 +142,11 @@ class Results:
         refuse_earlier(folder)
         written = self.file.read_bytes() if self.file.is_file() else b""
         lines, _, cut = written.rpartition(b"\n")
-        self._cut = bool(cut)
         self._known: dict[tuple[Place, str], Result] = {}
-        for row in _read(self.file, lines):
+        read = list(_read(self.file, lines))
+        for row in filter(None, read):
             self._take(row)
+        self._is_whole = self.file.is_file() and not cut and None not in read
         self._correct: dict[str, Tensor] = {}
 
     @property
@@ -152,11 +156,11 @@ class Results:
 
     def has(self, point: Result) -> bool:
         """Whether this very point is known."""
-        return point.key in self._known and self._predictions_file(point.measurement).is_file()
+        return point.key in self._known and self._has_predictions(point.measurement)
 
     def measured(self, measurement: str) -> Result | None:
         """A result of the same model on the same images, whatever it was called there."""
-        if not self._predictions_file(measurement).is_file():
+        if not self._has_predictions(measurement):
             return None
         return next((row for row in self._known.values() if row.measurement == measurement), None)
 
@@ -177,12 +181,11 @@ class Results:
 
     @rank_zero_only
     def _append(self, result: Result) -> None:
-        if self._cut:  # a command was killed while it wrote its last line
+        if self._is_whole:
+            append_bytes(self.file, _line(result).encode())
+        else:  # a command was killed while it wrote its last line, or a line is damaged
             write_text(self.file, "".join(map(_line, self.rows)))
-            self._cut = False
-            return
-        with self.file.open("a", encoding="utf-8") as file:
-            file.write(_line(result))
+            self._is_whole = True
 
     @rank_zero_only
     def write_csv(self) -> None:
@@ -203,8 +206,15 @@ class Results:
         return [row for row in self.rows if row.label == label]
 
     def predictions(self, result: Result) -> Predictions:
-        """What the measured model said of every image."""
-        return Predictions(**load_file(self._predictions_file(result.measurement)))
+        """What the measured model said of every image.
+
+        Raises:
+            InputError: when that is missing or damaged.
+        """
+        file = self._predictions_file(result.measurement)
+        if (tensors := read_tensors(file)) is None:
+            raise InputError(f"{file}: is missing or damaged; the command that measured it measures it anew")
+        return Predictions(**tensors)
 
     def correct(self, result: Result) -> Tensor:
         """Whether the measured model classified each image right, shape (n,), bool; read from disk once."""
@@ -215,7 +225,14 @@ class Results:
     @rank_zero_only
     def keep_predictions(self, measurement: str, predictions: Predictions) -> None:
         """Stores what a model said of every image, before its result is added."""
+        self._correct.pop(measurement, None)
         write_tensors(self._predictions_file(measurement), predictions._asdict())
+
+    def _has_predictions(self, measurement: str) -> bool:
+        """Whether it is known what a model said of every image."""
+        if measurement not in self._correct and (tensors := read_tensors(self._predictions_file(measurement))):
+            self._correct[measurement] = Predictions(**tensors).correct
+        return measurement in self._correct
 
     def _predictions_file(self, measurement: str) -> Path:
         return self.folder / "predictions" / f"{measurement}.safetensors"
@@ -230,23 +247,27 @@ def refuse_earlier(folder: Path) -> None:
 def earlier_version(folder: Path) -> InputError:
     """The error for a run folder of a version before 0.2."""
     return InputError(
-        f"{folder}: was written by a version before 0.2, whose settings and results are not read any more; use another"
-        " --federation.run_dir (with a copy of its uploads in it, no client is trained again), or version 0.1"
+        f"{folder}: was written by a version before 0.2, whose settings and results are not read any more;"
+        f" {ANOTHER_FOLDER}, or version 0.1"
     )
 
 
-def _read(file: Path, lines: bytes) -> Iterable[Result]:
+def _read(file: Path, lines: bytes) -> Iterable[Result | None]:
+    """The results in a file's lines; None for one that is damaged, which is said."""
     for number, line in enumerate(lines.split(b"\n") if lines else (), start=1):
         try:
-            yield Result(**json.loads(line))
-        except (ValueError, TypeError) as error:
+            yield Result(**unsealed(json.loads(line)))
+        except ValueError:
+            log.warning("%s: line %d is damaged: what it says is measured anew", file, number)
+            yield None
+        except TypeError as error:
             raise InputError(
-                f"{file}: line {number} is no result of this version ({error}); use another --federation.run_dir"
+                f"{file}: line {number} is no result of this version ({error}); {ANOTHER_FOLDER}"
             ) from error
 
 
 def _line(row: Result) -> str:
-    return json.dumps(as_json(asdict(row)), sort_keys=True, ensure_ascii=False) + "\n"
+    return json.dumps(sealed(as_json(asdict(row))), sort_keys=True, ensure_ascii=False) + "\n"
 
 
 def _csv_row(row: Result) -> list[object]:

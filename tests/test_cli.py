@@ -126,6 +126,19 @@ def test_a_faulty_setting_ends_in_one_line(main, options):
     assert main("fit", *options, "--model.rank=0") == "error: model.rank must be at least 1, got 0"
 
 
+@pytest.mark.parametrize("setting", ["max_epochs", "max_steps", "limit_train_batches"])
+@pytest.mark.parametrize("command", ["fit", "sweep", "client"])
+def test_a_trainer_that_trains_nothing_is_refused_before_anything_is_written(refusal, tmp_path, command, setting):
+    folder = tmp_path / "run"
+    line = [f"--trainer.{setting}=0", f"--federation.run_dir={folder}"]
+    said = f"error: trainer.{setting} is 0, at which nothing is trained; set it to 1 or more, or leave it out"
+    assert refusal(command, *line) == said
+    assert not folder.exists()
+    in_sweep = [f"--sweep.over={{trainer.{setting}: [0, 1]}}", f"--federation.run_dir={folder}"]
+    if command == "sweep":
+        assert refusal(command, *in_sweep) == said and not folder.exists()
+
+
 def test_the_version_is_said(main, capsys):
     assert main("--version") == 0
     assert capsys.readouterr().out == f"sap-lightning {version('sap-lightning')}\n"

@@ -6,6 +6,7 @@ import json
 import shutil
 
 import pytest
+from damage import cut, flip
 
 from sap_lightning.errors import InputError
 
@@ -25,6 +26,15 @@ def test_a_merged_model_s_images_are_preprocessed_as_it_says_itself(finished, ru
 
     assert shown(f"--uploads={model}") == shown(f"--model.base={model}")
     assert shown(f"--uploads={model}") != shown(f"--uploads={untouched}")
+
+
+@pytest.mark.parametrize("damage", [cut, flip])
+def test_a_merged_model_whose_tensors_have_changed_is_refused(finished, run, tmp_path, damage):
+    merged = shutil.copytree(finished / "merged" / "photo" / "sap", tmp_path / "merged")
+    (file,) = merged.glob("*.safetensors")
+    damage(file)
+    with pytest.raises(InputError, match=f"{file}: is missing or has changed since it was written; merge again"):
+        run("test", "--data.domain=photo", f"--uploads={merged}")
 
 
 def test_uploads_named_in_two_options_are_refused(finished, run, tmp_path):

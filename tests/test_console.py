@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import logging
+import threading
 import warnings
 from collections.abc import Iterator
 
@@ -85,3 +86,17 @@ def test_only_the_known_noise_of_libraries_is_hidden(package):
     with warnings.catch_warnings(record=True) as shown:
         warnings.warn("The 'val_dataloader' does not have many workers which may be a bottleneck", stacklevel=1)
     assert shown == []
+
+
+def test_what_a_thread_could_not_write_is_said_in_one_line(package, capsys):
+    def fail() -> None:
+        raise OSError(28, "No space left on device")
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(threading, "excepthook", threading.excepthook)
+        quieten()
+        thread = threading.Thread(target=fail, name="writer")
+        thread.start()
+        thread.join()
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.endswith("writer: [Errno 28] No space left on device")

@@ -1,19 +1,27 @@
 from __future__ import annotations
 
 import json
+import os
+import signal
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 import torch
+from places import REPOSITORY
 from safetensors.torch import load_file
 
 from sap_lightning.errors import InputError
 from sap_lightning.files import (
+    append_bytes,
     as_json,
     cache_folder,
+    clear_unfinished,
     locked,
     new_folder,
     refuse_existing,
+    write_bytes,
     write_csv,
     write_json,
     write_tensors,
@@ -121,6 +129,90 @@ def test_a_folder_that_is_held_is_refused_to_another_command_until_it_is_free(tm
         pass
     with locked(tmp_path / "run"):
         assert (tmp_path / "run").is_dir()
+
+
+def test_a_folder_below_which_another_command_writes_is_refused(tmp_path):
+    below = tmp_path / "run" / "clients" / "photo"
+    refused = pytest.raises(InputError, match=r"photo: another command is writing there")
+    with locked(below), refused, locked(tmp_path / "run"):
+        pytest.fail("it may not be held")
+    with locked(tmp_path / "run"), locked(below):
+        assert below.is_dir(), "a command may hold both"
+
+
+def kill_while_it_writes(folder: Path) -> None:
+    code = (
+        "import os, signal, sys; from pathlib import Path; from sap_lightning.files import new_folder, replacing\n"
+        "with new_folder(Path(sys.argv[1], 'model')) as model, replacing(Path(sys.argv[1], 'file')) as file:\n"
+        "    (model / 'tensors').write_text('half'); os.kill(os.getpid(), signal.SIGKILL)"
+    )
+    assert subprocess.run([sys.executable, "-c", code, folder], cwd=REPOSITORY).returncode == -signal.SIGKILL
+    assert len(list(folder.iterdir())) == 2
+
+
+def test_what_a_killed_command_left_unfinished_is_cleared_away_by_the_next(tmp_path: Path) -> None:
+    below = tmp_path / "run" / "merged"
+    below.mkdir(parents=True)
+    kill_while_it_writes(below)
+    make_file(below / ".hidden")
+    make_file(below / "thesis.unfinished")
+    with locked(tmp_path / "run"):
+        assert {path.name for path in below.iterdir()} == {".hidden", "thesis.unfinished"}
+
+
+def test_what_is_unfinished_of_one_name_is_cleared_away_alone(tmp_path: Path) -> None:
+    with new_folder(tmp_path / "photo") as photo, new_folder(tmp_path / "photo.2") as other:
+        clear_unfinished(tmp_path, "photo")
+        assert not photo.exists() and other.exists()
+        photo.mkdir()
+
+
+def test_a_line_is_added_to_a_file(tmp_path: Path) -> None:
+    make_file(tmp_path / "file")
+    append_bytes(tmp_path / "file", b" and more")
+    assert (tmp_path / "file").read_text() == "content and more"
+
+
+def test_on_a_full_disk_a_file_stays_as_it_is(small_disk: Path) -> None:
+    file, much = small_disk / "file", bytes(4_000_000)
+    make_file(file)
+    for write in (write_bytes, append_bytes):
+        with pytest.raises(InputError, match=r"file: cannot be written \(No space left on device\); check "):
+            write(file, much)
+    with (
+        pytest.raises(InputError, match=r"folder: cannot be written \(No space"),
+        new_folder(small_disk / "folder") as new,
+    ):
+        (new / "file").write_bytes(much)
+    assert file.read_text() == "content" and list(small_disk.iterdir()) == [file]
+
+
+@pytest.mark.parametrize("write", [lambda path: write_bytes(path, b""), lambda path: new_folder(path).__enter__()])
+def test_where_nothing_may_be_written_is_said_in_one_line(small_disk: Path, write) -> None:
+    subprocess.run(["mount", "-o", "remount,ro", small_disk], check=True)
+    for path in (small_disk / "path", small_disk / "folder" / "path"):
+        with pytest.raises(InputError, match=r"path: cannot be written \(Read-only file system\)"):
+            write(path)
+    with pytest.raises(InputError, match=r"disk: cannot be written \(Read-only"), locked(small_disk):
+        pytest.fail("there is nothing to hold")
+
+
+def test_content_and_name_are_on_the_disk_before_anyone_relies_on_them(tmp_path: Path, monkeypatch) -> None:
+    synced: list[Path] = []
+    fsync = os.fsync
+    monkeypatch.setattr(
+        os, "fsync", lambda file: (synced.append(Path(os.readlink(f"/proc/self/fd/{file}"))), fsync(file))
+    )
+    write_text(tmp_path / "file", "content")
+    unfinished, folder = synced
+    assert unfinished.name.startswith(".file.") and folder == tmp_path
+    synced.clear()
+    with new_folder(tmp_path / "folder") as staging:
+        make_file(staging / "file")
+    assert synced == [staging / "file", staging, tmp_path]
+    synced.clear()
+    append_bytes(tmp_path / "file", b"more")
+    assert synced == [tmp_path / "file"]
 
 
 def test_a_csv_file_is_the_same_on_every_system_and_quotes_what_it_must(tmp_path: Path) -> None:

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
+from pathlib import Path
 from typing import Any
 
 import lightning as L
 import torch
 from lightning.pytorch.loggers import TensorBoardLogger
+from lightning.pytorch.utilities import rank_zero_only
 from matplotlib.figure import Figure
 from torch import Tensor
 
@@ -16,6 +18,17 @@ from sap_lightning.functional.agreement import share_kept
 from sap_lightning.functional.spaces import Parameters
 
 HISTOGRAM_SAMPLES = 1_000_000
+
+
+class EventLogger(TensorBoardLogger):
+    """TensorBoard's events alone: its hparams.yaml is not written whole, and a config.yaml stands beside it."""
+
+    def __init__(self, folder: str | Path, name: str) -> None:
+        super().__init__(folder, name="", version=name, default_hp_metric=False)
+
+    @rank_zero_only
+    def save(self) -> None:
+        self.experiment.flush()
 
 
 def log_pruning(

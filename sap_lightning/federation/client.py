@@ -3,20 +3,32 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import lightning as L
 from lightning.pytorch.callbacks import ModelCheckpoint
-from lightning.pytorch.loggers import TensorBoardLogger
 
 from sap_lightning.callbacks.epochs import KeepEpochs
 from sap_lightning.callbacks.progress import training_progress
 from sap_lightning.callbacks.reach import ReachCallback
+from sap_lightning.callbacks.tensorboard import EventLogger
 from sap_lightning.console import on_terminal
 from sap_lightning.data.domains import DomainDataModule
-from sap_lightning.federation.run_folder import RunFolder
+from sap_lightning.errors import InputError
+from sap_lightning.federation.checkpoints import LAST, WholeCheckpoints, last_checkpoint
+from sap_lightning.federation.run_folder import (
+    SERVER_SETTINGS,
+    RunFolder,
+    is_held_to,
+    refuse_other_settings,
+    require_settings,
+)
+from sap_lightning.files import clear_unfinished, locked
+from sap_lightning.io.adapter import manifest_in
+from sap_lightning.io.manifest import Manifest
+from sap_lightning.io.upload_files import FilesInFolder
 from sap_lightning.modules.clip_lora import CLIPLoRAModule
 
 log = logging.getLogger(__name__)
@@ -32,43 +44,92 @@ UNTRAINED: dict[str, Any] = {
 """Trainer arguments where nothing is trained: a merge looks at all anchors, and a result is of all images."""
 
 
+def require_client(
+    module: CLIPLoRAModule, data: DomainDataModule, folder: RunFolder, config: Mapping[str, Any]
+) -> None:
+    """Raises InputError that names every setting that what stands of a client was not trained with."""
+    assert data.domain is not None
+    if config:
+        is_held_to(folder.client(data.domain), config, SERVER_SETTINGS)
+    upload = folder.upload(data.domain)
+    if manifest := manifest_in(FilesInFolder(upload)):
+        refuse_other_settings(upload, _stated(manifest, manifest.class_names), _stated(module, data.class_names))
+
+
+def _stated(adapter: Manifest | CLIPLoRAModule, class_names: Sequence[str]) -> dict[str, Any]:
+    """The settings that an upload says itself it was trained with."""
+    return {
+        "data.class_names": list(class_names),
+        "model.alpha": adapter.alpha,
+        "model.rank": adapter.rank,
+        "model.targets": list(adapter.targets),
+        "seed_everything": adapter.seed,
+    }
+
+
 def train_client(
-    module: CLIPLoRAModule, data: DomainDataModule, folder: RunFolder, make_trainer: TrainerFactory, title: str
+    module: CLIPLoRAModule,
+    data: DomainDataModule,
+    folder: RunFolder,
+    make_trainer: TrainerFactory,
+    title: str,
+    config: Mapping[str, Any],
 ) -> Path:
     """Trains a client on its domain, from its last checkpoint if it was interrupted, and writes its upload.
 
     A client whose upload stands is done and is not trained again.
 
+    Args:
+        module: what is trained.
+        data: the domain.
+        folder: of the run.
+        make_trainer: gives the trainer.
+        title: what the log calls the client.
+        config: settings that the client is held to; a client of other settings is refused.
+
     Raises:
-        InputError: when the data names no domain, or one that it lacks or an upload cannot name.
+        InputError: when the data names no domain, one that it lacks or an upload cannot name, or one that another
+            command trains, or the client was begun with other settings.
     """
     domain = data.require_domain()
+    require_client(module, data, folder, config)
     upload = folder.upload(domain)
     if upload.exists():
         log.info("%s: upload stands in %s, not trained again", title, upload)
         return upload
     home = folder.client(domain)
-    checkpoint = home / "last.ckpt"
-    reach = ReachCallback()
+    with locked(home):
+        clear_unfinished(upload.parent, upload.name)
+        if config:
+            require_settings(home, config, SERVER_SETTINGS)
+        _train(module, data, folder, make_trainer, title)
+    return upload
+
+
+def _train(
+    module: CLIPLoRAModule, data: DomainDataModule, folder: RunFolder, make_trainer: TrainerFactory, title: str
+) -> None:
+    domain = data.require_domain()
+    home, reach = folder.client(domain), ReachCallback()
     measured = [reach] if module.reach else []
     kept = [KeepEpochs(folder.epochs(domain))] if len(module.towers) > 1 else []
     trainer = make_trainer(
-        logger=TensorBoardLogger(home.parent, name="", version=home.name, default_hp_metric=False),
-        callbacks=[_last_checkpoint(home), training_progress(title), *measured, *kept],
+        logger=EventLogger(home.parent, home.name),
+        callbacks=[_every_epoch(home), training_progress(title), *measured, *kept],
         default_root_dir=home,
         enable_checkpointing=True,
         enable_progress_bar=on_terminal(),
     )
-    trainer.fit(module, datamodule=data, ckpt_path=checkpoint if checkpoint.is_file() else None, weights_only=True)
-    if trainer.interrupted:
-        raise KeyboardInterrupt
+    trainer.strategy.checkpoint_io = WholeCheckpoints()
+    trainer.fit(module, datamodule=data, ckpt_path=last_checkpoint(home), weights_only=True)
+    if trainer.global_step == 0:
+        raise InputError(f"{title}: not one step was trained, so nothing is sent; check trainer.max_time")
     if trainer.is_global_zero:
-        module.write_upload(upload, domain, data.num_samples, reach.reach)
+        module.write_upload(folder.upload(domain), domain, data.num_samples, reach.reach)
     trainer.strategy.barrier()
-    return upload
 
 
-def _last_checkpoint(folder: Path) -> ModelCheckpoint:
+def _every_epoch(folder: Path) -> ModelCheckpoint:
     return ModelCheckpoint(
-        folder, filename="last", every_n_epochs=1, save_on_train_epoch_end=True, enable_version_counter=False
+        folder, filename=Path(LAST).stem, every_n_epochs=1, save_on_train_epoch_end=True, enable_version_counter=False
     )

@@ -68,9 +68,10 @@ class Evaluation:
             points: models to be measured.
             data: the domain.
         """
-        unknown = [point for point in points if self._lacks_model(point) or not self.results.has(point.result)]
-        for point in track(unknown, f"evaluating on {data.domain}"):
-            known = None if self._lacks_model(point) else self.results.measured(point.result.measurement)
+        lacking = [(point, self._lacks_model(point)) for point in points]
+        unknown = [(point, lacks) for point, lacks in lacking if lacks or not self.results.has(point.result)]
+        for point, lacks in track(unknown, f"evaluating on {data.domain}"):
+            known = None if lacks else self.results.measured(point.result.measurement)
             of = known or self._test(point, data)
             self.results.add(replace(point.result, metrics=of.metrics, rejected=of.rejected, provenance=of.provenance))
         self.results.write_csv()

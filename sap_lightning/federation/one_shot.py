@@ -8,21 +8,20 @@ from pathlib import Path
 from typing import Any
 
 import lightning as L
-import yaml
-from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.utilities import rank_zero_only
 
 from sap_lightning.callbacks.prune import SaliencyPruneCallback
+from sap_lightning.callbacks.tensorboard import EventLogger
 from sap_lightning.data.anchors import AnchorDataModule
 from sap_lightning.data.domains import DomainDataModule
 from sap_lightning.errors import InputError
-from sap_lightning.federation.client import UNTRAINED, TrainerFactory, train_client
+from sap_lightning.federation.client import UNTRAINED, TrainerFactory, require_client, train_client
 from sap_lightning.federation.evaluation import Evaluation
 from sap_lightning.federation.points import Plan, Points, Sent
 from sap_lightning.federation.poison import HONEST, Poison
 from sap_lightning.federation.provenance import provenance
-from sap_lightning.federation.run_folder import FREE_SETTINGS, RunFolder, config_file, require_settings
-from sap_lightning.files import as_json, write_text
+from sap_lightning.federation.run_folder import FREE_SETTINGS, RunFolder, config_file, require_settings, write_settings
+from sap_lightning.files import as_json
 from sap_lightning.io.adapter import Adapter
 from sap_lightning.io.manifest import check_domain
 from sap_lightning.merging import SAP, Average
@@ -32,9 +31,9 @@ from sap_lightning.modules.merge import MergeModule
 from sap_lightning.results import Result, Results
 
 
-def server_logger(run_dir: str | Path) -> TensorBoardLogger:
+def server_logger(run_dir: str | Path) -> EventLogger:
     """TensorBoard events of the server, in <run_dir>/server."""
-    return TensorBoardLogger(run_dir, name="", version="server", default_hp_metric=False)
+    return EventLogger(run_dir, "server")
 
 
 class OneShotFederation:
@@ -135,6 +134,8 @@ class OneShotFederation:
             InputError: when the settings differ from the run folder's, or an upload is faulty.
         """
         self.check()
+        for domain in self.domains:
+            require_client(self.client, self.data.for_domain(domain), self.folder, self.config)
         if self.config:
             require_settings(self.folder.path, self.config, self.free_settings)
         self._keep_settings()
@@ -152,9 +153,7 @@ class OneShotFederation:
     @rank_zero_only
     def _keep_settings(self) -> None:
         """Writes the settings that the rows of the results name by their hash."""
-        file = self.results.folder / config_file(self.settings)
-        file.parent.mkdir(parents=True, exist_ok=True)
-        write_text(file, yaml.safe_dump(as_json(self.settings), sort_keys=False, allow_unicode=True))
+        write_settings(self.results.folder / config_file(self.settings), as_json(self.settings))
 
     def wanted(self) -> list[Result]:
         """The points that this federation measures, without their metrics."""
@@ -171,6 +170,7 @@ class OneShotFederation:
             if (row.seed, row.variant) == (self.data.seed, self.plan.variant)
             and row.place not in places
             and (row.unseen, *row.sources) in clients
+            and self.results.has(row)
         ]
         latest = {row.label: row.settings for row in earlier}
         return self.results.only([*wanted, *(row for row in earlier if row.settings == latest[row.label])])
@@ -218,7 +218,8 @@ class OneShotFederation:
         for number, domain in enumerate(self.domains, start=1):
             title = f"client {number} of {len(self.domains)} ({domain})"
             client = copy.deepcopy(self.client)
-            uploads.append(train_client(client, self.data.for_domain(domain), self.folder, self.make_trainer, title))
+            data = self.data.for_domain(domain)
+            uploads.append(train_client(client, data, self.folder, self.make_trainer, title, self.config))
         return uploads
 
     def collect(self, uploads: Sequence[Path]) -> list[Adapter]:
@@ -236,7 +237,8 @@ class OneShotFederation:
         domain, folder = self.poison.domain, self.folder.poisoned(self.poison.name)
         if self.poison.poisons_labels:
             data = self.poison.relabelled(self.data.for_domain(domain))
-            train_client(copy.deepcopy(self.client), data, folder, self.make_trainer, f"poisoned client {domain}")
+            client, title = copy.deepcopy(self.client), f"poisoned client {domain}"
+            train_client(client, data, folder, self.make_trainer, title, self.config)
         elif self.server.is_global_zero and not folder.upload(domain).exists():
             self.poison.rewrite(self.folder.upload(domain), folder.upload(domain))
         self.server.strategy.barrier()

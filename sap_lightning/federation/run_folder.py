@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +16,7 @@ from sap_lightning.fingerprints import config_hash
 from sap_lightning.io.manifest import check_domain
 from sap_lightning.results import earlier_version, refuse_earlier
 
+log = logging.getLogger(__name__)
 FREE_SETTINGS = (
     "federation.run_dir",
     "federation.unseen",
@@ -27,6 +30,8 @@ FREE_SETTINGS = (
 )
 """Settings, and groups of them, that may change from one start to the next: what is in the folder does not depend on
 them, or says itself what it was made with."""
+SEAL = "# sha256 of the rest: "
+CONFIG_FILE = "config.yaml"
 EARLIER_SETTING = "data.num_workers"
 """A setting that every run folder of a version before 0.2 has."""
 SERVER_SETTINGS = (*FREE_SETTINGS, "federation", "anchors", "prune", "merge")
@@ -73,6 +78,33 @@ def config_file(settings: Mapping[str, Any]) -> str:
     return f"configs/{config_hash(settings)}.yaml"
 
 
+def write_settings(file: Path, settings: Mapping[str, Any]) -> None:
+    """Writes settings as YAML, below a comment with the sha256 of the rest."""
+    text = yaml.safe_dump(dict(settings), sort_keys=False, allow_unicode=True)
+    write_text(file, f"{_seal(text)}\n{text}")
+
+
+def read_settings(file: Path) -> dict[str, Any]:
+    """What `write_settings` wrote, or an earlier version, which knew no sha256.
+
+    Raises:
+        InputError: it has changed since.
+    """
+    try:
+        content = file.read_text(encoding="utf-8")
+        seal, _, text = content.partition("\n")
+        settings = yaml.safe_load(content)
+    except (UnicodeDecodeError, yaml.YAMLError):
+        seal, text, settings = SEAL, "", None
+    if not isinstance(settings, dict) or (seal.startswith(SEAL) and seal != _seal(text)):
+        raise InputError(f"{file}: has changed since it was written; fit, run as it was, writes it anew")
+    return settings
+
+
+def _seal(text: str) -> str:
+    return SEAL + sha256(text.encode()).hexdigest()
+
+
 def require_settings(folder: Path, config: Mapping[str, Any], free: Sequence[str] = FREE_SETTINGS) -> None:
     """Writes the folder's config.yaml, or compares with the one that stands once training has begun.
 
@@ -84,16 +116,36 @@ def require_settings(folder: Path, config: Mapping[str, Any], free: Sequence[str
     Raises:
         InputError: naming every setting that differs, or when the folder is an earlier version's.
     """
+    if not is_held_to(folder, config, free):
+        write_settings(folder / CONFIG_FILE, config)
+
+
+def is_held_to(folder: Path, config: Mapping[str, Any], free: Sequence[str] = FREE_SETTINGS) -> bool:
+    """Whether training has begun in a folder whose config.yaml stands and says the same; takes what the above does.
+
+    Raises:
+        InputError: naming every setting that differs, or when the folder is an earlier version's.
+    """
     refuse_earlier(folder)
-    file = folder / "config.yaml"
+    file = folder / CONFIG_FILE
     begun = (folder / "uploads").exists() or any(folder.rglob("*.ckpt"))
     if not (file.is_file() and begun):
-        folder.mkdir(parents=True, exist_ok=True)
-        write_text(file, yaml.safe_dump(dict(config), sort_keys=False, allow_unicode=True))
-        return
-    before, now = (dict(flat(c)) for c in (yaml.safe_load(file.read_text(encoding="utf-8")), config))
+        return False
+    try:
+        before, now = (dict(flat(settings)) for settings in (read_settings(file), config))
+    except InputError as error:
+        log.warning("%s", error)
+        return False
     if EARLIER_SETTING in before:
         raise earlier_version(folder)
+    refuse_other_settings(folder, before, now, free)
+    return True
+
+
+def refuse_other_settings(
+    folder: Path, before: Mapping[str, Any], now: Mapping[str, Any], free: Sequence[str] = ()
+) -> None:
+    """Raises InputError that names every setting that what is in a folder was not made with."""
     changed = [
         f"{key} was {before.get(key)!r}, is {now.get(key)!r}"
         for key in sorted(before.keys() | now.keys())

@@ -9,12 +9,10 @@ from itertools import product
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from sap_lightning.errors import InputError, check_share
 from sap_lightning.federation.one_shot import OneShotFederation
 from sap_lightning.federation.points import Plan
-from sap_lightning.federation.run_folder import SERVER_SETTINGS, belongs_to
+from sap_lightning.federation.run_folder import CONFIG_FILE, SERVER_SETTINGS, belongs_to, read_settings
 from sap_lightning.fingerprints import digest
 from sap_lightning.merging import METHODS, SAP, MergeMethod
 from sap_lightning.results import Result
@@ -204,8 +202,8 @@ def folder_of(run_dir: str | Path, seed: int, variant: Mapping[str, Any]) -> Pat
 
 
 def _seed_of(run_dir: Path) -> int | None:
-    file = run_dir / "config.yaml"
+    file = run_dir / CONFIG_FILE
     if not file.is_file():
         return None
-    seed = yaml.safe_load(file.read_text(encoding="utf-8")).get(SEED)
+    seed = read_settings(file).get(SEED)
     return None if seed is None else int(seed)

@@ -131,11 +131,8 @@ def _read(
     base_fingerprint: BaseFingerprint,
     beside: Beside = NOTHING_BESIDE,
 ) -> Adapter:
-    manifest = None
-    if files.has(MANIFEST_FILE):
-        content = files.json(MANIFEST_FILE)
-        with errors_in(files.place(MANIFEST_FILE)):
-            manifest = manifest_from(content)
+    manifest = manifest_in(files)
+    if manifest:
         expected = expected_base(base_fingerprint, files.weights)
         with errors_in(files.place(MANIFEST_FILE)):
             require_base(manifest.base_fingerprint, expected, manifest.base)
@@ -159,6 +156,19 @@ def _require_agreement(manifest: Manifest, adapter: Adapter) -> None:
         raise InputError(f"no layer is of rank {manifest.rank} and alpha {manifest.alpha:g}; upload the adapter again")
     if missing := require_targets({"target_modules": list(manifest.targets)}, adapter.layers):
         raise InputError(f"targets name {missing[0]!r}, of which there are no weights; upload the whole adapter again")
+
+
+def manifest_in(files: UploadFiles) -> Manifest | None:
+    """What a client says of its upload, if it does.
+
+    Raises:
+        InputError: the manifest is malformed.
+    """
+    if not files.has(MANIFEST_FILE):
+        return None
+    content = files.json(MANIFEST_FILE)
+    with errors_in(files.place(MANIFEST_FILE)):
+        return manifest_from(content)
 
 
 def expected_base(base_fingerprint: BaseFingerprint, weights: Callable[[], Weights]) -> str | None:

@@ -95,7 +95,7 @@ class SafetensorsFile:
                     self._version = version
                 yield _OpenFile(file, self._index)
         except OSError as error:
-            raise InputError(f"{self._place}: cannot be read ({error.strerror}); check the file") from None
+            raise InputError(f"{self._place}: cannot be read ({error.strerror or error}); check the file") from None
 
 
 class _OpenFile:

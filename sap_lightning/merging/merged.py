@@ -7,6 +7,7 @@ import logging
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
+from hashlib import file_digest
 from pathlib import Path
 from typing import Any, Literal
 
@@ -17,6 +18,7 @@ from sap_lightning.console import track
 from sap_lightning.errors import InputError, first_line
 from sap_lightning.escapes import for_markdown
 from sap_lightning.files import as_json, new_folder, write_json, write_text
+from sap_lightning.fingerprints import sealed, unsealed
 from sap_lightning.functional.lora import LoRALayer, Update, dense, recompress
 from sap_lightning.functional.rescaling import relative_error
 from sap_lightning.io.adapter import Adapter, adapter_files
@@ -94,19 +96,16 @@ class Merged:
         as_adapter = self._writes_adapter(format, rank)
         with new_folder(folder) as staging:
             error = self._save_adapter(staging, rank) if as_adapter else self._save_model(staging)
-            write_json(staging / RECORD_FILE, self.record() | self._outcome(error, metrics or {}))
             card = self.card("peft" if as_adapter else "transformers", metrics or {})
             write_text(staging / CARD_FILE, f"{card}\n")
+            files = {"files": {file.name: _sha256_of(file) for file in staging.iterdir()}}
+            write_json(staging / RECORD_FILE, sealed(self.record() | self._outcome(error, metrics or {}) | files))
         log.info("merged %s written to %s", "adapter" if as_adapter else "model", folder)
         return Path(folder)
 
     def stands_in(self, folder: Path) -> bool:
         """Whether a folder holds what ``save`` wrote of this very merge."""
-        file = folder / RECORD_FILE
-        if not file.is_file():
-            return False
-        written, record = json.loads(file.read_text(encoding="utf-8")), self.record()
-        return {name: written.get(name) for name in record} == record
+        return self.record().items() <= _whole_record_in(folder).items()
 
     def record(self) -> dict[str, Any]:
         """What decides the outcome, as JSON knows it."""
@@ -188,9 +187,13 @@ class Merged:
         clip = load_clip(self.base)
         for name, layer in self.update.items():
             linear_weight(clip, name).add_(dense(layer))
-        clip.save_pretrained(folder)
-        AutoTokenizer.from_pretrained(self.base, trust_remote_code=False).save_pretrained(folder)
-        AutoImageProcessor.from_pretrained(self.base, trust_remote_code=False).save_pretrained(folder)
+        tokenizer = AutoTokenizer.from_pretrained(self.base, trust_remote_code=False)
+        processor = AutoImageProcessor.from_pretrained(self.base, trust_remote_code=False)
+        for part in (clip, tokenizer, processor):
+            try:
+                part.save_pretrained(folder)
+            except Exception as error:  # their Rust parts raise kinds of their own
+                raise OSError(first_line(error)) from error
         return 0.0
 
 
@@ -202,14 +205,50 @@ def holds(folder: Path, method: MergeMethod, sources: Collection[str]) -> bool:
         method: the method.
         sources: sha256 of the adapters, from which a merge may have left out outliers.
     """
-    file = folder / RECORD_FILE
-    if not file.is_file():
+    if not (written := _whole_record_in(folder)):
         return False
-    written = json.loads(file.read_text(encoding="utf-8"))
     merged = {source["sha256"] for source in written["sources"]}
     return as_json(method.record).items() <= written.items() and (
         merged == set(sources) or (bool(written["rejected"]) and merged < set(sources))
     )
+
+
+def record_in(folder: Path, files: str = "*") -> dict[str, Any]:
+    """What ``save`` wrote into a folder's ``merge.json``; nothing where there is none.
+
+    Args:
+        folder: may be missing.
+        files: pattern of the files that must be as ``save`` wrote them.
+
+    Raises:
+        InputError: naming the file of the folder that is not what ``save`` wrote.
+    """
+    file = folder / RECORD_FILE
+    if not file.is_file():
+        return {}
+    try:
+        record = unsealed(json.loads(file.read_bytes()))
+    except ValueError:
+        raise InputError(f"{file}: has changed since it was written; merge again") from None
+    for name, digest in record.get("files", {}).items():
+        file = folder / name
+        if file.match(files) and not (file.is_file() and _sha256_of(file) == digest):
+            raise InputError(f"{file}: is missing or has changed since it was written; merge again")
+    return record
+
+
+def _whole_record_in(folder: Path) -> dict[str, Any]:
+    """The same, and nothing where a file has changed, which is said."""
+    try:
+        return record_in(folder)
+    except InputError as error:
+        log.warning("%s: done now", error)
+        return {}
+
+
+def _sha256_of(file: Path) -> str:
+    with file.open("rb") as content:
+        return file_digest(content, "sha256").hexdigest()
 
 
 def push_to_hub(folder: str | Path, repository: str) -> str:

@@ -10,6 +10,7 @@ import torch
 from safetensors import safe_open
 from torch import Tensor
 
+from sap_lightning.files import read_tensors
 from sap_lightning.functional.agreement import mean_cosine
 from sap_lightning.modules.clip_lora import tower_of
 
@@ -26,7 +27,7 @@ def drift_of(folders: Sequence[Path]) -> Drift:
     Args:
         folders: of each client's epochs, see ``callbacks.epochs``.
     """
-    kept = [{int(file.stem) for file in folder.glob("*.safetensors")} for folder in folders]
+    kept = [{int(file.stem) for file in folder.glob("*.safetensors") if read_tensors(file)} for folder in folders]
     drift: Drift = {"vision": [], "text": []}
     for epoch in sorted(set.intersection(*kept)) if len(kept) > 1 else ():
         products = inner_products([folder / f"{epoch}.safetensors" for folder in folders])

@@ -19,7 +19,7 @@ from torchmetrics.functional.classification import multiclass_confusion_matrix
 from sap_lightning.errors import InputError
 from sap_lightning.federation.one_shot import OneShotFederation
 from sap_lightning.federation.points import Point
-from sap_lightning.files import write_tensors
+from sap_lightning.files import read_tensors, write_tensors
 from sap_lightning.fingerprints import digest
 from sap_lightning.functional.agreement import overlap, principal_components, share_kept, sign_conflict
 from sap_lightning.functional.lora import dense
@@ -312,7 +312,7 @@ class Inspection:
     def features(self, point: Point) -> tuple[Tensor, list[str], list[int]]:
         """Features (n, d) of some images of every domain, and the domain and class of each; computed once in a run."""
         files = {domain: self._features_file(point, domain) for domain in self.federation.data.domains}
-        if missing := {domain: file for domain, file in files.items() if not file.is_file()}:
+        if missing := {domain: file for domain, file in files.items() if read_tensors(file) is None}:
             self._compute_features(point, missing)
         parts = {domain: load_file(file) for domain, file in files.items()}
         domains = [domain for domain, part in parts.items() for _ in part["labels"]]

@@ -105,7 +105,6 @@ class _Embedded(NamedTuple):
 
 
 def _write_figures(folder: Path, figures: Mapping[str, Figure]) -> list[_Embedded]:
-    folder.mkdir(parents=True, exist_ok=True)
     for old in [*folder.glob("*.png"), *folder.glob("*.svg")]:
         old.unlink()  # of a run that had other clients or domains
     embedded = []

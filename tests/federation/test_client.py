@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import shutil
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
+import lightning as L
 import pytest
-from federation.runs import contents
+from federation.runs import contents, times
 from places import SHAPES_CLIP
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
@@ -16,6 +16,7 @@ from sap_lightning.data.domains import DomainDataModule
 from sap_lightning.errors import InputError
 from sap_lightning.federation.client import train_client
 from sap_lightning.federation.run_folder import RunFolder
+from sap_lightning.files import locked
 from sap_lightning.modules.clip_lora import CLIPLoRAModule
 
 
@@ -25,7 +26,7 @@ def photo(world) -> DomainDataModule:
 
 
 def train(data: DomainDataModule, folder: Path, make_trainer: Any) -> Path:
-    return train_client(CLIPLoRAModule(SHAPES_CLIP), data, RunFolder(folder), make_trainer, "client")
+    return train_client(CLIPLoRAModule(SHAPES_CLIP), data, RunFolder(folder), make_trainer, "client", {})
 
 
 def no_trainer(**overrides: Any) -> None:
@@ -55,18 +56,10 @@ def test_a_client_without_a_domain_is_told_which_there_are(world, tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
-@pytest.mark.parametrize("has_checkpoint", [True, False])
-def test_an_interrupted_client_sends_nothing_and_goes_on_from_its_checkpoint(photo, tmp_path, has_checkpoint):
-    checkpoint = tmp_path / "clients" / "photo" / "last.ckpt"
-    if has_checkpoint:
-        checkpoint.parent.mkdir(parents=True)
-        checkpoint.touch()
-    started_from = []
-    trainer = SimpleNamespace(fit=lambda *_, ckpt_path, **__: started_from.append(ckpt_path), interrupted=True)
-    with pytest.raises(KeyboardInterrupt):
-        train(photo, tmp_path, lambda **overrides: trainer)
-    assert started_from == [checkpoint if has_checkpoint else None]
-    assert not (tmp_path / "uploads").exists()
+def test_a_client_that_another_command_trains_is_refused(photo, tmp_path):
+    refused = pytest.raises(InputError, match="clients/photo: another command is writing there; wait for it")
+    with locked(RunFolder(tmp_path).client("photo")), refused:
+        train(photo, tmp_path, no_trainer)
 
 
 def test_a_domain_that_an_upload_cannot_name_is_refused_before_training(world, run, tmp_path):
@@ -83,3 +76,48 @@ def test_a_domain_that_there_is_not_leaves_nothing_behind(run, tmp_path, domain)
     with pytest.raises(InputError, match=f"no domain '{domain}'; it has cartoon, painting, photo, sketch"):
         run("client", f"--data.domain={domain}", f"--federation.run_dir={tmp_path / 'run'}")
     assert list(tmp_path.iterdir()) == []
+
+
+def test_an_adapter_that_was_not_trained_is_not_sent(photo, tmp_path):
+    def no_time(**overrides: Any) -> L.Trainer:
+        return L.Trainer(max_time={"seconds": 0}, max_epochs=1, accelerator="cpu", **overrides)
+
+    with pytest.raises(InputError, match="client: not one step was trained, so nothing is sent"):
+        train(photo, tmp_path, no_time)
+    assert not (tmp_path / "uploads").exists()
+
+
+UPLOADED_WITH_OTHERS = {
+    "--model.rank=2": r"model\.rank was 2, is 8",
+    "--model.targets=[q_proj]": r"model\.targets was \['q_proj'\], is \['q_proj', 'k_proj', 'v_proj', 'out_proj'\]",
+    "--model.alpha=2": r"model\.alpha was 2\.0, is 16\.0",
+    "--seed_everything=3": r"seed_everything was 3, is 0",
+    "--data.class_names=[a,b,c,d,e,f,g,h]": r"data\.class_names was \['a', ",
+}
+
+
+@pytest.mark.parametrize("other", UPLOADED_WITH_OTHERS)
+def test_fit_refuses_a_client_that_was_trained_with_other_settings(run, tmp_path, other):
+    quick = ["--trainer.limit_train_batches=1", "--model.reach=false", f"--federation.run_dir={tmp_path}"]
+    run("client", "--data.domain=photo", other, *quick)
+    (tmp_path / ".lock").touch()
+    for place in ("clients", "uploads"):
+        before = contents(tmp_path)
+        with pytest.raises(InputError, match=f"{place}/photo was started with .*{UPLOADED_WITH_OTHERS[other]}"):
+            run("fit", *quick)
+        assert contents(tmp_path) == before, "or the right settings would be refused from now on"
+        shutil.rmtree(tmp_path / "clients", ignore_errors=True)  # an upload that came from elsewhere
+
+
+def test_fit_takes_a_client_that_was_trained_with_its_settings(finished, run, tmp_path):
+    # In a file, as others of the client's are not its own: what only the server uses may differ.
+    (tmp_path / "server.yaml").write_text("prune: {sparsity: 0.5}")
+    folder = tmp_path / "run"
+    run("client", "--data.domain=photo", f"--config={tmp_path / 'server.yaml'}", f"--federation.run_dir={folder}")
+    shutil.copytree(finished / "uploads" / "cartoon", folder / "uploads" / "cartoon")
+    before = times(folder, "uploads/*/*")
+    run("fit", "--federation.unseen=sketch", "--federation.report=false", f"--federation.run_dir={folder}")
+    assert times(folder, "uploads/*/*").items() >= before.items()
+    assert {path.name for path in (folder / "clients").iterdir()} == {"painting", "photo"}, (
+        "cartoon came from elsewhere"
+    )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import os
 import shutil
 import signal
@@ -16,6 +17,7 @@ import datasets
 import pytest
 import torch
 import yaml
+from damage import flip
 from federation.runs import (
     DOMAINS,
     SCALED,
@@ -85,6 +87,34 @@ def test_running_again_changes_nothing(finished, run):
     run("fit", f"--federation.run_dir={finished}")
     assert contents(finished) == before
     assert times(finished, "clients/*/last.ckpt") == checkpoints
+
+
+def test_damaged_files_of_a_run_are_named_and_made_anew_to_the_same_bytes(copy, finished, run, caplog, monkeypatch):
+    monkeypatch.setattr(logging.getLogger("sap_lightning"), "propagate", True)
+    run("fit", f"--federation.run_dir={copy}")
+    before, trained = contents(copy), times(copy, "uploads/*/*")
+    damaged = [
+        "config.yaml",
+        "results.jsonl",
+        "results.csv",
+        "table.md",
+        "merged/photo/sap/merge.json",
+        "merged/sketch/average/adapter_model.safetensors",
+        min(name for name in before if name.startswith("predictions/")),
+        max(name for name in before if name.startswith("features/")),
+    ]
+    for name in damaged:
+        flip(copy / name)
+    run("fit", f"--federation.run_dir={copy}")
+    after = {name: content for name, content in contents(copy).items() if not name.endswith(".damaged")}
+    # What was measured anew stands at the end, once more where its model alone was damaged.
+    for name in ("results.jsonl", "results.csv"):
+        assert {*after.pop(name).split(b"\n")} == {*before.pop(name).split(b"\n")}
+    before["config.yaml"] = before["config.yaml"].replace(bytes(finished), bytes(copy))
+    assert after.pop("config.yaml").split(b"\n")[1:] == before.pop("config.yaml").split(b"\n")[1:]
+    assert after == before and times(copy, "uploads/*/*") == trained
+    for name in set(damaged) - {"results.csv", "table.md"}:
+        assert f"{copy / name}" in caplog.text
 
 
 def test_the_table_is_of_the_clients_that_take_part(copy, run):

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import logging
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -8,10 +9,11 @@ from typing import Any
 import lightning as L
 import pytest
 import yaml
+from damage import cut, empty, flip
 from federation.runs import DOMAINS, contents, shown_rows, times
 
 from sap_lightning.errors import InputError
-from sap_lightning.federation.run_folder import SERVER_SETTINGS, RunFolder, require_settings
+from sap_lightning.federation.run_folder import SERVER_SETTINGS, RunFolder, is_held_to, read_settings, require_settings
 
 CONFIG: dict[str, Any] = {
     "seed_everything": 0,
@@ -141,6 +143,27 @@ def test_an_upload_alone_holds_the_folder_to_its_settings(tmp_path: Path) -> Non
     RunFolder(tmp_path).upload("photo").mkdir(parents=True)
     with pytest.raises(InputError, match=r"model\.rank"):
         require_settings(tmp_path, changed(model={"rank": 4}))
+
+
+@pytest.mark.parametrize("damage", [cut, empty, flip])
+def test_damaged_settings_are_named_and_written_anew(begun: Path, caplog, monkeypatch, damage) -> None:
+    monkeypatch.setattr(logging.getLogger("sap_lightning"), "propagate", True)
+    file = begun / "config.yaml"
+    whole = file.read_bytes()
+    damage(file)
+    with pytest.raises(
+        InputError, match=rf"{file}: has changed since it was written; fit, run as it was, writes it anew"
+    ):
+        read_settings(file)
+    require_settings(begun, CONFIG)
+    assert f"{file}: has changed" in caplog.text and file.read_bytes() == whole
+
+
+def test_settings_that_an_earlier_version_wrote_are_held_to(begun: Path) -> None:
+    (begun / "config.yaml").write_text(yaml.safe_dump(CONFIG))
+    assert is_held_to(begun, CONFIG)
+    with pytest.raises(InputError, match=r"model\.rank was 8, is 4"):
+        require_settings(begun, changed(model={"rank": 4}))
 
 
 EARLIER = r"version before 0\.2.* use another --federation\.run_dir"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, ClassVar
@@ -10,6 +11,7 @@ from typing import Any, ClassVar
 import pytest
 import torch
 from adapters import adapter_of
+from damage import cut, empty, flip
 from huggingface_hub import ModelCard
 from peft import PeftModel
 from places import SHAPES_CLIP
@@ -25,7 +27,7 @@ from sap_lightning.merging.dare import DARE
 from sap_lightning.merging.krum import Krum
 from sap_lightning.merging.magnitude import Magnitude
 from sap_lightning.merging.median import Median
-from sap_lightning.merging.merged import Merged, holds, push_to_hub
+from sap_lightning.merging.merged import Merged, holds, push_to_hub, record_in
 from sap_lightning.merging.method import MergeMethod
 from sap_lightning.merging.ties import TIES
 from sap_lightning.models.clip import load_base
@@ -58,10 +60,6 @@ def merged(adapters) -> Merged:
 def merge(adapters: list[Adapter], method: MergeMethod, weights: tuple[float, ...] = (0.75, 0.25)) -> Merged:
     prepared = method.prepare(adapters, list(weights))
     return Merged(SHAPES_CLIP, method, adapters, list(weights), prepared, prepared.apply())
-
-
-def record_in(folder: Path) -> dict[str, Any]:
-    return json.loads((folder / "merge.json").read_text())
 
 
 def images() -> torch.Tensor:
@@ -163,6 +161,24 @@ def test_a_merge_stands_in_its_own_folder_only(merged, adapters, shapes, tmp_pat
     assert not merge([adapters[0], client("sketch", 7, shapes)], TIES(0.8)).stands_in(folder)
     assert not replace(merge(adapters, TIES(0.8)), base="another/base").stands_in(folder)
     assert not merged.stands_in(tmp_path / "nowhere")
+
+
+@pytest.mark.parametrize("damage", [cut, empty, flip, Path.unlink])
+@pytest.mark.parametrize("name", ["adapter_model.safetensors", "adapter_config.json", "merge.json", "README.md"])
+def test_a_folder_of_which_a_file_has_changed_holds_no_merge(
+    merged, adapters, tmp_path, damage, name, caplog, monkeypatch
+):
+    monkeypatch.setattr(logging.getLogger("sap_lightning"), "propagate", True)
+    folder = merged.save(tmp_path / "out")
+    record = record_in(folder)
+    sources = [one.sha256 for one in adapters]
+    assert record["sources"] and merged.stands_in(folder) and holds(folder, Average(), sources) and not caplog.text
+    damage(folder / name)
+    assert not merged.stands_in(folder) and not holds(folder, Average(), sources)
+    if (folder / "merge.json").is_file():
+        assert str(folder / name) in caplog.text
+        with pytest.raises(InputError, match=rf"{name}: .*has changed since it was written; merge again"):
+            record_in(folder)
 
 
 def test_a_folder_holds_a_merge_of_these_adapters_or_of_these_but_for_outliers(adapters, shapes, tmp_path):

@@ -151,7 +151,7 @@ def test_the_predictions_of_a_result_are_read_from_disk_once_for_a_table(results
         reads[Path(file).stem] += 1
         return load_file(file)
 
-    monkeypatch.setattr(stored, "load_file", load)
+    monkeypatch.setattr(stored, "read_tensors", load)
     part = Results(results.folder).only(results.rows)
     rows = tabulate(part, UNSEEN)
     assert all(row.over_zero_shot for row in rows if row.model not in ("zero-shot", "client photo"))
