@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from peft import PeftModel
 from PIL import Image
 from places import SHAPES_CLIP
 from transformers import AutoImageProcessor, AutoTokenizer, CLIPModel
@@ -35,9 +36,11 @@ def predicted(run, photos: Path, output: Path, *options: str) -> list[dict[str, 
 
 
 @torch.no_grad()
-def clip_probabilities(model: str | Path, photos: Path) -> torch.Tensor:
-    """By transformers alone, images in the order of their paths."""
-    clip, tokenizer = CLIPModel.from_pretrained(model).eval(), AutoTokenizer.from_pretrained(SHAPES_CLIP)
+def clip_probabilities(adapter: Path | None, photos: Path) -> torch.Tensor:
+    """By transformers and PEFT alone, images in the order of their paths."""
+    clip, tokenizer = CLIPModel.from_pretrained(SHAPES_CLIP).eval(), AutoTokenizer.from_pretrained(SHAPES_CLIP)
+    if adapter is not None:
+        clip = PeftModel.from_pretrained(clip, adapter).eval()
     processor = AutoImageProcessor.from_pretrained(SHAPES_CLIP, backend="pil")
     images = [Image.open(path).convert("RGB") for path in sorted(photos.rglob("*.*")) if path.suffix != ".txt"]
     texts = tokenizer([f"a photo of a {name}." for name in NAMES], padding=True, return_tensors="pt")
@@ -55,7 +58,7 @@ def assert_agrees(rows: list[dict[str, str]], probabilities: torch.Tensor) -> No
 
 def test_the_bare_base_predicts_what_clip_does(run, photos, tmp_path):
     rows = predicted(run, photos, tmp_path / "out.csv", '--model.templates=["a photo of a {}."]')
-    assert_agrees(rows, clip_probabilities(SHAPES_CLIP, photos))
+    assert_agrees(rows, clip_probabilities(None, photos))
 
 
 def test_a_merged_model_predicts_what_clip_does_with_its_weights(run, finished, photos, tmp_path):

@@ -17,7 +17,7 @@ from sap_lightning.functional.saliency import AnchorLoss, Reduction, loss_reduct
 from sap_lightning.functional.spaces import Parameters, Space, SpaceName
 from sap_lightning.io.adapter import Adapter
 from sap_lightning.merging.pruning import MeanOf, PruningMethod
-from sap_lightning.models.probe import AnchorProbe, Answer
+from sap_lightning.models.probe import LOSS, AnchorProbe, Answer
 
 SAPConsensus = Literal["mean", "elected", "median"]
 OTHER_CONSENSUS: dict[str, Callable[[], Consensus]] = {"elected": ElectedMean, "median": MedianOf}
@@ -107,6 +107,10 @@ class SAP(PruningMethod):
     def examine(self, adapter: Adapter, anchors: AnchorProbe) -> Answer:
         spaces = self.spaces_on(anchors.device, adapter)
         gradients = anchors.gradients(adapter.layers, spaces, self.reduction, self.loss)
+        if self.loss == "cosine":
+            anchors.recall(
+                LOSS, adapter.sha256, lambda: gradients.loss
+            )  # whoever asks for it later need not look again
         scores = {name: self._score(space.parameters, gradients.of[name]) for name, space in spaces.items()}
         if any(not tensor.isfinite().all() for layer in scores.values() for tensor in layer):
             raise InputError(

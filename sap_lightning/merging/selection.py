@@ -13,7 +13,7 @@ import torch
 from sap_lightning.errors import InputError
 from sap_lightning.functional.outliers import LEAST_VALUES, OUTLIER, robust_z_scores
 from sap_lightning.io.adapter import Adapter
-from sap_lightning.models.probe import AnchorProbe
+from sap_lightning.models.probe import LOSS, AnchorProbe
 
 log = logging.getLogger(__name__)
 
@@ -71,7 +71,7 @@ def doubts_on_anchors(adapters: Sequence[Adapter], anchors: AnchorProbe) -> list
 
 def losses_alone(adapters: Sequence[Adapter], anchors: AnchorProbe) -> list[float]:
     """The anchors' mean alignment loss with each adapter alone."""
-    return [anchors.recall("loss", adapter.sha256, partial(anchors.loss, adapter.layers)) for adapter in adapters]
+    return [anchors.recall(LOSS, adapter.sha256, partial(anchors.loss, adapter.layers)) for adapter in adapters]
 
 
 def check_rejection(clients: int) -> None:

@@ -33,6 +33,8 @@ T = TypeVar("T")
 Memory = dict[tuple[str, str, str], Any]
 """Answers by the anchors' fingerprint, the question and the adapter's sha256."""
 Hook = Callable[[nn.Module, tuple[Tensor], Tensor], None]
+LOSS = "loss"
+"""The question for the mean alignment loss with an adapter alone."""
 
 
 class Answer(NamedTuple):

@@ -206,13 +206,13 @@ class MergeModule(CLIPEvaluator):
         adapters, rejected = Selection(self.adapters, [])
         if self.reject_outliers:
             adapters, rejected = without_outliers(self.adapters, required(anchors, method))
-        elif anchors is not None and len(self.adapters) >= LEAST_VALUES:
-            doubts += doubts_on_anchors(self.adapters, anchors)
-        for doubt in doubts:
-            log.warning("%s", doubt)
         weights = client_weights(adapters, self._own_weights or cast(Weights, self.weights), self.max_share)
         prepared = method.prepare(adapters, weights, anchors)
         update = prepared.apply(self._sparsity)
+        if anchors is not None and not self.reject_outliers and len(adapters) >= LEAST_VALUES:
+            doubts += doubts_on_anchors(adapters, anchors)
+        for doubt in doubts:
+            log.warning("%s", doubt)
         self.merged = Merged(self.base, method, adapters, weights, prepared, update, self._sparsity, rejected, doubts)
         if self.base_type == "clip":
             self.set_update(self.merged.update)

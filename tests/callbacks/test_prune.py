@@ -193,8 +193,8 @@ def test_an_adapter_is_scored_once_however_often_it_is_merged(uploads, anchors, 
 def test_the_settings_stand_in_the_merged_model_s_record(finished):
     configured = yaml.safe_load((finished / "config.yaml").read_text())["prune"]
     assert configured.keys() == {
-        "sparsity", "space", "scope", "reduction", "rescale", "rescale_scope", "rescale_cap", "mean_of", "scale",
-        "loss", "sign_aware",
+        "sparsity", "space", "scope", "reduction", "rescale", "rescale_scope", "rescale_cap", "mean_of",
+        "consensus", "scale", "loss", "sign_aware",
     }  # fmt: skip
     for domain in ("photo", "sketch"):
         record = json.loads((finished / "merged" / domain / "sap" / "merge.json").read_text())
@@ -222,6 +222,7 @@ def test_the_module_merges_by_sap_as_the_callback_says(validated):
         "rescale": "l1",
         "rescale_scope": "global",
         "rescale_cap": 20.0,
+        "consensus": "mean",
         "mean_of": "delta",
         "scale": 1.5,
         "loss": "contrastive",

@@ -93,7 +93,8 @@ def test_files_that_are_no_part_of_an_upload_are_not_looked_at(files):
         (with_json(CONFIG_FILE, r=5000), CONFIG_FILE, "r is 5000, expected an integer from 1 to 4096"),
         (with_json(CONFIG_FILE, use_dora=True), CONFIG_FILE, "only plain LoRA"),
         (with_json(MANIFEST_FILE, domain="../out"), MANIFEST_FILE, "domain is"),
-        (with_json(MANIFEST_FILE, base_fingerprint="cd" * 32), MANIFEST_FILE, "this base's is abab"),
+        (with_json(MANIFEST_FILE, num_samples=11), MANIFEST_FILE, "fields_sha256 is not that of the other fields"),
+        (with_json(MANIFEST_FILE, domain="sketch", fields_sha256=None), MANIFEST_FILE, "fields_sha256 is not"),
     ],
 )
 def test_bytes_and_folder_are_refused_for_the_same_reason(files, tmp_path, change, file, reason):

@@ -169,6 +169,7 @@ def test_a_folder_of_which_a_file_has_changed_holds_no_merge(
     merged, adapters, tmp_path, damage, name, caplog, monkeypatch
 ):
     monkeypatch.setattr(logging.getLogger("sap_lightning"), "propagate", True)
+    caplog.set_level("WARNING", logger="sap_lightning")
     folder = merged.save(tmp_path / "out")
     record = record_in(folder)
     sources = [one.sha256 for one in adapters]
