@@ -16,6 +16,8 @@ from sap_lightning.functional.statistics import Interval, Spread, bootstrap_diff
 from sap_lightning.results import AVERAGE, Kind, Result, Results
 
 BEST_CLIENT = "best client"
+MANY = 12
+"""With more merge methods than that a table is a ranking."""
 
 
 class TableRow(NamedTuple):
@@ -43,7 +45,7 @@ class TableRow(NamedTuple):
 
 
 def tabulate(results: Results, unseen: Sequence[str]) -> list[TableRow]:
-    """The table's rows in the order of the labels, best client after the clients.
+    """The table's rows in the order of the labels, best client after the clients; many methods by their means.
 
     The best client is for each unseen domain the client that does best there: an upper bound on choosing one, since
     the choice takes labels of the unseen domain.
@@ -54,7 +56,15 @@ def tabulate(results: Results, unseen: Sequence[str]) -> list[TableRow]:
         last = max(index for index, of in enumerate(rows) if of and of[0].kind == "client")
         rows[last + 1 : last + 1] = _best_clients(clients)
     every = [row for of in rows for row in of]
-    return [_table_row(results, of, every, unseen) for of in rows if of]
+    return _ranked([_table_row(results, of, every, unseen) for of in rows if of])
+
+
+def _ranked(rows: list[TableRow]) -> list[TableRow]:
+    merges = [row for row in rows if row.kind == "merge"]
+    if len({row.model for row in merges}) <= MANY:
+        return rows
+    rest = [row for row in rows if row.kind != "merge"]
+    return [*rest, *sorted(merges, key=lambda row: -row.mean.mean)]
 
 
 def _best_clients(clients: Iterable[Result]) -> list[list[Result]]:

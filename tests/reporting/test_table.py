@@ -14,6 +14,7 @@ from safetensors.torch import load_file
 from sap_lightning import results as stored
 from sap_lightning.functional.statistics import Interval, Spread, bootstrap_difference
 from sap_lightning.reporting.table import (
+    MANY,
     TableRow,
     best_cells,
     difference,
@@ -63,6 +64,20 @@ def test_the_table_has_the_best_client_of_each_domain_after_the_clients(results:
     assert [row.kind for row in rows] == ["zero-shot", "client", "client", "client", "client", "merge"]
     assert table["best client"] == ["0.750", "0.375", "0.562"]
     assert table["client photo"] == ["None", "0.375", "0.375"]
+
+
+def test_many_merge_methods_are_in_the_order_of_their_means_and_few_in_their_own(results: Results) -> None:
+    few = [f"method {k:02}" for k in range(MANY)]
+    for k, name in enumerate(few[1:]):
+        measure(results, *(result(name, unseen, k % 7) for unseen in UNSEEN))
+    before = [row.label for row in tabulate(results, UNSEEN)]
+    assert [label for label in before if label.startswith("method")] == few[1:]
+    measure(results, *(result("one more", unseen, 8) for unseen in UNSEEN))
+    rows = tabulate(results, UNSEEN)
+    merges = [row for row in rows if row.kind == "merge"]
+    assert [row.label for row in rows[: -len(merges)]] == before[: -len(few)], "the others stay where they were"
+    assert len(merges) == MANY + 1 and merges[0].label == "one more"
+    assert [row.mean.mean for row in merges] == sorted((row.mean.mean for row in merges), reverse=True)
 
 
 def test_a_merge_that_is_called_like_a_client_is_none(results: Results) -> None:
