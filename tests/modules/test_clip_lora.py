@@ -266,3 +266,13 @@ def test_an_upload_holds_the_trained_adapter(data, tmp_path):
 def test_a_setting_that_cannot_be_is_refused_by_name(data, settings, named):
     with pytest.raises(InputError, match=named):
         trained(data, **settings)
+
+
+def test_no_file_that_is_sent_or_published_has_a_path_of_this_machine(finished):
+    """With a base in a folder, as here; the model's weights are searched too."""
+    files = [file for part in ("uploads", "merged") for file in (finished / part).rglob("*") if file.is_file()]
+    assert len(files) > 10
+    paths = [str(path).encode() for path in (Path(SHAPES_CLIP).parent, finished, Path.home(), Path.cwd())]
+    for file in files:
+        content = file.read_bytes()
+        assert not [path for path in paths if path in content], file
