@@ -303,6 +303,10 @@ def test_a_copy_of_the_base_s_weight_is_left_out_if_it_is_one(tmp_path):
     with pytest.raises(InputError, match=r"lm_head\.base_layer\.weight' is not the base's own weight") as error:
         merge(base, tmp_path / "again", uploads, "--merge.method=average")
     assert_one_line(error)
+    save_file(tensors | {copy: tensors[copy].long()}, uploads[0] / "adapter_model.safetensors")
+    with pytest.raises(InputError, match=r"lm_head\.base_layer\.weight has dtype I64, expected one of") as error:
+        merge(base, tmp_path / "again", uploads, "--merge.method=average")
+    assert_one_line(error)
 
 
 def test_names_of_another_version_of_transformers_are_called_that(tmp_path):

@@ -87,6 +87,21 @@ def norm(update: Update, p: int) -> float:
     return norm(update.delta(), p)
 
 
+def length_of(update: Mapping[str, Update]) -> float:
+    """Frobenius norm over all layers, (Σ ‖ΔW_l‖²)^½; layers are looked at one at a time.
+
+    Args:
+        update: each layer in factor form, or dense of shape (d_out, d_in).
+
+    Example:
+        >>> import torch
+        >>> from sap_lightning.functional.rescaling import length_of
+        >>> length_of({"q": torch.tensor([[3.0]]), "v": torch.tensor([[0.0, 4.0]])})
+        5.0
+    """
+    return math.hypot(*(norm(layer, 2) for layer in update.values()))
+
+
 def relative_error(of: Mapping[str, Update], to: Mapping[str, Update]) -> float:
     """‖to − of‖ / ‖of‖ in Frobenius norm over all layers; 0 when both are the same or there is nothing.
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from hashlib import sha256
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -17,6 +18,7 @@ from sap_lightning.errors import InputError
 from sap_lightning.files import new_folder
 from sap_lightning.fingerprints import hash_tensor
 from sap_lightning.functional.lora import LoRALayer
+from sap_lightning.functional.rescaling import length_of
 from sap_lightning.io.factors import NOTHING_BESIDE, Beside, Shapes, StoredLayers, require_finite, weights_bytes
 from sap_lightning.io.manifest import BaseFingerprint, Manifest, manifest_bytes, manifest_from, require_base
 from sap_lightning.io.peft_config import (
@@ -61,6 +63,11 @@ class Adapter:
     base: str = field(default="", compare=False)
     dropped: Sequence[str] = field(default=(), compare=False)
     doubts: Sequence[str] = field(default=(), compare=False)
+
+    @cached_property
+    def length(self) -> float:
+        """Frobenius norm of ΔW over all layers, for which they are read once."""
+        return length_of(self.layers)
 
     @property
     def num_samples(self) -> int | None:

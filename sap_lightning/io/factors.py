@@ -14,7 +14,7 @@ from sap_lightning.errors import InputError
 from sap_lightning.functional.lora import LoRALayer
 from sap_lightning.io.peft_config import Scaling, in_text_tower
 from sap_lightning.io.rules import MAX_FLOAT32, short
-from sap_lightning.io.weights import DTYPES, OpenWeights, Weights
+from sap_lightning.io.weights import DTYPES, OpenWeights, Stated, Weights
 
 Shapes = Mapping[str, tuple[int, ...]]
 """Weight shape (d_out, d_in) of every linear layer of a base, by name."""
@@ -128,7 +128,7 @@ def _dropped(tensors: OpenWeights, whole: Mapping[str, re.Match[str]], beside: B
         layer = found["layer"].removesuffix(".")
         if not found["copy"]:
             heads.add(layer)
-        elif not _is_copy(tensors.tensor(key), beside.base_weight(layer)):
+        elif not _is_copy(tensors, key, beside.base_weight(layer)):
             raise InputError(
                 f"{short(key)} is not the base's own weight, as far as can be told; save the adapter with"
                 " save_embedding_layers=False"
@@ -141,8 +141,11 @@ def _dropped(tensors: OpenWeights, whole: Mapping[str, re.Match[str]], beside: B
     return sorted(heads)
 
 
-def _is_copy(weight: Tensor, own: Tensor | None) -> bool:
-    return own is not None and weight.shape == own.shape and torch.equal(weight, own.to(weight.dtype))
+def _is_copy(tensors: OpenWeights, key: str, own: Tensor | None) -> bool:
+    if own is None or _readable(tensors, key).shape != own.shape:
+        return False
+    weight = tensors.tensor(key)
+    return torch.equal(weight, own.to(weight.dtype))
 
 
 def _peft_name(key: str) -> str:
@@ -201,10 +204,16 @@ def _stated(tensors: OpenWeights, keys: dict[str, str]) -> _StatedShapes:
     return shapes
 
 
-def _read_factor(tensors: OpenWeights, key: str, shape: tuple[int, int]) -> Tensor:
+def _readable(tensors: OpenWeights, key: str) -> Stated:
+    """What is stated of a tensor, if it is of a dtype that can be read."""
     stated = tensors.stated(key)
     if stated.dtype not in DTYPES.values():
         raise InputError(f"{key} has dtype {stated.dtype}, expected one of {', '.join(DTYPES)}")
+    return stated
+
+
+def _read_factor(tensors: OpenWeights, key: str, shape: tuple[int, int]) -> Tensor:
+    stated = _readable(tensors, key)
     if stated.shape != shape:
         raise InputError(
             f"{key} has shape {stated.shape}, expected {shape} by the base and the adapter's rank; train the adapter on"

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import re
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,6 +20,8 @@ CONFIG_FILE = "adapter_config.json"
 HUB_ID = re.compile(r"[\w-][\w.-]*/[\w.-]+")
 MAX_PATTERNS = 4096
 _MAX_TO_MATCH = 64
+_MAX_STEPS = 2 * 10**7
+_NAME = re.compile(r"[\w.-]{1,256}", re.ASCII)
 _TEXT_TOWER = re.compile(r"(?:^|\.)text_(?:model|projection)(?:\.|$)")
 
 # What describes, selects or trains the layers, but leaves ΔW = s·B·A as it is.
@@ -63,10 +65,6 @@ _CHECKED_FIELDS = frozenset(
 _INITS_KEEPING_THE_BASE = ("gaussian", "eva", "orthogonal", "mica")
 
 
-_NAME = re.compile(r"[\w.-]{1,256}", re.ASCII)
-_MAX_STEPS = 2 * 10**7
-
-
 def _is_pattern(value: str) -> bool:
     # Neither groups nor many repeats: a hostile pattern with them takes years to match.
     if not matches(r"[\w.^$\\\[\]*+-]{1,256}")(value) or _repeats(value) > 2:
@@ -79,6 +77,12 @@ def _is_pattern(value: str) -> bool:
 
 def _repeats(pattern: str) -> int:
     return sum(map(pattern.count, "*+"))
+
+
+def _ends(layer: str) -> Iterator[str]:
+    """A layer's name, and what is left of it after each of its dots."""
+    parts = layer.split(".")
+    return (".".join(parts[start:]) for start in range(len(parts)))
 
 
 _FLAG = Rule(lambda value: isinstance(value, bool), "true or false")
@@ -116,22 +120,20 @@ class ByLayer:
     def __init__(self, values: Mapping[str, Any], default: Any) -> None:
         self.values = [*values.values(), default]
         self.names = {key: place for place, key in enumerate(values) if _NAME.fullmatch(key)}
-        self.patterns = [
-            (place, re.compile(rf"(.*\.)?({key})$")) for place, key in enumerate(values) if key not in self.names
-        ]
+        patterns = [(place, key) for place, key in enumerate(values) if key not in self.names]
+        self.patterns = [(place, re.compile(rf"(.*\.)?({key})$")) for place, key in patterns]
+        self.repeats = [_repeats(key) for _, key in patterns]
 
     def of(self, layer: str) -> Any:
         """The value for a layer by PEFT's name for it."""
-        parts = layer.split(".")
-        ends = (".".join(parts[start:]) for start in range(len(parts)))
-        places = [self.names[end] for end in ends if end in self.names]
+        places = [self.names[end] for end in _ends(layer) if end in self.names]
         places += [place for place, pattern in self.patterns if pattern.match(layer)]
         return self.values[min(places, default=-1)]
 
     def steps(self, layer: str) -> int:
         """At most so many steps its patterns take for a layer's name."""
         starts = layer.count(".") + 1
-        return sum(starts * len(layer) ** _repeats(pattern.pattern[5:]) for _, pattern in self.patterns)
+        return sum(starts * len(layer) ** repeats for repeats in self.repeats)
 
 
 @dataclass(frozen=True)
@@ -275,8 +277,7 @@ def require_targets(config: Mapping[str, Any], layers: Iterable[str]) -> list[st
         return []
     named, found = set(filter(TEXT.holds, targets)), set()
     for layer in layers:
-        parts = layer.split(".")
-        ends = named.intersection(".".join(parts[start:]) for start in range(len(parts)))
+        ends = named.intersection(_ends(layer))
         if not ends:
             raise InputError(f"target_modules do not name {layer}, of which there are weights; save the adapter again")
         found |= ends

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import math
 import statistics
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, Literal
@@ -12,7 +11,6 @@ import torch
 
 from sap_lightning.errors import InputError
 from sap_lightning.functional.lora import LoRALayer
-from sap_lightning.functional.rescaling import norm
 from sap_lightning.io.adapter import Adapter
 
 log = logging.getLogger(__name__)
@@ -61,20 +59,18 @@ def layers_named(adapter: Adapter, names: Iterable[str] | None) -> Mapping[str, 
 
 
 def client_weights(
-    adapters: Sequence[Adapter], weights: Weights | Mapping[str, float] = "uniform", max_share: float | None = None
+    adapters: Sequence[Adapter], weights: Weights = "uniform", max_share: float | None = None
 ) -> list[float]:
-    """Each adapter's share of the whole; they sum to 1, unless they are given.
+    """Each adapter's share of the whole; they sum to 1.
 
     Args:
         adapters: one for each client.
-        weights: clients count alike, or by their number of training images; or the weight of each adapter by sha256.
+        weights: clients count alike, or by their number of training images.
         max_share: the most that a client may count by its images; the others share what is above that.
 
     Raises:
         InputError: when sample counts are needed and an upload does not say its own, or no client could have a share.
     """
-    if isinstance(weights, Mapping):
-        return [weights[adapter.sha256] for adapter in adapters]
     if weights == "uniform":
         return [1 / len(adapters)] * len(adapters)
     samples = [adapter.num_samples for adapter in adapters]
@@ -115,13 +111,13 @@ def bounded_shares(counts: Sequence[int], most: float) -> list[float]:
 def doubts_about(adapters: Sequence[Adapter]) -> list[str]:
     """What speaks against some of these adapters, in words: a merge of them is made, but may not be what was meant."""
     doubts = [f"upload {adapter.name!r}: {doubt}" for adapter in adapters for doubt in adapter.doubts]
-    lengths = [math.hypot(*(norm(layer, 2) for layer in adapter.layers.values())) for adapter in adapters]
-    typical = statistics.median_low(lengths)
-    for adapter, length in zip(adapters, lengths, strict=True):
-        if length == 0:
+    typical = statistics.median_low(adapter.length for adapter in adapters)
+    for adapter in adapters:
+        if adapter.length == 0:
             doubts.append(f"upload {adapter.name!r}: its ΔW is zero; it was not trained")
-        elif typical and length > FAR * typical:
-            doubts.append(f"upload {adapter.name!r}: its ΔW is {length / typical:.0f} times as long as the median")
+        elif typical and adapter.length > FAR * typical:
+            times = adapter.length / typical
+            doubts.append(f"upload {adapter.name!r}: its ΔW is {times:.0f} times as long as the median")
     bases = {adapter.base: adapter.name for adapter in reversed(adapters) if adapter.base}
     if len(bases) > 1:
         said = ", ".join(f"{client!r} on {base}" for base, client in sorted(bases.items()))

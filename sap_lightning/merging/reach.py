@@ -10,7 +10,7 @@ from typing import Any
 from sap_lightning.functional.consensus import weighted_sum
 from sap_lightning.functional.lora import Update, no_change, times
 from sap_lightning.functional.reach import LENGTHS, best_length, carried_over
-from sap_lightning.functional.rescaling import norm
+from sap_lightning.functional.rescaling import length_of, norm
 from sap_lightning.io.adapter import Adapter
 from sap_lightning.merging.clients import client_layers
 
@@ -53,7 +53,7 @@ def reach_of(adapters: Sequence[Adapter], weights: Sequence[float]) -> ReachOfCl
         return None
     won = carried_over([one.manifest.reach for one in adapters if one.manifest])
     factor = best_length(won)
-    client = sum(weight * length_of(one.layers) for one, weight in zip(adapters, weights, strict=True))
+    client = sum(weight * one.length for one, weight in zip(adapters, weights, strict=True))
     average = math.hypot(*(norm(weighted_sum(of, weights), 2) for of in client_layers(adapters).values()))
     length = (average + factor * client) / 2 if won.mean(0).max() > 0 else 0.0
     return ReachOfClients(factor, length, dict(zip(LENGTHS, won.min(0).values.tolist(), strict=True)))
@@ -65,8 +65,3 @@ def at_length(merged: Mapping[str, Update], length: float) -> dict[str, Update]:
     if length == 0 or size == 0:
         return {name: no_change((update.shape[0], update.shape[1])) for name, update in merged.items()}
     return times(merged, length / size)
-
-
-def length_of(update: Mapping[str, Update]) -> float:
-    """Frobenius norm over all layers."""
-    return math.hypot(*(norm(layer, 2) for layer in update.values()))

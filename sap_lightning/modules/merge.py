@@ -7,7 +7,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from functools import cached_property, partial
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -206,7 +206,7 @@ class MergeModule(CLIPEvaluator):
         adapters, rejected = Selection(self.adapters, [])
         if self.reject_outliers:
             adapters, rejected = without_outliers(self.adapters, required(anchors, method))
-        weights = client_weights(adapters, self._own_weights or cast(Weights, self.weights), self.max_share)
+        weights = self._weights_of(adapters)
         prepared = method.prepare(adapters, weights, anchors)
         update = prepared.apply(self._sparsity)
         if anchors is not None and not self.reject_outliers and len(adapters) >= LEAST_VALUES:
@@ -217,6 +217,16 @@ class MergeModule(CLIPEvaluator):
         if self.base_type == "clip":
             self.set_update(self.merged.update)
         return self.merged
+
+    def _weights_of(self, adapters: Sequence[Adapter]) -> list[float]:
+        if isinstance(self.weights, str):
+            return client_weights(adapters, self.weights, self.max_share)
+        if unread := [adapter.name for adapter in adapters if adapter.sha256 not in self._own_weights]:
+            raise InputError(
+                f"merge.weights {self.weights}: are for uploads in the order of read_uploads, which did not read"
+                f" {unread[0]!r}"
+            )
+        return [self._own_weights[adapter.sha256] for adapter in adapters]
 
     def save(self, folder: str | Path, metrics: Mapping[str, float] | None = None) -> Path:
         """Writes the merged model: a PEFT adapter or a CLIPModel folder, ``merge.json`` and a model card.

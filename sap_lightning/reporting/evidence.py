@@ -312,9 +312,10 @@ class Inspection:
     def features(self, point: Point) -> tuple[Tensor, list[str], list[int]]:
         """Features (n, d) of some images of every domain, and the domain and class of each; computed once in a run."""
         files = {domain: self._features_file(point, domain) for domain in self.federation.data.domains}
-        if missing := {domain: file for domain, file in files.items() if read_tensors(file) is None}:
+        known = {domain: read_tensors(file) for domain, file in files.items()}
+        if missing := {domain: files[domain] for domain, part in known.items() if part is None}:
             self._compute_features(point, missing)
-        parts = {domain: load_file(file) for domain, file in files.items()}
+        parts = {domain: part or load_file(files[domain]) for domain, part in known.items()}
         domains = [domain for domain, part in parts.items() for _ in part["labels"]]
         labels = torch.cat([part["labels"] for part in parts.values()]).tolist()
         return torch.cat([part["features"] for part in parts.values()]), domains, labels

@@ -279,6 +279,13 @@ def test_a_module_without_a_method_merges_by_what_is_offered_last(module):
         assert module.merge_method is module.merge().method is method
 
 
+def test_weights_of_uploads_that_the_module_did_not_read_are_refused(module):
+    weighted = MergeModule(SHAPES_CLIP, method=Average(), weights=[0.5, 0.3, 0.2])
+    weighted.use(module.adapters)
+    with pytest.raises(InputError, match=r"merge\.weights .*in the order of read_uploads, which did not read"):
+        weighted.merge()
+
+
 def test_nothing_to_merge_or_nothing_to_merge_by_is_refused(uploads, tmp_path):
     module = MergeModule(SHAPES_CLIP, method=Average())
     with pytest.raises(InputError, match="nothing to merge"):
