@@ -31,6 +31,30 @@ def alignment_loss(image_features: Tensor, caption_features: Tensor) -> Tensor:
     return 1 - cosine_similarity(image_features, caption_features, dim=-1)
 
 
+def mismatch(image_features: Tensor, captions: Tensor, indices: Tensor) -> Tensor:
+    """For every anchor the share of the other captions that its image is closer to than to its own, shape (n,).
+
+    0 for an image that finds its caption, 0.5 on average by chance, whatever the scale of the similarities: one less
+    the area under the ROC curve of its own caption against the others. NaN where a similarity is no finite number.
+
+    Args:
+        image_features: normalised, shape (n, d).
+        captions: normalised features of all m ≥ 2 captions, shape (m, d).
+        indices: for each image the index of its caption, shape (n,).
+
+    Example:
+        >>> import torch
+        >>> from sap_lightning.functional.saliency import mismatch
+        >>> images, captions = torch.eye(3)[[0, 2]], torch.eye(3)
+        >>> mismatch(images, captions, torch.tensor([0, 1])).tolist()  # of the second image one of two others is closer
+        [0.0, 0.5]
+    """
+    similarities = image_features @ captions.T
+    own = similarities.gather(1, indices[:, None])
+    share = (similarities > own).sum(1) / (len(captions) - 1)
+    return torch.where(similarities.isfinite().all(1), share, torch.nan)
+
+
 def contrastive_loss(image_features: Tensor, captions: Tensor, indices: Tensor, logit_scale: float) -> Tensor:
     """InfoNCE from image to text of every anchor (van den Oord et al. 2018, arXiv:1807.03748), shape (n,).
 

@@ -22,6 +22,7 @@ from sap_lightning.functional.saliency import (
     alignment_loss,
     contrastive_loss,
     entropy_loss,
+    mismatch,
     symmetric_contrastive_loss,
 )
 from sap_lightning.functional.spaces import Parameters, Space
@@ -35,6 +36,8 @@ Memory = dict[tuple[str, str, str], Any]
 Hook = Callable[[nn.Module, tuple[Tensor], Tensor], None]
 LOSS = "loss"
 """The question for the mean alignment loss with an adapter alone."""
+MISMATCH = "mismatch"
+"""The question for the mean share of mismatches with an adapter alone."""
 
 
 class Answer(NamedTuple):
@@ -218,6 +221,13 @@ class AnchorProbe:
         indices = torch.tensor(list(self.pairs), device=self.device)
         features = self.features(update)
         return float(self._losses(features, indices, loss, self.patched.changes_text).mean())
+
+    @torch.inference_mode(False)
+    @torch.no_grad()
+    def mismatch(self, update: Mapping[str, Update]) -> float:
+        """Mean share of the other captions that an image is closer to than to its own, at base + update."""
+        features, captions = self.features(update), self.caption_features(self._all)
+        return float(mismatch(features, captions, torch.tensor(list(self.pairs), device=self.device)).mean())
 
     def _image_features(self, images: Tensor) -> Tensor:
         with self.precision():

@@ -49,8 +49,8 @@ class MergeModule(CLIPEvaluator):
             upload in their order, by which its ΔW is multiplied whatever the sum.
         max_share: the most that a client may count by its images; the others share what is above that.
         drop_heads: merge adapters that have layers trained whole, such as a classifier's head, and leave these out.
-        reject_outliers: leave out clients whose adapter, alone, has an anchor loss that stands out from the others'
-            (robust z-score above 3.5), and say so; of fewer than three clients none stands out.
+        reject_outliers: leave out clients with whose adapter, alone, the anchors' images miss their captions far more
+            often than with the others', and say so; of fewer than three clients none stands out.
         format: write a PEFT adapter, a full CLIPModel, or (``auto``) an adapter whenever that is exact or a rank is
             given.
         rank: recompress the adapter that is written to this rank; the error is reported. What is measured in the
@@ -102,6 +102,7 @@ class MergeModule(CLIPEvaluator):
         self._captions: list[str] = []
         self._memory: Memory = {}
         self._own_weights: dict[str, float] = {}
+        self._said: set[str] = set()
 
     # Adapters and their merge
 
@@ -212,7 +213,9 @@ class MergeModule(CLIPEvaluator):
         if anchors is not None and not self.reject_outliers and len(adapters) >= LEAST_VALUES:
             doubts += doubts_on_anchors(adapters, anchors)
         for doubt in doubts:
-            log.warning("%s", doubt)
+            if doubt not in self._said:  # once, however many methods merge the same uploads
+                log.warning("%s", doubt)
+        self._said.update(doubts)
         self.merged = Merged(self.base, method, adapters, weights, prepared, update, self._sparsity, rejected, doubts)
         if self.base_type == "clip":
             self.set_update(self.merged.update)

@@ -8,11 +8,11 @@ from dataclasses import replace
 from matplotlib.figure import Figure
 
 from sap_lightning.figures import (
-    anchor_loss_figure,
     conflict_figure,
     confusion_figure,
     drift_figure,
     gallery_figure,
+    mismatch_figure,
     overlap_figure,
     projection_figure,
     shares_figures,
@@ -36,8 +36,8 @@ def draw(results: Results, rows: Sequence[TableRow], evidence: Evidence | None) 
 def _draw_evidence(evidence: Evidence) -> dict[str, Figure]:
     figures: dict[str, Figure] = {}
     if evidence.clients:
-        losses = {client.name: client.anchor_loss for client in evidence.clients}
-        figures["anchor_loss"] = anchor_loss_figure(losses, {c.name: c.z_score for c in evidence.clients})
+        shares = {client.name: client.mismatch for client in evidence.clients}
+        figures["mismatch"] = mismatch_figure(shares, {one.name for one in evidence.clients if one.stands_out})
     if evidence.drift:
         figures["tower_drift"] = drift_figure(evidence.drift)
     for client, figure in shares_figures(evidence.share_kept).items():
