@@ -6,6 +6,7 @@ import copy
 import re
 from collections.abc import Mapping, Sequence
 from itertools import islice
+from pathlib import Path
 from typing import Any, NoReturn
 
 import lightning as L
@@ -18,8 +19,9 @@ from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from sap_lightning.data.anchors import AnchorDataModule
 from sap_lightning.data.domains import DomainDataModule
 from sap_lightning.errors import InputError, first_line
+from sap_lightning.federation.client import train_client
 from sap_lightning.federation.one_shot import OneShotFederation
-from sap_lightning.federation.run_folder import flat
+from sap_lightning.federation.run_folder import SERVER_SETTINGS, RunFolder, flat, is_held_to
 from sap_lightning.federation.sweep import Sweep
 from sap_lightning.io.rules import errors_in
 from sap_lightning.merging import METHODS, SAP
@@ -208,7 +210,18 @@ class SapCLI(LightningCLI):
         parser.add_class_arguments(AnchorDataModule, "anchors")
         parser.add_class_arguments(SAP, "prune")
         parser.add_class_arguments(MergeModule, "merge", skip={"base", "templates"}, instantiate=False)
-        parts = {"client", "data", "anchors", "merge", "make_trainer", "plan", "results", "config", "free_settings"}
+        parts = {
+            "client",
+            "data",
+            "anchors",
+            "merge",
+            "make_trainer",
+            "plan",
+            "results",
+            "config",
+            "free_settings",
+            "uploads",
+        }
         parser.add_class_arguments(OneShotFederation, "federation", skip=parts, instantiate=False)
         for target in ("data.base", "anchors.base"):
             parser.link_arguments("model.base", target)
@@ -314,6 +327,17 @@ class SapCLI(LightningCLI):
             return super().instantiate_trainer(callbacks=[*configured, *callbacks], **overrides)
         except (MisconfigurationException, ImportError, RuntimeError, TypeError, ValueError) as error:
             raise InputError(f"trainer: {first_line(error)}") from error
+
+    def train(self) -> Path:
+        """Trains the client of data.domain as configured, unless its upload stands, and returns the upload."""
+        folder, domain, settings = self.run_folder, self.datamodule.require_domain(), self.settings()
+        is_held_to(folder.path, settings, SERVER_SETTINGS)
+        return train_client(self.model, self.datamodule, folder, self.make_trainer, f"client {domain}", settings)
+
+    @property
+    def run_folder(self) -> RunFolder:
+        """Where the run keeps its things."""
+        return RunFolder(self.config_init.federation.run_dir)
 
     def federation(self, **others: Any) -> OneShotFederation:
         """The federation as configured, but for the arguments that are given."""

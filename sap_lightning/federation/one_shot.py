@@ -48,6 +48,8 @@ class OneShotFederation:
         run_dir: folder of the run: config.yaml, clients, uploads, merged, results and report.
         unseen: domains to hold out in turn; all of them if not given, but for the poisoned client's.
         clients: domains whose clients take part; all of them if not given.
+        uploads: what clients sent that trained elsewhere, folders in the run folder; no others take part then. If not
+            given, clients are trained here.
         poison: a client that does harm; merges are then measured with and without it.
         plan: which merges are measured; if not given the plain average, and the merge module's method or SAP.
         results: where points are kept, if not in the run folder.
@@ -59,7 +61,7 @@ class OneShotFederation:
         points: what is measured of it.
 
     Raises:
-        InputError: for fewer than two domains, or domains that there are not.
+        InputError: for fewer than two domains where clients are trained here, or domains that there are not.
     """
 
     sent: Sent
@@ -75,13 +77,14 @@ class OneShotFederation:
         run_dir: str = "runs/federation",
         unseen: list[str] | str | None = None,
         clients: list[str] | None = None,
+        uploads: Sequence[Path] | None = None,
         poison: Poison = HONEST,
         plan: Plan | None = None,
         results: Results | None = None,
         config: Mapping[str, Any] | None = None,
         free_settings: Sequence[str] = FREE_SETTINGS,
     ) -> None:
-        if len(data.domains) < 2:
+        if uploads is None and len(data.domains) < 2:
             raise InputError(
                 f"data.root holds the one domain {', '.join(data.domains)}; a federation needs at least two"
             )
@@ -91,7 +94,13 @@ class OneShotFederation:
         self.merge = merge
         self.make_trainer = make_trainer
         self.folder = RunFolder(run_dir)
-        self.clients = chosen_domains("federation.clients", clients, data.domains)
+        if uploads is not None and poison.domain:
+            raise InputError("federation.poison.domain: a poisoned client is one that is trained here; leave it out")
+        self.uploads = uploads
+        if uploads is None:
+            self.clients = chosen_domains("federation.clients", clients, data.domains)
+        else:
+            self.clients = [upload.name for upload in uploads]
         self.poison = poison if poison.domain else None
         self.unseen = self._unseen(unseen)
         self.plan = plan or Plan({method.name: method for method in (Average(), merge.method or SAP())})
@@ -134,12 +143,12 @@ class OneShotFederation:
             InputError: when the settings differ from the run folder's, or an upload is faulty.
         """
         self.check()
-        for domain in self.domains:
+        for domain in self.domains if self.uploads is None else ():
             require_client(self.client, self.data.for_domain(domain), self.folder, self.config)
         if self.config:
             require_settings(self.folder.path, self.config, self.free_settings)
         self._keep_settings()
-        honest = self.collect(self.train())
+        honest = self.collect(self.train() if self.uploads is None else self.uploads)
         self.sent = Sent.of(honest, self._poisoned(), self.poison.label if self.poison else "")
         made_with = provenance(self.settings)
         self.points = Points(
@@ -182,10 +191,19 @@ class OneShotFederation:
             InputError: for the first of them.
         """
         self._check_number_of_clients()
+        for domain in self.domains:
+            check_domain(domain)
+        self.check_server()
+
+    def check_server(self) -> None:
+        """Finds a faulty base, faulty anchors or a domain that is to be unseen and is not, whoever the clients are.
+
+        Raises:
+            InputError: for the first of them.
+        """
         for unseen in self.unseen:
             self._keep_from_anchors(unseen)
-        for domain in (*self.domains, *self.unseen):
-            check_domain(domain)
+            check_domain(unseen)
         self.merge.configure_model()
         self.merge.encode_captions(self.anchors.captions)
 

@@ -60,6 +60,11 @@ class RunFolder:
         """What a client sent."""
         return self._of("uploads", domain)
 
+    @property
+    def uploads(self) -> list[Path]:
+        """All that stands of what clients sent, in the order of their domains."""
+        return sorted(self.path.glob("uploads/[!.]*"))
+
     def poisoned(self, name: str) -> RunFolder:
         """Training and upload of a poisoned client."""
         return RunFolder(self.path / "poisoned" / name)

@@ -16,8 +16,8 @@ from sap_lightning.data.anchors import AnchorBatch
 from sap_lightning.errors import InputError, check_positive
 from sap_lightning.functional.outliers import LEAST_VALUES
 from sap_lightning.functional.saliency import alignment_loss
-from sap_lightning.io.adapter import Adapter
-from sap_lightning.io.factors import Beside
+from sap_lightning.io.adapter import Adapter, adapter_from_bytes
+from sap_lightning.io.factors import Beside, Shapes
 from sap_lightning.io.peft_config import in_text_tower
 from sap_lightning.io.uploads import read_uploads
 from sap_lightning.merging import MergeMethod, method_named
@@ -132,10 +132,20 @@ class MergeModule(CLIPEvaluator):
         beside = Beside(self.drop_heads, partial(base_weight, self.base))
         if self.base_type != "clip":
             return read_uploads(uploads, base_shapes=linear_shapes(self.base), beside=beside)
+        return read_uploads(uploads, self._layer_shapes(), self._fingerprint_for, beside=beside)
+
+    def read_upload(self, files: Mapping[str, bytes], sender: str) -> Adapter:
+        """Reads and validates an upload that came over a network, as `adapter_from_bytes` does.
+
+        Raises:
+            InputError: when it is faulty.
+        """
+        return adapter_from_bytes(files, sender, self._layer_shapes(), self._fingerprint_for)
+
+    def _layer_shapes(self) -> Shapes:
         self.configure_model()
         assert self.tower is not None
-        shapes = layer_shapes(self.tower) | layer_shapes(self.texts.tower)
-        return read_uploads(uploads, shapes, self._fingerprint_for, beside=beside)
+        return layer_shapes(self.tower) | layer_shapes(self.texts.tower)
 
     def _fingerprint_for(self, layers: Iterable[str]) -> str:
         return self._both_fingerprint if any(map(in_text_tower, layers)) else self.base_fingerprint
