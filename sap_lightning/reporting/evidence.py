@@ -256,13 +256,13 @@ class Inspection:
         """The merge of honest clients that this is about, on one unseen domain."""
         return next(
             point
-            for point in self.federation.points.on(unseen)
+            for point in self.federation.points_on(unseen)
             if point.method is self.method and point.result.sparsity in (None, self.sparsity) and not point.poisoned
         )
 
     def zero_shot(self, unseen: str) -> Point:
         """The base on one unseen domain."""
-        return next(point for point in self.federation.points.on(unseen) if point.result.kind == "zero-shot")
+        return next(point for point in self.federation.points_on(unseen) if point.result.kind == "zero-shot")
 
     def before_and_after(self, unseen: str) -> tuple[Predictions, Predictions]:
         """What zero-shot and the merge said of the unseen domain."""

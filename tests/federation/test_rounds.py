@@ -1,0 +1,304 @@
+"""Several rounds: what they start from and hand over, by real short trainings on the small world."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections import Counter
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from conftest import taken
+from federation.runs import DOMAINS, contents
+from safetensors.torch import load_file
+from torch.testing import assert_close
+
+from sap_lightning.cli import SapCLI
+from sap_lightning.errors import InputError
+from sap_lightning.federation.one_shot import OneShotFederation
+from sap_lightning.federation.rounds import RoundsFederation
+from sap_lightning.functional.lora import dense
+from sap_lightning.io.adapter import Adapter, read_adapter
+from sap_lightning.merging import FedAvg, MergeMethod
+from sap_lightning.modules.clip_lora import CLIPLoRAModule
+
+WEIGHTS = "adapter_model.safetensors"
+QUIET = ["--model.reach=false", "--trainer.limit_val_batches=0", "--federation.report=false"]
+Federation = Callable[..., RoundsFederation]
+
+
+@pytest.fixture(scope="session")
+def federation(options) -> Federation:
+    """The federation that ``fit`` makes of options, to be played without measuring."""
+
+    def make(folder: Path, *more: str, **others: Any) -> RoundsFederation:
+        cli = SapCLI("fit", [*taken(options, "fit"), *QUIET, f"--federation.run_dir={folder}", *more])
+        return cli.federation(**others)
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def first(federation, tmp_path_factory) -> Path:
+    """A run folder of which the first of two rounds has been played by all clients but sketch's."""
+    folder = tmp_path_factory.mktemp("rounds") / "run"
+    federation(folder, "--federation.rounds=2", "--federation.unseen=sketch", "--federation.schedule=round").train()
+    return folder
+
+
+def copied(folder: Path, to: Path) -> Path:
+    return Path(shutil.copytree(folder, to))
+
+
+def weights(upload: Path) -> dict[str, torch.Tensor]:
+    return load_file(upload / WEIGHTS)
+
+
+# One round
+
+
+def test_one_round_is_the_one_shot_byte_for_byte(federation, finished, tmp_path):
+    shutil.copytree(finished / "uploads", tmp_path / "one_shot" / "uploads")
+    rounds = federation(
+        tmp_path / "one_shot", "--federation.rounds=1", "--federation.unseen=sketch", "--model.reach=true"
+    )
+    parts = {name: getattr(rounds, name) for name in ("client", "data", "anchors", "merge", "make_trainer", "config")}
+    one_shot = OneShotFederation(**parts, run_dir=str(tmp_path / "one_shot"), unseen="sketch")
+    one_shot.run()
+    expected = contents(tmp_path / "one_shot", "merged/**/*")
+    assert len(expected) == 2 * 4
+    for name, content in expected.items():
+        assert (finished / name).read_bytes() == content, name
+
+
+def test_the_first_of_several_rounds_is_trained_as_one_shot_is(first, finished):
+    for domain in ("cartoon", "painting", "photo"):
+        upload = Path("uploads") / domain
+        assert (first / upload / WEIGHTS).read_bytes() == (finished / upload / WEIGHTS).read_bytes()
+        said = json.loads((first / upload / "manifest.json").read_text())
+        assert (said["format_version"], said["round"], said["kind"]) == (2, 0, "lora")
+
+
+# Several rounds of one client are one training
+
+
+def test_rounds_of_a_client_alone_are_one_training_bit_for_bit(federation, run, tmp_path):
+    """Shuffles, augmentation, dropout, learning rate and Adam's moments go on where the round before has ended."""
+    settings = ["--model.dropout=0.3", "--federation.clients=[cartoon]", "--federation.unseen=photo"]
+    rounds = [*settings, "--federation.rounds=2", "--federation.aggregation=fedit", "--federation.optimizer=keep"]
+    federation(tmp_path / "rounds", *rounds).gather()
+    federation(tmp_path / "whole", *settings, "--trainer.max_epochs=2").train()
+    expected = weights(tmp_path / "whole" / "uploads" / "cartoon")
+    assert_close(
+        weights(tmp_path / "rounds" / "rounds" / "photo" / "1" / "uploads" / "cartoon"), expected, atol=0, rtol=0
+    )
+
+
+# Rounds of one full batch are steps on the union of the clients' images
+
+
+class FullBatch(CLIPLoRAModule):
+    """Trains by plain gradient descent."""
+
+    def configure_optimizers(self) -> Any:
+        trainable = [parameter for parameter in self.parameters() if parameter.requires_grad]
+        return torch.optim.SGD(trainable, lr=0.5)
+
+
+@pytest.fixture(scope="session")
+def shared(world, tmp_path_factory) -> Path:
+    """Two clients of 8 and 24 images, one that has the images of both, and an unseen domain."""
+    folder = tmp_path_factory.mktemp("shared")
+    for classes in sorted((world / "domains" / "photo").iterdir()):
+        for place, image in enumerate(sorted(classes.iterdir())[:4]):
+            for client in ("both", "small" if place == 0 else "large"):
+                target = folder / client / classes.name / image.name
+                target.parent.mkdir(parents=True, exist_ok=True)
+                shutil.copy(image, target)
+    shutil.copytree(folder / "both", folder / "unseen")
+    return folder
+
+
+def merged_after_rounds(
+    federation: Federation, folder: Path, shared: Path, clients: str, aggregation: str, method: MergeMethod
+) -> dict[str, torch.Tensor]:
+    """ΔW by layer of the merge after two rounds of one step each."""
+    made = federation(
+        folder,
+        *[f"--data.root={shared}", "--data.val_fraction=0", "--data.augment=false", "--data.batch_size=64"],
+        *["--federation.rounds=2", "--federation.unseen=unseen", f"--federation.clients={clients}"],
+        *["--merge.weights=samples", f"--federation.aggregation={aggregation}"],
+    )
+    made.client = FullBatch(made.client.base)
+    made.gather()
+    merged = made.evaluation.merge_of(made.sent.adapters, method)
+    return {name: dense(update) for name, update in merged.update.items()}
+
+
+@pytest.mark.parametrize(("aggregation", "method"), [("fedit", FedAvg())])
+def test_rounds_of_one_full_batch_are_gradient_descent_on_all_images(federation, shared, tmp_path, aggregation, method):
+    apart, together = (
+        merged_after_rounds(federation, tmp_path / clients, shared, clients, aggregation, method)
+        for clients in ("[small,large]", "[both]")
+    )
+    longest = max(float(update.abs().max()) for update in together.values())
+    assert longest > 1e-3, "or nothing would be shown"
+    assert_close(apart, together, atol=1e-6, rtol=1e-4)
+
+
+# Who takes part
+
+
+def test_a_share_of_the_clients_takes_part_and_everybody_in_time(federation, tmp_path):
+    made = federation(
+        tmp_path, "--federation.rounds=40", "--federation.share=0.5", "--federation.unseen=[photo,sketch]"
+    )
+    chosen = [made.chosen("photo", number) for number in range(40)]
+    assert chosen == [made.chosen("photo", number) for number in range(40)]
+    assert all(len(some) == len(set(some)) == 2 and "photo" not in some for some in chosen)
+    assert set(Counter(domain for some in chosen for domain in some)) == {"cartoon", "painting", "sketch"}
+    assert made.domains == sorted({*made.chosen("photo", 0), *made.chosen("sketch", 0)})
+    assert made.senders("photo") == chosen[-1]
+
+
+def test_at_least_one_client_takes_part(federation, tmp_path):
+    made = federation(tmp_path, "--federation.rounds=2", "--federation.share=0.01")
+    assert [len(made.chosen(domain, 0)) for domain in DOMAINS] == [1] * 4
+
+
+# What is handed over
+
+
+def test_the_order_of_the_clients_changes_no_byte_of_what_is_handed_over(federation, first, tmp_path):
+    made = []
+    for place, clients in enumerate(("[cartoon,painting,photo]", "[photo,painting,cartoon]")):
+        folder = copied(first, tmp_path / str(place))
+        of = federation(
+            folder, "--federation.rounds=2", f"--federation.clients={clients}", "--federation.unseen=sketch"
+        )
+        of._hand_over("sketch", 0)
+        made.append(contents(folder, "rounds/**/*"))
+    assert made[0] == made[1] and len(made[0]) == 3
+
+
+def handed(folder: Path) -> Adapter:
+    return read_adapter(folder / "rounds" / "sketch" / "0" / "global" / "start")
+
+
+@pytest.fixture
+def hand_over(federation, first, tmp_path) -> Callable[..., Path]:
+    """Lets the server hand over after the first round, in a copy of its folder."""
+
+    def make(*more: str) -> Path:
+        folder = tmp_path if (tmp_path / "uploads").exists() else copied(first, tmp_path / "copy")
+        federation(folder, "--federation.rounds=2", "--federation.unseen=sketch", *more)._hand_over("sketch", 0)
+        return folder
+
+    return make
+
+
+def test_fedit_hands_over_the_means_of_a_and_of_b(first, hand_over):
+    uploads = [read_adapter(first / "uploads" / domain) for domain in ("cartoon", "painting", "photo")]
+    for name, layer in handed(hand_over("--federation.aggregation=fedit")).layers.items():
+        assert_close(layer.A, torch.stack([one.layers[name].A for one in uploads]).mean(0))
+        assert_close(layer.B, torch.stack([one.layers[name].B for one in uploads]).mean(0))
+        assert layer.scale == 2
+
+
+def test_flexlora_hands_over_the_mean_cut_to_its_largest_singular_values_and_says_how_far_it_is(first, hand_over):
+    folder = hand_over()
+    uploads = [read_adapter(first / "uploads" / domain) for domain in ("cartoon", "painting", "photo")]
+    missed, whole = 0.0, 0.0
+    for name, layer in handed(folder).layers.items():
+        mean = torch.stack([one.layers[name].delta().double() for one in uploads]).mean(0)
+        sigma = torch.linalg.svdvals(mean)
+        assert_close(torch.linalg.svdvals(layer.delta().double())[:8], sigma[:8], atol=1e-6, rtol=1e-4)
+        missed, whole = missed + float(sigma[8:].square().sum()), whole + float(sigma.square().sum())
+    record = json.loads((folder / "rounds" / "sketch" / "0" / "global" / "round.json").read_text())
+    assert record["relative_error"] == pytest.approx((missed / whole) ** 0.5, rel=1e-3)
+
+
+def test_a_round_may_be_merged_by_any_method(first, hand_over):
+    folder = hand_over("--merge.method=median")
+    uploads = [read_adapter(first / "uploads" / domain) for domain in ("cartoon", "painting", "photo")]
+    name, layer = next(iter(handed(folder).layers.items()))
+    median = torch.stack([one.layers[name].delta() for one in uploads]).median(0).values
+    U, sigma, V = torch.linalg.svd(median)
+    assert_close(layer.delta(), (U[:, :8] * sigma[:8]) @ V[:8], atol=1e-6, rtol=1e-4)
+
+
+def test_what_was_handed_over_is_held_to(first, hand_over, federation, tmp_path):
+    folder = hand_over()
+    before = contents(folder, "rounds/**/*")
+    same = ["--federation.rounds=2", "--federation.unseen=sketch"]
+    federation(folder, *same)._hand_over("sketch", 0)
+    assert contents(folder, "rounds/**/*") == before
+    for other in ("--merge.method=median", "--merge.reject_outliers=true"):
+        with pytest.raises(InputError, match="rounds/sketch/0/global: was made with another method; start anew"):
+            federation(folder, *same, other)._hand_over("sketch", 0)
+    with pytest.raises(InputError, match="was made with another aggregation"):
+        federation(folder, *same, "--federation.aggregation=fedit")._hand_over("sketch", 0)
+    with pytest.raises(InputError, match="was made with another sources"):
+        federation(folder, *same, "--federation.clients=[cartoon,photo]")._hand_over("sketch", 0)
+    assert contents(folder, "rounds/**/*") == before
+
+
+# Settings
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        (["--federation.rounds=0"], r"^federation\.rounds must be at least 1, got 0"),
+        (["--federation.epochs_per_round=0"], r"^federation\.epochs_per_round must be at least 1"),
+        (["--federation.share=1.5"], r"^federation\.share must lie in"),
+        (["--federation.rounds=2", "--federation.optimizer=keep"], r"^federation\.optimizer keep: flexlora hands over"),
+        (
+            ["--federation.rounds=2", "--federation.poison.domain=photo"],
+            r"^federation\.poison is for one round; leave it out",
+        ),
+        (["--federation.last_method=nosuch"], r"^federation\.last_method nosuch: no such method"),
+        (
+            ["--federation.last_method=ties", "--merge.method=median"],
+            r"^federation\.last_method: nothing would use merge\.method, as there is one round",
+        ),
+        (
+            [
+                *["--federation.rounds=2", "--federation.aggregation=fedit"],
+                *["--federation.last_method=ties", "--merge.method=median"],
+            ],
+            r"^federation\.last_method: nothing would use merge\.method, as fedit averages A and B",
+        ),
+        (
+            ["--federation.rounds=2", "--federation.last_method=krum", "--federation.last_method.byzantine=1"],
+            r"krum needs at least 5 clients",
+        ),
+        (
+            ["--federation.rounds=2", "--trainer.max_epochs=-1", "--trainer.max_steps=3"],
+            r"^federation\.rounds: set federation\.epochs_per_round",
+        ),
+    ],
+)
+def test_settings_that_cannot_be_are_refused_by_name(federation, tmp_path, settings, message):
+    with pytest.raises(InputError, match=message):
+        federation(tmp_path, *settings).check()
+
+
+@pytest.mark.parametrize(
+    ("settings", "rounds", "last"),
+    [
+        ([], "average", "sap"),
+        (["--merge.method=ties"], "ties", "ties"),
+        (["--merge.method=average", "--federation.last_method=sap", "--prune.sparsity=0.5"], "average", "sap"),
+        (["--merge.method=sap", "--federation.last_method=ties"], "sap", "ties"),
+    ],
+)
+def test_rounds_and_the_last_may_be_merged_by_two_methods(federation, tmp_path, settings, rounds, last):
+    made = federation(tmp_path, "--federation.rounds=2", *settings)
+    assert made.method.name == rounds
+    assert list(made.plan.methods) == ["average", last]
+    if "--prune.sparsity=0.5" in settings:
+        assert made.plan.methods["sap"].sparsity == 0.5
