@@ -28,6 +28,11 @@ class Handed(NamedTuple):
 
     start: Adapter
 
+    @property
+    def size(self) -> int:
+        """Bytes that each client downloads."""
+        return self.start.size
+
 
 def hand_over(folder: Path, base: str, start: Mapping[str, LoRALayer], record: Mapping[str, Any]) -> None:
     """Writes what a round hands over, with a record of what it was made of, whole or not at all.

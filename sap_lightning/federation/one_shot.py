@@ -291,12 +291,6 @@ class OneShotFederation:
         self.server.strategy.barrier()
         return self.collect([folder.upload(domain)])
 
-    def upload_of(self, adapter: Adapter) -> Path:
-        """The folder that an adapter was read from."""
-        if self.poison and adapter in self.sent.poisoned:
-            return self.folder.poisoned(self.poison.name).upload(adapter.name)
-        return self.folder.upload(adapter.name)
-
 
 def chosen_domains(setting: str, chosen: Sequence[str] | str | None, domains: Sequence[str]) -> list[str]:
     """The domains that a setting names, all where it names none.

@@ -67,11 +67,15 @@ class Sent(NamedTuple):
         honest: every client's own adapter.
         poisoned: what one of them sends in place of its own; nothing without a poisoned client.
         label: what was done to it.
+        rounds: how many rounds there were; these are of the last.
+        bytes_before: what has crossed the wire before these were sent, up and down.
     """
 
     honest: Sequence[Adapter]
     poisoned: Sequence[Adapter] = ()
     label: str = ""
+    rounds: int = 1
+    bytes_before: int = 0
 
     @classmethod
     def of(cls, honest: Sequence[Adapter], sent: Sequence[Adapter], label: str) -> Sent:
@@ -176,6 +180,8 @@ class Points:
             settings=settings,
             sources=sources,
             provenance=self.provenance,
+            rounds=self.sent.rounds if adapters else 0,
+            bytes=self.sent.bytes_before + sum(adapter.size for adapter in adapters) if adapters else 0,
         )
         return Point(result, adapters, method, any(adapter in self.sent.poisoned for adapter in adapters))
 

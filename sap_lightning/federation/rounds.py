@@ -142,7 +142,7 @@ class RoundsFederation(OneShotFederation):
         log.info("%d rounds of %d epochs: %d trainings in the first round", self.rounds, self.epochs, len(self.domains))
         log.info("%d in the others, played for each of %d unseen domains (federation.unseen)", later, len(self.unseen))
         self.train()
-        self._played = {unseen: self.points_of(Sent(self._play(unseen))) for unseen in self.unseen}
+        self._played = {unseen: self.points_of(self._play(unseen)) for unseen in self.unseen}
         self.sent = self.sent_for(self.unseen[0])
 
     def sent_for(self, unseen: str) -> Sent:
@@ -151,12 +151,15 @@ class RoundsFederation(OneShotFederation):
     def points_on(self, unseen: str) -> list[Point]:
         return list(self._played[unseen].on(unseen)) if self._played else super().points_on(unseen)
 
-    def _play(self, unseen: str) -> list[Adapter]:
+    def _play(self, unseen: str) -> Sent:
         """What the clients send in the last round for an unseen domain, after all rounds before."""
+        sent, crossed = self._uploads(unseen, 0), 0
         for number in range(1, self.rounds):
-            handed = self._hand_over(unseen, number - 1)
+            handed = self._hand_over(unseen, number - 1, sent)
+            crossed += sum(adapter.size for adapter in sent) + handed.size * len(self.chosen(unseen, number))
             self._train_round(unseen, number, handed)
-        return self._uploads(unseen, self.rounds - 1)
+            sent = self._uploads(unseen, number)
+        return Sent(sent, rounds=self.rounds, bytes_before=crossed)
 
     def _uploads(self, unseen: str, number: int) -> list[Adapter]:
         folder = self.folder.round(unseen, number)
@@ -186,10 +189,9 @@ class RoundsFederation(OneShotFederation):
 
     # The server between two rounds
 
-    def _hand_over(self, unseen: str, number: int) -> Handed:
-        """What a round hands to the clients of the next one; made if it does not stand."""
-        folder, adapters = self.folder.handed(unseen, number), self._uploads(unseen, number)
-        record = self._record(adapters)
+    def _hand_over(self, unseen: str, number: int, adapters: Sequence[Adapter]) -> Handed:
+        """What a round hands to the clients of the next one, of what it got; made if it does not stand."""
+        folder, record = self.folder.handed(unseen, number), self._record(adapters)
         handed = handed_in(folder, record)
         if handed is None:
             self._make(folder, adapters, record)

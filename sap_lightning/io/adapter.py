@@ -53,6 +53,7 @@ class Adapter:
         base: name of the base that it says it was trained on; empty where it does not.
         dropped: layers that were trained whole, and are left out.
         doubts: what speaks against it, in words.
+        size: bytes of its files; 0 for a checkpoint, which is not sent.
     """
 
     name: str = field(compare=False)
@@ -63,6 +64,7 @@ class Adapter:
     base: str = field(default="", compare=False)
     dropped: Sequence[str] = field(default=(), compare=False)
     doubts: Sequence[str] = field(default=(), compare=False)
+    size: int = field(default=0, compare=False)
 
     @cached_property
     def length(self) -> float:
@@ -144,7 +146,7 @@ def _read(
         with errors_in(files.place(MANIFEST_FILE)):
             require_base(manifest.base_fingerprint, expected, manifest.base)
     config = PeftConfig(files.json(CONFIG_FILE), files.place(CONFIG_FILE))
-    adapter = adapter_from(files.weights(), config, name, manifest, shapes, beside)
+    adapter = adapter_from(files.weights(), config, name, manifest, shapes, beside, files.size())
     if manifest:
         with errors_in(files.place(MANIFEST_FILE)):
             _require_agreement(manifest, adapter)
@@ -204,6 +206,7 @@ def adapter_from(
     manifest: Manifest | None,
     shapes: Shapes | None,
     beside: Beside = NOTHING_BESIDE,
+    size: int = 0,
 ) -> Adapter:
     """The adapter that tensors and PEFT's config make: every check on them, wherever they come from.
 
@@ -214,6 +217,7 @@ def adapter_from(
         manifest: what the client says of it.
         shapes: as for `read_adapter`.
         beside: as for `read_adapter`.
+        size: bytes of its files.
 
     Raises:
         InputError: as `read_adapter` does.
@@ -233,6 +237,7 @@ def adapter_from(
         base=public_name(manifest.base) if manifest else base_name(config.content),
         dropped=layers.dropped,
         doubts=[f"its config names {short(target)}, of which it has no layer" for target in missing],
+        size=size,
     )
 
 

@@ -7,11 +7,13 @@ import shutil
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import pytest
 import torch
 from conftest import taken
+from damage import cut, flip
+from federation.kills import killed
 from federation.runs import DOMAINS, contents
 from safetensors.torch import load_file
 from torch.testing import assert_close
@@ -21,6 +23,7 @@ from sap_lightning.errors import InputError
 from sap_lightning.federation.one_shot import OneShotFederation
 from sap_lightning.federation.rounds import RoundsFederation
 from sap_lightning.functional.lora import dense
+from sap_lightning.functional.traffic import fedavg_bytes
 from sap_lightning.io.adapter import Adapter, read_adapter
 from sap_lightning.merging import FedAvg, MergeMethod
 from sap_lightning.modules.clip_lora import CLIPLoRAModule
@@ -172,6 +175,11 @@ def test_at_least_one_client_takes_part(federation, tmp_path):
 # What is handed over
 
 
+def hand(of: RoundsFederation) -> None:
+    """Lets the server hand over after the first round."""
+    of._hand_over("sketch", 0, of._uploads("sketch", 0))
+
+
 def test_the_order_of_the_clients_changes_no_byte_of_what_is_handed_over(federation, first, tmp_path):
     made = []
     for place, clients in enumerate(("[cartoon,painting,photo]", "[photo,painting,cartoon]")):
@@ -179,7 +187,7 @@ def test_the_order_of_the_clients_changes_no_byte_of_what_is_handed_over(federat
         of = federation(
             folder, "--federation.rounds=2", f"--federation.clients={clients}", "--federation.unseen=sketch"
         )
-        of._hand_over("sketch", 0)
+        hand(of)
         made.append(contents(folder, "rounds/**/*"))
     assert made[0] == made[1] and len(made[0]) == 3
 
@@ -194,7 +202,7 @@ def hand_over(federation, first, tmp_path) -> Callable[..., Path]:
 
     def make(*more: str) -> Path:
         folder = tmp_path if (tmp_path / "uploads").exists() else copied(first, tmp_path / "copy")
-        federation(folder, "--federation.rounds=2", "--federation.unseen=sketch", *more)._hand_over("sketch", 0)
+        hand(federation(folder, "--federation.rounds=2", "--federation.unseen=sketch", *more))
         return folder
 
     return make
@@ -234,16 +242,117 @@ def test_what_was_handed_over_is_held_to(first, hand_over, federation, tmp_path)
     folder = hand_over()
     before = contents(folder, "rounds/**/*")
     same = ["--federation.rounds=2", "--federation.unseen=sketch"]
-    federation(folder, *same)._hand_over("sketch", 0)
+    hand(federation(folder, *same))
     assert contents(folder, "rounds/**/*") == before
     for other in ("--merge.method=median", "--merge.reject_outliers=true"):
         with pytest.raises(InputError, match="rounds/sketch/0/global: was made with another method; start anew"):
-            federation(folder, *same, other)._hand_over("sketch", 0)
+            hand(federation(folder, *same, other))
     with pytest.raises(InputError, match="was made with another aggregation"):
-        federation(folder, *same, "--federation.aggregation=fedit")._hand_over("sketch", 0)
+        hand(federation(folder, *same, "--federation.aggregation=fedit"))
     with pytest.raises(InputError, match="was made with another sources"):
-        federation(folder, *same, "--federation.clients=[cartoon,photo]")._hand_over("sketch", 0)
+        hand(federation(folder, *same, "--federation.clients=[cartoon,photo]"))
     assert contents(folder, "rounds/**/*") == before
+
+
+# On the wire
+
+TWO = [
+    *["--federation.rounds=2", "--federation.schedule=round"],
+    *["--federation.unseen=sketch", "--federation.clients=[cartoon,photo]"],
+]
+
+
+class Played(NamedTuple):
+    """Two rounds of two clients for sketch, the first of which had been played, and how many changes the other made."""
+
+    federation: RoundsFederation
+    folder: Path
+    changes: int
+
+
+@pytest.fixture(scope="session")
+def played(federation, first, tmp_path_factory) -> Played:
+    folder = copied(first, tmp_path_factory.mktemp("played") / "run")
+    made = federation(folder, *TWO)
+    changes = killed(folder, made.gather)
+    made.gather()
+    return Played(made, folder, changes)
+
+
+def files_of_rounds(folder: Path) -> dict[str, bytes]:
+    """What was sent and handed over; checkpoints and settings name the folder."""
+    return contents(folder, "rounds/**/uploads/**/*") | contents(folder, "rounds/**/global/**/*")
+
+
+def size_of(folder: Path, pattern: str) -> int:
+    return sum(map(len, contents(folder, pattern).values()))
+
+
+def test_what_has_crossed_the_wire_is_counted_in_files(played):
+    ups = [size_of(played.folder, f"**/uploads/{client}/*") for client in ("cartoon", "photo")]
+    down = size_of(played.folder, "rounds/sketch/0/global/start/*")
+    *_, average, _ = played.federation.points_on("sketch")
+    assert (average.result.model, average.result.rounds) == ("average", 2)
+    assert average.result.bytes == sum(ups) + 2 * down
+
+
+def test_the_tensors_on_the_wire_are_those_of_the_formula_of_fedavg(played):
+    once = [size_of(played.folder, f"uploads/{client}/{WEIGHTS}") for client in ("cartoon", "photo")]
+    up = size_of(played.folder, f"uploads/cartoon/{WEIGHTS}") + size_of(played.folder, f"uploads/photo/{WEIGHTS}")
+    up += size_of(played.folder, f"rounds/**/uploads/*/{WEIGHTS}")
+    down = 2 * size_of(played.folder, f"rounds/**/global/start/{WEIGHTS}")
+    assert up + down == fedavg_bytes(once, rounds=2) - sum(once), (
+        "what the first round starts from is drawn by the seed"
+    )
+
+
+def test_an_upload_of_an_earlier_round_is_refused_in_a_later_one(federation, played, tmp_path):
+    folder = copied(played.folder, tmp_path / "run")
+    shutil.rmtree(folder / "rounds/sketch/1/uploads/photo")
+    shutil.copytree(folder / "uploads/photo", folder / "rounds/sketch/1/uploads/photo")
+    with pytest.raises(
+        InputError, match="sketch/1/uploads: the upload of photo says that it is of round 0, expected 1"
+    ):
+        federation(folder, *TWO).gather()
+
+
+def test_an_upload_of_a_later_round_is_refused_in_one_shot(federation, played, tmp_path):
+    folder = copied(played.folder, tmp_path / "run")
+    shutil.rmtree(folder / "uploads/photo")
+    shutil.move(folder / "rounds/sketch/1/uploads/photo", folder / "uploads/photo")
+    one_shot = federation(folder, "--federation.unseen=sketch", "--federation.clients=[cartoon,photo]")
+    with pytest.raises(InputError, match="uploads: the upload of photo says that it is of round 1, expected 0"):
+        one_shot.collect([folder / "uploads" / client for client in ("cartoon", "photo")])
+
+
+def test_nothing_but_the_adapter_leaves_a_client(played):
+    """What a client keeps, checkpoints with Adam's moments, is nowhere but in its own folder."""
+    for upload in (played.folder / "rounds/sketch/1/uploads").iterdir():
+        assert {file.name for file in upload.iterdir()} == {WEIGHTS, "adapter_config.json", "manifest.json"}
+        assert all(".lora_A." in key or ".lora_B." in key for key in weights(upload))
+    kept = {file.relative_to(played.folder).parts for file in played.folder.rglob("*.ckpt")}
+    assert kept and all("clients" in parts for parts in kept)
+
+
+# Interruptions
+
+
+@pytest.mark.parametrize("share", [0.0, 0.3, 0.9])
+def test_killed_at_a_change_of_a_file_it_continues_to_the_same_bytes(federation, first, played, tmp_path, share):
+    folder = copied(first, tmp_path / "run")
+    made = federation(folder, *TWO)
+    killed(folder, made.gather, at=1 + int(share * played.changes))
+    assert files_of_rounds(folder) != files_of_rounds(played.folder)
+    made.gather()
+    assert files_of_rounds(folder) == files_of_rounds(played.folder)
+
+
+@pytest.mark.parametrize(("file", "damage"), [("round.json", cut), ("round.json", flip), (f"start/{WEIGHTS}", flip)])
+def test_what_was_handed_over_and_is_damaged_is_made_anew(federation, played, tmp_path, file, damage):
+    folder = copied(played.folder, tmp_path / "run")
+    damage(folder / "rounds/sketch/0/global" / file)
+    federation(folder, *TWO).gather()
+    assert files_of_rounds(folder) == files_of_rounds(played.folder)
 
 
 # Settings
