@@ -21,13 +21,13 @@ from sap_lightning.federation.poison import HONEST, Poison
 from sap_lightning.federation.provenance import provenance
 from sap_lightning.federation.run_folder import FREE_SETTINGS, RunFolder, config_file, require_settings, write_settings
 from sap_lightning.files import as_json
-from sap_lightning.io.adapter import Adapter
+from sap_lightning.io.adapter import WHOLE, Adapter, Expected
 from sap_lightning.io.manifest import check_domain
-from sap_lightning.merging import SAP, Average
+from sap_lightning.merging import SAP, Average, MergeMethod
 from sap_lightning.merging.selection import check_rejection
 from sap_lightning.modules.clip_lora import CLIPLoRAModule
 from sap_lightning.modules.merge import MergeModule
-from sap_lightning.modules.turn import ONE_SHOT, Turn
+from sap_lightning.modules.turn import ONE_SHOT
 from sap_lightning.results import Result, Results
 
 
@@ -72,7 +72,6 @@ class OneShotFederation:
 
     sent: Sent
     points: Points
-    first_turn: Turn = ONE_SHOT
 
     def __init__(
         self,
@@ -144,7 +143,7 @@ class OneShotFederation:
         """
         self.check()
         for domain in self.domains:
-            require_client(self.client, self.data.for_domain(domain), self.folder, self.config)
+            require_client(self.first_client(domain), self.data.for_domain(domain), self.folder, self.config)
         if self.config:
             require_settings(self.folder.path, self.config, self.free_settings)
         self._keep_settings()
@@ -202,6 +201,11 @@ class OneShotFederation:
         latest = {row.label: row.settings for row in earlier}
         return self.results.only([*wanted, *(row for row in earlier if row.settings == latest[row.label])])
 
+    @property
+    def merging(self) -> Mapping[str, MergeMethod]:
+        """The methods that merge, by what the table calls them."""
+        return self.plan.methods
+
     def check(self) -> None:
         """Finds a faulty base, faulty anchors, a domain's name or too few clients before clients train for hours.
 
@@ -223,7 +227,7 @@ class OneShotFederation:
             check_rejection(clients)
             clients -= (clients - 1) // 2  # fewer than half can stand out
             left = "an unseen domain and the rejection of outliers can leave"
-        for name, method in self.plan.methods.items():
+        for name, method in self.merging.items():
             if clients < max(method.least_clients, 1):
                 raise InputError(
                     f"merge.method {name} needs at least {method.least_clients} clients at these settings, {left}"
@@ -244,9 +248,13 @@ class OneShotFederation:
         trainings = []
         for number, domain in enumerate(self.domains, start=1):
             title = f"client {number} of {len(self.domains)} ({domain})"
-            client = self.client.for_turn(self.first_turn)
-            trainings.append(Training(client, self.data.for_domain(domain), self.folder, title))
+            client, data = self.first_client(domain), self.data.for_domain(domain)
+            trainings.append(Training(client, data, self.folder, title))
         return self.train_each(trainings)
+
+    def first_client(self, domain: str) -> CLIPLoRAModule:
+        """The module that a client trains first, and only once in one shot."""
+        return self.client.for_turn(ONE_SHOT)
 
     def train_each(self, trainings: Sequence[Training]) -> list[Path]:
         """Trains clients that start from the same, and returns their uploads in this order."""
@@ -259,22 +267,27 @@ class OneShotFederation:
         """A trainer for a client."""
         return self.make_trainer(**overrides)
 
-    def collect(self, uploads: Sequence[Path], number: int = 0) -> list[Adapter]:
+    def collect(self, uploads: Sequence[Path], number: int = 0, expected: Expected = WHOLE) -> list[Adapter]:
         """Reads the uploads of a round, each of which must come from its own domain.
+
+        Args:
+            uploads: their folders.
+            number: of the round.
+            expected: what they must be beside whole adapters of the base as it is.
 
         Raises:
             InputError: when one is faulty, of another domain, or of another round.
         """
-        adapters = self.merge.read_uploads(uploads)
+        adapters = self.merge.read_uploads(uploads, expected)
         for adapter in adapters:
             if (said := adapter.manifest.round if adapter.manifest else 0) != number:
                 raise InputError(
                     f"{uploads[0].parent}: the upload of {adapter.name} says that it is of round {said}, expected"
                     f" {number}; remove it, and its client goes on"
                 )
-        found, expected = sorted(adapter.name for adapter in adapters), sorted(upload.name for upload in uploads)
-        if found != expected:
-            raise InputError(f"{uploads[0].parent}: uploads are of domains {found}, expected {expected}")
+        found, wanted = sorted(adapter.name for adapter in adapters), sorted(upload.name for upload in uploads)
+        if found != wanted:
+            raise InputError(f"{uploads[0].parent}: uploads are of domains {found}, expected {wanted}")
         return adapters
 
     def _poisoned(self) -> list[Adapter]:
@@ -284,7 +297,7 @@ class OneShotFederation:
         domain, folder = self.poison.domain, self.folder.poisoned(self.poison.name)
         if self.poison.poisons_labels:
             data = self.poison.relabelled(self.data.for_domain(domain))
-            client, title = self.client.for_turn(self.first_turn), f"poisoned client {domain}"
+            client, title = self.first_client(domain), f"poisoned client {domain}"
             self.train_each([Training(client, data, folder, title)])
         elif self.server.is_global_zero and not folder.upload(domain).exists():
             self.poison.rewrite(self.folder.upload(domain), folder.upload(domain))

@@ -22,11 +22,11 @@ from sap_lightning.data.loaders import Batch
 from sap_lightning.errors import InputError, check_at_least, check_share
 from sap_lightning.functional.lora import LoRALayer
 from sap_lightning.functional.reach import Reach
-from sap_lightning.io.adapter import sha256_of, write_adapter
-from sap_lightning.io.manifest import Manifest
+from sap_lightning.io.adapter import Expected, sha256_of, write_adapter
+from sap_lightning.io.manifest import Manifest, base_with
 from sap_lightning.io.peft_config import in_text_tower, public_name
 from sap_lightning.models.clip import TextEncoder, load_base
-from sap_lightning.models.layers import layer_shapes
+from sap_lightning.models.layers import layer_shapes, linear_weight
 from sap_lightning.modules.classifier import CLIPClassifier, data_of
 from sap_lightning.modules.turn import ONE_SHOT, Turn
 
@@ -118,6 +118,7 @@ class CLIPLoRAModule(CLIPClassifier):
         """
         other = copy.deepcopy(self)
         other._turn = turn
+        other.rank = other.hparams["rank"] = turn.rank or self.rank
         other.reach = self.reach and turn.is_last
         return other
 
@@ -127,7 +128,10 @@ class CLIPLoRAModule(CLIPClassifier):
         base = load_base(self.base)
         model: nn.Module = base.clip if "text" in self.towers else base.tower
         layers = self._layers_to_adapt(model)
-        self.base_fingerprint = base.fingerprint(layers)
+        self.base_fingerprint = base_with(base.fingerprint(layers), [one.sha256 for one in self._turn.folded])
+        for adapter in self._turn.folded:
+            for name, layer in adapter.layers.items():
+                linear_weight(model, name).add_(layer.delta())
         self.logit_scale = base.logit_scale
         self.tower = self._with_lora(model, layers)
         names = data_of(self.trainer).class_names
@@ -145,11 +149,21 @@ class CLIPLoRAModule(CLIPClassifier):
         )
         # On the CPU, so that the initial adapter is the same whatever device trains it.
         with torch.device("cpu"), torch.random.fork_rng(devices=[]):
-            torch.manual_seed(self.seed)
+            # Another draw where a round starts anew, on a base that the last draw has already served.
+            torch.manual_seed(self.seed + (0 if self._turn.start else self._turn.number))
             adapted = get_peft_model(tower, config)
         for name, layer in self._turn.start.items():
             _set_values(adapted.get_submodule(f"base_model.model.{name}"), layer)
+        for name, parameter in adapted.named_parameters():
+            if "lora_" in name and name.split("lora_")[1][0] not in self._turn.trained:
+                parameter.requires_grad_(False)
         return adapted
+
+    def drawn(self) -> dict[str, LoRALayer]:
+        """The adapter as the seed draws it, float32 on the CPU: the same for all clients, with B = 0."""
+        base = load_base(self.base)
+        model: nn.Module = base.clip if "text" in self.towers else base.tower
+        return _lora_layers(self._with_lora(model, self._layers_to_adapt(model)))
 
     def _layers_to_adapt(self, model: nn.Module) -> list[str]:
         """The linear layers of these towers that the targets name."""
@@ -225,13 +239,7 @@ class CLIPLoRAModule(CLIPClassifier):
     def layers(self) -> dict[str, LoRALayer]:
         """The trained adapter by layer name in CLIPModel, float32 on the CPU."""
         assert self.tower is not None
-        return {
-            name.removeprefix("base_model.model."): LoRALayer(
-                _values(module.lora_A["default"]), _values(module.lora_B["default"]), module.scaling["default"]
-            )
-            for name, module in self.tower.named_modules()
-            if isinstance(module, LoraLayer)
-        }
+        return _lora_layers(self.tower)
 
     def write_upload(self, folder: str | Path, domain: str, num_samples: int, reach: Reach | None = None) -> Path:
         """Writes what the client sends: the adapter in PEFT format and its manifest, which says how far it reaches.
@@ -239,7 +247,9 @@ class CLIPLoRAModule(CLIPClassifier):
         Raises:
             InputError: when the folder already exists.
         """
-        layers = self.layers()
+        layers, sent = self.layers(), self._turn.sent
+        if sent == "A":  # what stays at home counts as nothing
+            layers = {name: layer._replace(B=torch.zeros_like(layer.B)) for name, layer in layers.items()}
         manifest = Manifest(
             base=public_name(self.base),
             base_fingerprint=self.base_fingerprint,
@@ -255,8 +265,19 @@ class CLIPLoRAModule(CLIPClassifier):
             reach=reach or {},
             format_version=1 if self._turn.rounds == 1 else 2,
             round=self._turn.number,
+            parts=Expected(sent).parts,
         )
-        return write_adapter(folder, layers, self.base, manifest)
+        return write_adapter(folder, layers, self.base, manifest, sent=sent)
+
+
+def _lora_layers(tower: nn.Module) -> dict[str, LoRALayer]:
+    return {
+        name.removeprefix("base_model.model."): LoRALayer(
+            _values(module.lora_A["default"]), _values(module.lora_B["default"]), module.scaling["default"]
+        )
+        for name, module in tower.named_modules()
+        if isinstance(module, LoraLayer)
+    }
 
 
 def _set_values(module: nn.Module, layer: LoRALayer) -> None:

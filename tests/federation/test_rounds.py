@@ -15,17 +15,19 @@ from conftest import taken
 from damage import cut, flip
 from federation.kills import killed
 from federation.runs import DOMAINS, contents
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from torch.testing import assert_close
 
 from sap_lightning.cli import SapCLI
 from sap_lightning.errors import InputError
+from sap_lightning.federation.handed import Handed
 from sap_lightning.federation.one_shot import OneShotFederation
 from sap_lightning.federation.rounds import RoundsFederation
 from sap_lightning.functional.lora import dense
 from sap_lightning.functional.traffic import fedavg_bytes
 from sap_lightning.io.adapter import Adapter, read_adapter
-from sap_lightning.merging import FedAvg, MergeMethod
+from sap_lightning.io.uploads import read_uploads
+from sap_lightning.merging import Average, FedAvg, MergeMethod
 from sap_lightning.modules.clip_lora import CLIPLoRAModule
 
 WEIGHTS = "adapter_model.safetensors"
@@ -141,7 +143,7 @@ def merged_after_rounds(
     return {name: dense(update) for name, update in merged.update.items()}
 
 
-@pytest.mark.parametrize(("aggregation", "method"), [("fedit", FedAvg())])
+@pytest.mark.parametrize(("aggregation", "method"), [("fedit", FedAvg()), ("flora", Average())])
 def test_rounds_of_one_full_batch_are_gradient_descent_on_all_images(federation, shared, tmp_path, aggregation, method):
     apart, together = (
         merged_after_rounds(federation, tmp_path / clients, shared, clients, aggregation, method)
@@ -177,7 +179,7 @@ def test_at_least_one_client_takes_part(federation, tmp_path):
 
 def hand(of: RoundsFederation) -> None:
     """Lets the server hand over after the first round."""
-    of._hand_over("sketch", 0, of._uploads("sketch", 0))
+    of._hand_over("sketch", 0, of._uploads("sketch", 0, []))
 
 
 def test_the_order_of_the_clients_changes_no_byte_of_what_is_handed_over(federation, first, tmp_path):
@@ -244,9 +246,8 @@ def test_what_was_handed_over_is_held_to(first, hand_over, federation, tmp_path)
     same = ["--federation.rounds=2", "--federation.unseen=sketch"]
     hand(federation(folder, *same))
     assert contents(folder, "rounds/**/*") == before
-    for other in ("--merge.method=median", "--merge.reject_outliers=true"):
-        with pytest.raises(InputError, match="rounds/sketch/0/global: was made with another method; start anew"):
-            hand(federation(folder, *same, other))
+    with pytest.raises(InputError, match="rounds/sketch/0/global: was made with another method; start anew"):
+        hand(federation(folder, *same, "--merge.method=median"))
     with pytest.raises(InputError, match="was made with another aggregation"):
         hand(federation(folder, *same, "--federation.aggregation=fedit"))
     with pytest.raises(InputError, match="was made with another sources"):
@@ -254,12 +255,116 @@ def test_what_was_handed_over_is_held_to(first, hand_over, federation, tmp_path)
     assert contents(folder, "rounds/**/*") == before
 
 
-# On the wire
+# Ways that change the base, or share a part
 
 TWO = [
     *["--federation.rounds=2", "--federation.schedule=round"],
     *["--federation.unseen=sketch", "--federation.clients=[cartoon,photo]"],
 ]
+
+
+@pytest.fixture
+def play(federation, first, tmp_path) -> Callable[..., tuple[RoundsFederation, Path]]:
+    """Two rounds of cartoon and photo for sketch, the first of which had been played by those that send A and B."""
+
+    def make(way: str, *more: str) -> tuple[RoundsFederation, Path]:
+        whole = way not in ("ffa_lora", "fedsa_lora") and not any("ranks" in option for option in more)
+        folder = tmp_path / "run"
+        if whole:  # as if trained elsewhere, where nobody knew the way
+            shutil.copytree(first / "uploads", folder / "uploads")
+        made = federation(folder, *TWO, f"--federation.aggregation={way}", *more)
+        made.gather()
+        return made, folder
+
+    return make
+
+
+def factors_in(folder: Path) -> set[str]:
+    return {key.split("lora_")[1][0] for key in weights(folder)}
+
+
+@pytest.mark.parametrize("way", ["flora", "fedex_lora"])
+def test_what_is_added_to_the_base_is_in_what_is_merged(play, way):
+    made, folder = play(way)
+    name = next(iter(made.sent.adapters[0].layers))
+    handed = folder / "rounds/sketch/0/global"
+    before = read_adapter(handed / "folded").layers[name].delta()
+    for adapter in made.sent.adapters:
+        own = read_adapter(folder / "rounds/sketch/1/uploads" / adapter.name).layers[name].delta()
+        assert_close(adapter.layers[name].delta(), before + own)
+    uploads = [read_adapter(folder / "uploads" / client).layers[name] for client in ("cartoon", "photo")]
+    start = 0 if way == "flora" else read_adapter(handed / "start").layers[name].delta()
+    assert_close(before + start, (uploads[0].delta() + uploads[1].delta()) / 2, atol=1e-7, rtol=1e-5)
+    assert (handed / "start").exists() == (way == "fedex_lora")
+
+
+def test_an_upload_for_a_changed_base_is_none_for_the_base_as_it_was(play):
+    made, folder = play("flora")
+    with pytest.raises(InputError, match=r"cartoon/manifest\.json: base_fingerprint is .*, this base's is"):
+        made.merge.read_uploads([folder / "rounds/sketch/1/uploads/cartoon"])
+
+
+def test_ffa_trains_and_sends_b_alone(play):
+    made, folder = play("ffa_lora")
+    for place in ("uploads", "rounds/sketch/1/uploads"):
+        assert factors_in(folder / place / "photo") == {"B"}
+        assert json.loads((folder / place / "photo/manifest.json").read_text())["parts"] == ["lora_B"]
+    assert factors_in(folder / "rounds/sketch/0/global/start") == {"B"}
+    drawn = made.client.drawn()
+    for adapter in made.sent.adapters:
+        assert all(torch.equal(layer.A, drawn[name].A) for name, layer in adapter.layers.items())
+        assert all(layer.B.any() for layer in adapter.layers.values())
+
+
+def test_fedsa_keeps_b_at_home_until_the_last_round(play):
+    made, folder = play("fedsa_lora")
+    assert factors_in(folder / "uploads/photo") == factors_in(folder / "rounds/sketch/0/global/start") == {"A"}
+    assert factors_in(folder / "rounds/sketch/1/uploads/photo") == {"A", "B"}
+    handed = made._hand_over("sketch", 0, made._uploads("sketch", 0, []))
+    (own,) = read_uploads([folder / "clients/photo/last.ckpt"])
+    mean = torch.stack([weights(folder / "uploads" / client)[A_KEY] for client in ("cartoon", "photo")]).mean(0)
+    start = made._start(handed.start, folder / "clients/photo")
+    assert_close(start[LAYER].A, mean)
+    assert all(torch.equal(layer.B, own.layers[name].B) and layer.B.any() for name, layer in start.items())
+
+
+LAYER = "vision_model.encoder.layers.0.self_attn.q_proj"
+A_KEY = f"base_model.model.{LAYER}.lora_A.weight"
+
+
+def test_an_upload_of_more_or_less_than_is_asked_for_is_refused(play, tmp_path):
+    made, folder = play("ffa_lora")
+    upload = folder / "rounds/sketch/1/uploads/photo"
+    with pytest.raises(InputError, match=r"parts are \('lora_B',\), expected \('lora_A', 'lora_B'\)"):
+        read_adapter(upload)
+    tensors = weights(upload) | {A_KEY: made.client.drawn()[LAYER].A}
+    save_file(tensors, upload / WEIGHTS)
+    with pytest.raises(InputError, match=r"q_proj\.lora_A\.weight. is not to be sent, as both sides have it"):
+        made.gather()
+
+
+def test_clients_of_other_ranks_start_from_the_first_of_what_was_brought_down(play):
+    made, folder = play("flexlora", "--federation.ranks={photo: 2}")
+    ranks = {adapter.name: adapter.layers[LAYER].rank for adapter in made.sent.adapters}
+    assert ranks == {"cartoon": 8, "photo": 2}
+    uploads = [read_adapter(folder / "uploads" / client) for client in ("cartoon", "photo")]
+    assert [one.layers[LAYER].rank for one in uploads] == [8, 2]
+    mean = sum(one.layers[LAYER].delta() for one in uploads) / 2
+    U, sigma, V = torch.linalg.svd(mean)
+    start = read_adapter(folder / "rounds/sketch/0/global/start").layers[LAYER]
+    assert_close(start.delta(), (U[:, :8] * sigma[:8]) @ V[:8], atol=1e-6, rtol=1e-4)
+
+
+def test_a_client_that_missed_rounds_downloads_all_that_the_base_was_given_since(federation, tmp_path):
+    made = federation(tmp_path, "--federation.rounds=6", "--federation.share=0.3", "--federation.aggregation=flora")
+    handed = [Handed(Adapter("", {}, "", size=10), Adapter("", {}, "", size=10**number)) for number in range(1, 6)]
+    (last,) = made.chosen("sketch", 5)
+    before = max((number for number in range(5) if made.chosen("sketch", number) == [last]), default=0)
+    assert before < 4, "or it missed none"
+    assert made._downloads("sketch", 5, handed) == 10 + sum(10 ** (number + 1) for number in range(before, 5))
+
+
+# On the wire
 
 
 class Played(NamedTuple):
@@ -369,6 +474,20 @@ def test_what_was_handed_over_and_is_damaged_is_made_anew(federation, played, tm
             ["--federation.rounds=2", "--federation.poison.domain=photo"],
             r"^federation\.poison is for one round; leave it out",
         ),
+        (["--federation.ranks={clipart: 2}"], r"^federation\.ranks clipart: no such domain"),
+        (["--federation.ranks={photo: 0}"], r"^federation\.ranks\.photo must be at least 1"),
+        (
+            ["--federation.rounds=2", "--federation.ranks={photo: 2}", "--federation.aggregation=fedit"],
+            r"^federation\.ranks: fedit takes clients of one rank; use --federation\.aggregation flexlora",
+        ),
+        (
+            ["--federation.rounds=2", "--merge.reject_outliers=true", "--federation.aggregation=flora"],
+            r"^merge\.reject_outliers: anchors cannot judge what clients of flora send",
+        ),
+        (
+            ["--federation.rounds=2", "--merge.method=krum", "--merge.method.byzantine=1"],
+            r"krum needs at least 5 clients",
+        ),
         (["--federation.last_method=nosuch"], r"^federation\.last_method nosuch: no such method"),
         (
             ["--federation.last_method=ties", "--merge.method=median"],
@@ -379,7 +498,7 @@ def test_what_was_handed_over_and_is_damaged_is_made_anew(federation, played, tm
                 *["--federation.rounds=2", "--federation.aggregation=fedit"],
                 *["--federation.last_method=ties", "--merge.method=median"],
             ],
-            r"^federation\.last_method: nothing would use merge\.method, as fedit averages A and B",
+            r"^federation\.last_method: nothing would use merge\.method, as fedit averages the clients",
         ),
         (
             ["--federation.rounds=2", "--federation.last_method=krum", "--federation.last_method.byzantine=1"],
