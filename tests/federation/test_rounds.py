@@ -154,6 +154,19 @@ def test_rounds_of_one_full_batch_are_gradient_descent_on_all_images(federation,
     assert_close(apart, together, atol=1e-6, rtol=1e-4)
 
 
+def test_epochs_are_those_of_a_round_or_of_all_shared_out(federation, tmp_path):
+    options = (
+        ([], 1),
+        (["--federation.epochs_per_round=3"], 3),
+        (["--federation.total_epochs=6", "--federation.rounds=3"], 2),
+        (["--federation.total_epochs=6"], 6),
+    )
+    for more, epochs in options:
+        made = federation(tmp_path, *more)
+        assert made.epochs == made.client_trainer().max_epochs == epochs
+    assert made.server.max_epochs == 1, "what is configured, for all but clients"
+
+
 # Who takes part
 
 
@@ -468,6 +481,15 @@ def test_what_was_handed_over_and_is_damaged_is_made_anew(federation, played, tm
     [
         (["--federation.rounds=0"], r"^federation\.rounds must be at least 1, got 0"),
         (["--federation.epochs_per_round=0"], r"^federation\.epochs_per_round must be at least 1"),
+        (
+            ["--federation.rounds=2", "--federation.total_epochs=3"],
+            r"^federation\.total_epochs 3: cannot be shared out",
+        ),
+        (["--federation.total_epochs=0"], r"^federation\.total_epochs must be at least 1"),
+        (
+            ["--federation.total_epochs=2", "--federation.epochs_per_round=1"],
+            r"^federation\.total_epochs stands in place of federation\.epochs_per_round",
+        ),
         (["--federation.share=1.5"], r"^federation\.share must lie in"),
         (["--federation.rounds=2", "--federation.optimizer=keep"], r"^federation\.optimizer keep: flexlora hands over"),
         (
