@@ -21,6 +21,7 @@ from sap_lightning.data.domains import DomainDataModule
 from sap_lightning.errors import InputError, first_line
 from sap_lightning.federation.client import train_client
 from sap_lightning.federation.one_shot import OneShotFederation
+from sap_lightning.federation.rounds import RoundsFederation
 from sap_lightning.federation.run_folder import SERVER_SETTINGS, RunFolder, flat, is_held_to
 from sap_lightning.federation.sweep import Sweep
 from sap_lightning.io.rules import errors_in
@@ -63,6 +64,7 @@ TAKEN_BY: dict[str, tuple[str, ...]] = {
     "federation": ("fit", "sweep"),
     "federation.run_dir": ("fit", "sweep", "client", "merge"),
     "federation.unseen": ("fit",),
+    "federation.last_method": ("fit",),
     "sweep": ("sweep",),
     "uploads": ("merge", "test", "predict"),
     "predict": ("predict",),
@@ -95,6 +97,8 @@ TRAINER_DEFAULTS = {
     "log_every_n_steps": 1,
 }
 METHOD_OPTION = "--merge.method"
+METHOD_OPTIONS = rf"({METHOD_OPTION}|--federation\.last_method)(\.method)*"
+"""Pattern of the options that name a method, or one that another is on top of."""
 MERGE_COMMAND: dict[str, dict[str, Any]] = {
     "output": {"type": str | None, "default": None, "help": "new folder for the merged model"},
     "report": {
@@ -221,8 +225,9 @@ class SapCLI(LightningCLI):
             "config",
             "free_settings",
             "uploads",
+            "method",
         }
-        parser.add_class_arguments(OneShotFederation, "federation", skip=parts, instantiate=False)
+        parser.add_class_arguments(RoundsFederation, "federation", skip=parts, instantiate=False)
         for target in ("data.base", "anchors.base"):
             parser.link_arguments("model.base", target)
         for target in ("model.seed", "data.seed"):
@@ -266,9 +271,10 @@ class SapCLI(LightningCLI):
                 "merge.method: the settings of sap have their place in the group prune, such as --prune.sparsity; name"
                 " it --merge.method sap, or leave it out"
             )
+        last = self.config_init.federation.last_method
         if method in (None, SAP.name):
             method = self.config_init.prune
-        elif given := self._given("prune"):
+        elif last != SAP.name and (given := self._given("prune")):
             raise InputError(f"{given}: merge.method is not sap, so nothing would use it; leave one of them out")
         return MergeModule(self.model.base, self.model.templates, method, **settings)
 
@@ -343,12 +349,15 @@ class SapCLI(LightningCLI):
         """The federation as configured, but for the arguments that are given."""
         parts = self.config_init
         settings = {name: value for name, value in parts.federation.items() if name != "report"}
-        return OneShotFederation(
+        if settings["last_method"] == SAP.name:
+            settings["last_method"] = parts.prune
+        return RoundsFederation(
             client=self.model,
             data=self.datamodule,
             anchors=parts.anchors,
             merge=self.merge,
             make_trainer=self.make_trainer,
+            method=None if parts.merge.method is None else self.merge.method,
             config=self.settings(),
             **{**settings, **others},
         )
@@ -447,7 +456,7 @@ def with_class_paths(args: Sequence[str]) -> list[str]:
     named = list(args)
     for index, arg in enumerate(named):
         option, equals, name = arg.partition("=")
-        if not re.fullmatch(rf"{METHOD_OPTION}(\.method)*", option):
+        if not re.fullmatch(METHOD_OPTIONS, option):
             continue
         has_settings = any(other.startswith(f"{option}.") for other in args)
         if equals:

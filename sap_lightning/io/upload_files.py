@@ -14,6 +14,7 @@ from sap_lightning.io.weights import SafetensorsFile, Weights
 
 WEIGHTS_FILE = "adapter_model.safetensors"
 MANIFEST_FILE = "manifest.json"
+_FILES = (WEIGHTS_FILE, CONFIG_FILE, MANIFEST_FILE)
 
 _MAX_JSON_BYTES = 2**20
 
@@ -32,6 +33,9 @@ class UploadFiles(Protocol):
 
     def weights(self) -> Weights:
         """The tensors of the weights file."""
+
+    def size(self) -> int:
+        """Bytes of all files of the upload, which is what it takes on the wire."""
 
 
 class FilesInFolder:
@@ -54,6 +58,9 @@ class FilesInFolder:
 
     def weights(self) -> Weights:
         return SafetensorsFile.at(self._regular_file(WEIGHTS_FILE))
+
+    def size(self) -> int:
+        return sum((self.folder / name).stat().st_size for name in _FILES if self.has(name))
 
     def _regular_file(self, name: str) -> Path:
         folder, path = self.folder, self.folder / name
@@ -108,6 +115,9 @@ class FilesInMemory:
         place = self.place(WEIGHTS_FILE)
         with errors_in(place):
             return SafetensorsFile.of(self._content(WEIGHTS_FILE), place)
+
+    def size(self) -> int:
+        return sum(len(self.files[name]) for name in _FILES if self.has(name))
 
     def _content(self, name: str) -> bytes:
         if name not in self.files:

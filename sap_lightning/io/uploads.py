@@ -12,7 +12,7 @@ from huggingface_hub import snapshot_download
 from sap_lightning.console import track
 from sap_lightning.errors import InputError, first_line
 from sap_lightning.files import cache_folder
-from sap_lightning.io.adapter import Adapter, PeftConfig, adapter_from, expected_base, read_adapter
+from sap_lightning.io.adapter import WHOLE, Adapter, Expected, PeftConfig, adapter_from, expected_base, read_adapter
 from sap_lightning.io.factors import NOTHING_BESIDE, Beside, Shapes
 from sap_lightning.io.manifest import BaseFingerprint, require_base
 from sap_lightning.io.peft_config import CONFIG_FILE, HUB_ID
@@ -27,6 +27,7 @@ def read_uploads(
     base_fingerprint: BaseFingerprint = None,
     base_shapes: Shapes | None = None,
     beside: Beside = NOTHING_BESIDE,
+    expected: Expected = WHOLE,
 ) -> list[Adapter]:
     """Reads and validates uploads.
 
@@ -37,6 +38,7 @@ def read_uploads(
         base_shapes: without `shapes`: of a base whose layers the adapters may name with a prefix more or less, as PEFT
             does for models with a head; layers that it lacks are left alone if it has others of the same adapter.
         beside: as for `read_adapter`.
+        expected: as for `read_adapter`.
 
     Returns:
         The adapters in the order of the uploads.
@@ -47,8 +49,9 @@ def read_uploads(
     found: dict[str, str] = {}
     adapters = []
     for upload in track(uploads, "reading uploads"):
-        adapter = _read(upload, shapes, base_fingerprint, beside)
-        if adapter.sha256 in found:
+        adapter = _read(upload, shapes, base_fingerprint, beside, expected)
+        # A alone stays as the common seed drew it until B has moved.
+        if adapter.sha256 in found and expected.sent != "A":
             raise InputError(f"{upload}: the same adapter as {found[adapter.sha256]}; give each upload once")
         found[adapter.sha256] = str(upload)
         adapters.append(adapter)
@@ -60,13 +63,15 @@ def read_uploads(
     return adapters
 
 
-def _read(upload: str | Path, shapes: Shapes | None, base_fingerprint: BaseFingerprint, beside: Beside) -> Adapter:
+def _read(
+    upload: str | Path, shapes: Shapes | None, base_fingerprint: BaseFingerprint, beside: Beside, expected: Expected
+) -> Adapter:
     path = Path(upload)
     if path.suffix == ".ckpt" and path.is_file():
         return _read_checkpoint(path, shapes, base_fingerprint)
     if not path.exists() and HUB_ID.fullmatch(str(upload)):
         path = _download(str(upload))
-    return read_adapter(path, shapes, base_fingerprint, beside)
+    return read_adapter(path, shapes, base_fingerprint, beside, expected)
 
 
 def _download(hub_id: str) -> Path:
