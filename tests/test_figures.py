@@ -14,7 +14,7 @@ from sap_lightning.figures import (
     confusion_figure,
     drift_figure,
     gallery_figure,
-    mismatch_figure,
+    margin_figure,
     overlap_figure,
     projection_figure,
     share_kept_figure,
@@ -107,7 +107,7 @@ def test_one_seed_has_no_bars_and_everything_pruned_has_a_place() -> None:
 
 
 def test_only_outliers_are_hatched() -> None:
-    figure = mismatch_figure({"photo": 0.1, "sketch": 0.45}, {"sketch"})
+    figure = margin_figure({"photo": 0.1, "sketch": 0.45}, {"sketch"})
     assert [bool(bar.get_hatch()) for bar in figure.axes[0].patches] == [False, True]
     assert [text.get_text() for text in figure.axes[0].texts] == ["0.100", "0.450, outlier"]
 
@@ -176,7 +176,7 @@ def test_names_are_no_formulas() -> None:
     pictures = [(torch.zeros(3, 8, 8, dtype=torch.uint8), name)]
     for figure in (
         sparsity_figure({name: CURVES["sap"]}, {name: Spread(0.5, 0.0, 1)}),
-        mismatch_figure({name: 0.5}, ()),
+        margin_figure({name: 0.5}, ()),
         share_kept_figure({f"a.{name}": 0.5}, name),
         overlap_figure([name, "photo"], torch.eye(2)),
         conflict_figure({f"a.{name}": (0.5, 0.1)}),
