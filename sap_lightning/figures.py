@@ -89,28 +89,28 @@ def _apart(sparsities: Sequence[float], places: Mapping[float, float]) -> tuple[
     return [places[sparsity] for sparsity in chosen], [f"{sparsity:g}" for sparsity in chosen]
 
 
-def mismatch_figure(shares: Mapping[str, float], outliers: Collection[str]) -> Figure:
-    """A bar for each client's share of mismatches on the anchors; outliers are hatched and say so.
+def margin_figure(margins: Mapping[str, float], outliers: Collection[str]) -> Figure:
+    """A bar for each client's caption margin on the anchors; outliers are hatched and say so.
 
-    A share that is no finite number has a bar as long as the longest of the others.
+    A margin that is no finite number has a bar as long as the longest of the others.
     """
-    figure = Figure(figsize=(5.0, 0.9 + 0.34 * len(shares)), layout="constrained")
+    figure = Figure(figsize=(5.0, 0.9 + 0.34 * len(margins)), layout="constrained")
     axes = _plain_axes(figure)
-    colours = [OKABE_ITO[1] if name in outliers else OKABE_ITO[5] for name in shares]
-    longest = max((share for share in shares.values() if math.isfinite(share)), default=1.0)
-    lengths = [share if math.isfinite(share) else longest for share in shares.values()]
-    bars = axes.barh(range(len(shares)), lengths, color=colours, edgecolor="black", linewidth=0.6)
+    colours = [OKABE_ITO[1] if name in outliers else OKABE_ITO[5] for name in margins]
+    longest = max((margin for margin in margins.values() if math.isfinite(margin)), default=1.0)
+    lengths = [margin if math.isfinite(margin) else longest for margin in margins.values()]
+    bars = axes.barh(range(len(margins)), lengths, color=colours, edgecolor="black", linewidth=0.6)
     texts = []
-    for (name, share), bar in zip(shares.items(), bars, strict=True):
+    for (name, margin), bar in zip(margins.items(), bars, strict=True):
         bar.set_hatch("///" if name in outliers else "")
-        texts.append(f"{share:.3f}{', outlier' if name in outliers else ''}")
+        texts.append(f"{margin:.3f}{', outlier' if name in outliers else ''}")
     axes.bar_label(bars, texts, padding=4)
     axes.margins(x=0.3)
-    axes.set_yticks(range(len(shares)), [_plain(name) for name in shares])
+    axes.set_yticks(range(len(margins)), [_plain(name) for name in margins])
     axes.invert_yaxis()
-    axes.set_xlabel("mismatch on the anchors, the client alone")
-    said = [f"{name} {text}" for name, text in zip(shares, texts, strict=True)]
-    figure.set_label(f"Bar chart of mismatches on the anchors: {'; '.join(said)}.")
+    axes.set_xlabel("caption margin on the anchors, the client alone")
+    said = [f"{name} {text}" for name, text in zip(margins, texts, strict=True)]
+    figure.set_label(f"Bar chart of caption margins on the anchors: {'; '.join(said)}.")
     return figure
 
 

@@ -1,49 +1,36 @@
-"""Which of a few values lies above the others."""
+"""Which of a few values lies below the others."""
 
 from __future__ import annotations
 
-import math
-
-import torch
 from torch import Tensor
 
 LEAST_VALUES = 3
 """Of fewer none can be called the odd one."""
-MARGIN = 0.15
-"""So far above the median a share of mismatches stands out; docs/results/poisoning.md says what that leaves out."""
-_CHANCE = 0.6
-"""Twice the standard deviation of a share that is uniform in [0, 1]."""
+LEAST_SHARE = 2 / 3
+"""A value stands out below this share of the median; docs/results/poisoning.md says what that leaves out."""
 
 
-def margin(pairs: int) -> float:
-    """How far above the median a mean share of mismatches over this many anchors must be to stand out.
+def far_below(values: Tensor) -> Tensor:
+    """Which values are below two thirds of the median of all, the mean of the middle two where their number is even.
 
-    0.15, or 0.6/√n where that is more, as it is below 16 anchors: twice what chance can move the mean of n shares by.
-    Our own choice: a margin known beforehand, for of three or four values none can be learned. Their median absolute
+    Our own rule, for values that have a scale of their own: of three or four none can be learned. The median absolute
     deviation, by which outliers are usually told (Iglewicz & Hoaglin 1993), is of three values the smaller of two gaps.
-    """
-    return max(MARGIN, _CHANCE / math.sqrt(pairs))
-
-
-def above_median(values: Tensor) -> Tensor:
-    """How far each value is above the median of all, the mean of the middle two where their number is even.
 
     Args:
         values: shape (n,).
 
     Returns:
-        float64 (n,); zeros for fewer than three finite values, of which none can be called the odd one; inf for a value
-        that is no finite number, which counts among no others.
+        bool (n,); True for a value that is no finite number, which counts among no others. False for all others where
+        fewer than three are finite, or their median is not above 0.
 
     Example:
         >>> import torch
-        >>> from sap_lightning.functional.outliers import above_median
-        >>> above_median(torch.tensor([1.0, 2.0, 4.0, 100.0])).tolist()
-        [-2.0, -1.0, 1.0, 97.0]
+        >>> from sap_lightning.functional.outliers import far_below
+        >>> far_below(torch.tensor([0.5, 0.4, 0.1, 0.3])).tolist()  # the median is 0.35
+        [False, False, True, False]
     """
-    values = values.double()
     finite = values.isfinite()
-    above = torch.full_like(values, torch.inf)
-    few = int(finite.sum()) < LEAST_VALUES
-    above[finite] = 0.0 if few else values[finite] - values[finite].quantile(0.5)
-    return above
+    found = ~finite
+    if int(finite.sum()) >= LEAST_VALUES and (median := float(values[finite].double().quantile(0.5))) > 0:
+        found |= values.double() < LEAST_SHARE * median
+    return found

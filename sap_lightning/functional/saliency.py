@@ -31,11 +31,10 @@ def alignment_loss(image_features: Tensor, caption_features: Tensor) -> Tensor:
     return 1 - cosine_similarity(image_features, caption_features, dim=-1)
 
 
-def mismatch(image_features: Tensor, captions: Tensor, indices: Tensor) -> Tensor:
-    """For every anchor the share of the other captions that its image is closer to than to its own, shape (n,).
+def caption_margin(image_features: Tensor, captions: Tensor, indices: Tensor) -> Tensor:
+    """How much closer every anchor's image is to its own caption than, on average, to the others, shape (n,).
 
-    0 for an image that finds its caption, 0.5 on average by chance, whatever the scale of the similarities: one less
-    the area under the ROC curve of its own caption against the others. NaN where a similarity is no finite number.
+    cos(image_i, its caption) less the mean of its cosines with the other captions; 0 on average by chance.
 
     Args:
         image_features: normalised, shape (n, d).
@@ -44,15 +43,14 @@ def mismatch(image_features: Tensor, captions: Tensor, indices: Tensor) -> Tenso
 
     Example:
         >>> import torch
-        >>> from sap_lightning.functional.saliency import mismatch
+        >>> from sap_lightning.functional.saliency import caption_margin
         >>> images, captions = torch.eye(3)[[0, 2]], torch.eye(3)
-        >>> mismatch(images, captions, torch.tensor([0, 1])).tolist()  # of the second image one of two others is closer
-        [0.0, 0.5]
+        >>> caption_margin(images, captions, torch.tensor([0, 1])).tolist()  # the second image is of another caption
+        [1.0, -0.5]
     """
     similarities = image_features @ captions.T
-    own = similarities.gather(1, indices[:, None])
-    share = (similarities > own).sum(1) / (len(captions) - 1)
-    return torch.where(similarities.isfinite().all(1), share, torch.nan)
+    own = similarities.gather(1, indices[:, None]).squeeze(1)
+    return own - (similarities.sum(1) - own) / (len(captions) - 1)
 
 
 def contrastive_loss(image_features: Tensor, captions: Tensor, indices: Tensor, logit_scale: float) -> Tensor:

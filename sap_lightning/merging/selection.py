@@ -12,9 +12,9 @@ from typing import NamedTuple
 import torch
 
 from sap_lightning.errors import InputError
-from sap_lightning.functional.outliers import LEAST_VALUES, above_median, margin
+from sap_lightning.functional.outliers import LEAST_VALUES, far_below
 from sap_lightning.io.adapter import Adapter
-from sap_lightning.models.probe import LOSS, MISMATCH, AnchorProbe
+from sap_lightning.models.probe import LOSS, MARGIN, AnchorProbe
 
 log = logging.getLogger(__name__)
 
@@ -27,34 +27,33 @@ class Selection(NamedTuple):
 
 
 class Standing(NamedTuple):
-    """How an adapter stands among the others by what the anchors' images match with it alone.
+    """How an adapter stands among the others by how far it alone tells the anchors' captions apart.
 
     Attributes:
         adapter: the adapter.
-        mismatch: mean share of the other captions that an image is closer to than to its own.
-        stands_out: whether that is so far above the others' median that chance does not explain it.
+        margin: how much closer an image is to its own caption than to the others, on average.
+        stands_out: whether that is below two thirds of the median.
     """
 
     adapter: Adapter
-    mismatch: float
+    margin: float
     stands_out: bool
 
 
 def standings(adapters: Sequence[Adapter], anchors: AnchorProbe) -> list[Standing]:
     """How each adapter stands among these."""
-    shares = [anchors.recall(MISMATCH, one.sha256, partial(anchors.mismatch, one.layers)) for one in adapters]
-    above = above_median(torch.tensor(shares)) > margin(len(anchors.pairs))
-    return [Standing(*one) for one in zip(adapters, shares, above.tolist(), strict=True)]
+    margins = [anchors.recall(MARGIN, one.sha256, partial(anchors.caption_margin, one.layers)) for one in adapters]
+    return [Standing(*one) for one in zip(adapters, margins, far_below(torch.tensor(margins)).tolist(), strict=True)]
 
 
 def without_outliers(adapters: Sequence[Adapter], anchors: AnchorProbe) -> Selection:
-    """Leaves out adapters with which the anchors' images miss their captions far more often than with the others.
+    """Leaves out adapters with which the anchors' images are much less close to their captions than with the others.
 
     Raises:
         InputError: when with no adapter the features are finite numbers.
     """
     every = standings(adapters, anchors)
-    if not any(math.isfinite(one.mismatch) for one in every):
+    if not any(math.isfinite(one.margin) for one in every):
         raise InputError("no upload gives finite features on the anchors; all of them are broken, or training diverged")
     for one in every:
         if one.stands_out:
@@ -74,8 +73,8 @@ def doubts_on_anchors(adapters: Sequence[Adapter], anchors: AnchorProbe) -> list
 
 
 def _in_words(one: Standing, every: Sequence[Standing]) -> str:
-    typical = statistics.median(other.mismatch for other in every if math.isfinite(other.mismatch))
-    return f"it stands out on the anchors, mismatch {one.mismatch:.3f} where {typical:.3f} is the clients' median"
+    typical = statistics.median(other.margin for other in every if math.isfinite(other.margin))
+    return f"it stands out on the anchors, caption margin {one.margin:.3f} where {typical:.3f} is the clients' median"
 
 
 def losses_alone(adapters: Sequence[Adapter], anchors: AnchorProbe) -> list[float]:

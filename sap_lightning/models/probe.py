@@ -20,9 +20,9 @@ from sap_lightning.functional.saliency import (
     GradientSum,
     Reduction,
     alignment_loss,
+    caption_margin,
     contrastive_loss,
     entropy_loss,
-    mismatch,
     symmetric_contrastive_loss,
 )
 from sap_lightning.functional.spaces import Parameters, Space
@@ -36,8 +36,8 @@ Memory = dict[tuple[str, str, str], Any]
 Hook = Callable[[nn.Module, tuple[Tensor], Tensor], None]
 LOSS = "loss"
 """The question for the mean alignment loss with an adapter alone."""
-MISMATCH = "mismatch"
-"""The question for the mean share of mismatches with an adapter alone."""
+MARGIN = "margin"
+"""The question for the mean caption margin with an adapter alone."""
 
 
 class Answer(NamedTuple):
@@ -224,10 +224,10 @@ class AnchorProbe:
 
     @torch.inference_mode(False)
     @torch.no_grad()
-    def mismatch(self, update: Mapping[str, Update]) -> float:
-        """Mean share of the other captions that an image is closer to than to its own, at base + update."""
+    def caption_margin(self, update: Mapping[str, Update]) -> float:
+        """How much closer an image is to its own caption than to the others, on average, at base + update."""
         features, captions = self.features(update), self.caption_features(self._all)
-        return float(mismatch(features, captions, torch.tensor(list(self.pairs), device=self.device)).mean())
+        return float(caption_margin(features, captions, torch.tensor(list(self.pairs), device=self.device)).mean())
 
     def _image_features(self, images: Tensor) -> Tensor:
         with self.precision():

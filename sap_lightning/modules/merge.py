@@ -49,8 +49,8 @@ class MergeModule(CLIPEvaluator):
             upload in their order, by which its ΔW is multiplied whatever the sum.
         max_share: the most that a client may count by its images; the others share what is above that.
         drop_heads: merge adapters that have layers trained whole, such as a classifier's head, and leave these out.
-        reject_outliers: leave out clients with whose adapter, alone, the anchors' images miss their captions far more
-            often than with the others', and say so; of fewer than three clients none stands out.
+        reject_outliers: leave out clients with whose adapter, alone, the anchors' images are much less close to their
+            captions than with the others', and say so; of fewer than three clients none stands out.
         format: write a PEFT adapter, a full CLIPModel, or (``auto``) an adapter whenever that is exact or a rank is
             given.
         rank: recompress the adapter that is written to this rank; the error is reported. What is measured in the

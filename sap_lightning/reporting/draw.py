@@ -12,7 +12,7 @@ from sap_lightning.figures import (
     confusion_figure,
     drift_figure,
     gallery_figure,
-    mismatch_figure,
+    margin_figure,
     overlap_figure,
     projection_figure,
     rounds_figure,
@@ -53,8 +53,8 @@ def _draw_rounds(results: Results, rows: Sequence[TableRow]) -> dict[str, Figure
 def _draw_evidence(evidence: Evidence) -> dict[str, Figure]:
     figures: dict[str, Figure] = {}
     if evidence.clients:
-        shares = {client.name: client.mismatch for client in evidence.clients}
-        figures["mismatch"] = mismatch_figure(shares, {one.name for one in evidence.clients if one.stands_out})
+        margins = {client.name: client.margin for client in evidence.clients}
+        figures["caption_margin"] = margin_figure(margins, {one.name for one in evidence.clients if one.stands_out})
     if evidence.drift:
         figures["tower_drift"] = drift_figure(evidence.drift)
     for client, figure in shares_figures(evidence.share_kept).items():

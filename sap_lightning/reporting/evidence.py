@@ -66,8 +66,8 @@ class Client(NamedTuple):
         upload_bytes: of the adapter that it sent.
         sparse_bytes: of the adapter had the client pruned it; None where the merge prunes nothing of it.
         anchor_loss: mean loss of the base with this adapter on the anchors; not finite if the adapter breaks the base.
-        mismatch: mean share of the other captions that an anchor's image is closer to than to its own, with it.
-        stands_out: whether that is far above the median of the clients.
+        margin: how much closer the anchors' images are to their own captions than to the others, with it alone.
+        stands_out: whether that is far below the median of the clients.
         poison: what was done to it on purpose; empty if it is honest.
     """
 
@@ -75,7 +75,7 @@ class Client(NamedTuple):
     upload_bytes: int
     sparse_bytes: int | None
     anchor_loss: float
-    mismatch: float
+    margin: float
     stands_out: bool
     poison: str
 
@@ -296,7 +296,7 @@ class Inspection:
                 adapter.size,
                 pruned_bytes(pruning, adapter, self.sparsity) if pruning and adapter in pruning.adapters else None,
                 loss,
-                one.mismatch,
+                one.margin,
                 one.stands_out,
                 self.federation.sent.label_of(adapter),
             )

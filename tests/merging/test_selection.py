@@ -47,28 +47,29 @@ def clients() -> list[Adapter]:
 
 def test_the_client_that_stands_out_is_left_out_and_said(caplog):
     caplog.set_level(logging.WARNING, logger="sap_lightning")
-    shares = [one.mismatch for one in standings(clients(), probe())]
+    margins = [one.margin for one in standings(clients(), probe())]
     adapters, rejected = without_outliers(clients(), probe())
     assert [one.name for one in adapters] == ["client 1", "client 2", "client 3", "client 4"]
     assert rejected == ["client 9"]
     (said,) = [record.getMessage() for record in caplog.records]
-    typical = sorted(shares)[2]
+    typical = sorted(margins)[2]
     assert said == (
-        f"client 9 left out: it stands out on the anchors, mismatch {shares[2]:.3f} where {typical:.3f} is the clients'"
-        " median"
+        f"client 9 left out: it stands out on the anchors, caption margin {margins[2]:.3f} where {typical:.3f} is the"
+        " clients' median"
     )
 
 
-def test_a_mismatch_counts_captions_that_are_closer_than_the_own():
+def test_a_margin_is_the_distance_of_the_own_caption_from_the_mean_of_the_others():
     (one,) = standings([random_adapter(9)], probe())
-    logits = probe().logits(random_adapter(9).layers).double()
-    closer = [sum(float(other > row[place]) for other in row) for place, row in enumerate(logits)]
-    assert one.mismatch == pytest.approx(sum(closer) / len(closer) / (len(closer) - 1)) and not one.stands_out
+    found, captions = exact_features(random_adapter(9).layers, images(8)), exact_features({}, images(8))
+    cosines = [[float(image @ caption) for caption in captions] for image in found]
+    margins = [row[i] - (sum(row) - row[i]) / 7 for i, row in enumerate(cosines)]
+    assert one.margin == pytest.approx(sum(margins) / 8, abs=1e-6) and not one.stands_out
 
 
 def test_the_client_that_stands_out_is_doubted_with_the_way_to_leave_it_out():
     (doubt,) = doubts_on_anchors(clients(), probe())
-    assert doubt.startswith("upload 'client 9': it stands out on the anchors, mismatch ")
+    assert doubt.startswith("upload 'client 9': it stands out on the anchors, caption margin ")
     assert doubt.endswith("--merge.reject_outliers true leaves it out")
     assert doubts_on_anchors([small(seed) for seed in range(1, 5)], probe()) == []
 

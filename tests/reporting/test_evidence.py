@@ -105,14 +105,14 @@ def test_clients_csv_has_each_upload_s_size_and_how_it_stands(finished):
         assert int(row["upload_bytes"]) == sum(len(file.read_bytes()) for file in folder.iterdir())
         assert int(row["sparse_bytes"]) > 0
         assert row["poison"] == ""
-        assert float(row["anchor_loss"]) > 0 and 0 < float(row["mismatch"]) < 0.5
+        assert float(row["anchor_loss"]) > 0 and 0 < float(row["margin"]) < 1
         assert row["stands_out"] == "False"
 
 
 def test_the_report_of_a_run_has_every_figure(finished):
     figures = {path.stem for path in (finished / "figures").glob("*.svg")}
     assert figures == {path.stem for path in (finished / "figures").glob("*.png")}
-    assert {"mismatch", "mask_overlap", "sign_conflict", "projection_before", "projection_after"} <= figures
+    assert {"caption_margin", "mask_overlap", "sign_conflict", "projection_before", "projection_after"} <= figures
     assert {f"share_kept_{domain}" for domain in DOMAINS} <= figures
     assert {f"confusion_{domain}_{when}" for domain in DOMAINS for when in ("before", "after")} <= figures
     page = (finished / "report.html").read_text(encoding="utf-8")

@@ -118,7 +118,7 @@ def test_every_figure_has_an_alternative_and_most_a_caption(written: Path) -> No
 
 def test_the_figures_stand_in_the_folder_in_both_forms(written: Path) -> None:
     names = {file.stem for file in (written.parent / "figures").iterdir()}
-    assert {"accuracy_by_sparsity", "mismatch", "share_kept_photo", "mask_overlap", "sign_conflict"} < names
+    assert {"accuracy_by_sparsity", "caption_margin", "share_kept_photo", "mask_overlap", "sign_conflict"} < names
     assert {"projection_before", "projection_after", "confusion_photo_before", "gallery_broken"} < names
     assert len(list((written.parent / "figures").iterdir())) == 2 * len(names)
     for name in names:
@@ -198,7 +198,7 @@ def test_a_client_that_breaks_the_base_stands_out_in_the_report(tmp_path: Path) 
     broken = Client("cartoon", 1000, None, math.nan, math.nan, True, "")
     page = Page(write(tmp_path, swept(tmp_path), UNSEEN, replace(evidence(), clients=[*honest, broken]), {}))
     assert "The anchors single out cartoon." in page.text
-    (bars,) = [image["alt"] for image in page.all("img") if str(image["alt"]).startswith("Bar chart of mismatches")]
+    (bars,) = [image["alt"] for image in page.all("img") if str(image["alt"]).startswith("Bar chart of caption")]
     assert "cartoon nan, outlier" in str(bars)
 
 
