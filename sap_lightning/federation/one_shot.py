@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -14,9 +13,10 @@ from sap_lightning.callbacks.prune import SaliencyPruneCallback
 from sap_lightning.callbacks.tensorboard import EventLogger
 from sap_lightning.data.anchors import AnchorDataModule
 from sap_lightning.data.domains import DomainDataModule
-from sap_lightning.errors import InputError
-from sap_lightning.federation.client import UNTRAINED, TrainerFactory, require_client, train_client
+from sap_lightning.errors import InputError, check_at_least
+from sap_lightning.federation.client import UNTRAINED, TrainerFactory, require_client
 from sap_lightning.federation.evaluation import Evaluation
+from sap_lightning.federation.parallel import Training, require_parallel, train_all
 from sap_lightning.federation.points import Plan, Points, Sent
 from sap_lightning.federation.poison import HONEST, Poison
 from sap_lightning.federation.provenance import provenance
@@ -49,6 +49,7 @@ class OneShotFederation:
         unseen: domains to hold out in turn; all of them if not given, but for the poisoned client's.
         clients: domains whose clients take part; all of them if not given.
         poison: a client that does harm; merges are then measured with and without it.
+        parallel: how many clients are trained at once, each in a process of its own.
         plan: which merges are measured; if not given the plain average, and the merge module's method or SAP.
         results: where points are kept, if not in the run folder.
         config: settings that the run folder is held to; a folder of other settings is refused.
@@ -59,7 +60,7 @@ class OneShotFederation:
         points: what is measured of it.
 
     Raises:
-        InputError: for fewer than two domains, or domains that there are not.
+        InputError: for fewer than two domains, domains that there are not, or clients that cannot be trained at once.
     """
 
     sent: Sent
@@ -76,6 +77,7 @@ class OneShotFederation:
         unseen: list[str] | str | None = None,
         clients: list[str] | None = None,
         poison: Poison = HONEST,
+        parallel: int = 1,
         plan: Plan | None = None,
         results: Results | None = None,
         config: Mapping[str, Any] | None = None,
@@ -103,6 +105,10 @@ class OneShotFederation:
         self.evaluation = Evaluation(
             merge, anchors, self.server, self.evaluator, self.results, self.folder if self.plan.keeps_models else None
         )
+        check_at_least("federation.parallel", parallel, 1)
+        if parallel > 1:
+            require_parallel(parallel, self.evaluator, client, data, make_trainer)
+        self.parallel = parallel
 
     def _unseen(self, unseen: Sequence[str] | str | None) -> list[str]:
         chosen = chosen_domains("federation.unseen", unseen, self.data.domains)
@@ -118,9 +124,10 @@ class OneShotFederation:
 
     @property
     def settings(self) -> dict[str, Any]:
-        """All that was configured but the run folder."""
-        federation = {name: value for name, value in self.config.get("federation", {}).items() if name != "run_dir"}
-        return {**self.config, "federation": federation}
+        """All that was configured, but for where and how many clients at once."""
+        federation = self.config.get("federation", {})
+        kept = {name: value for name, value in federation.items() if name not in ("run_dir", "parallel")}
+        return {**self.config, "federation": kept}
 
     @property
     def domains(self) -> list[str]:
@@ -213,14 +220,21 @@ class OneShotFederation:
             )
 
     def train(self) -> list[Path]:
-        """Trains every client that has not uploaded yet, and returns all uploads."""
-        uploads = []
+        """Trains every client that has not uploaded yet, and returns all honest uploads."""
+        train_all(self._trainings(), self.parallel, self.evaluator)
+        return [self.folder.upload(domain) for domain in self.domains]
+
+    def _trainings(self) -> list[Training]:
+        """The clients, and at the end the poisoned one that trains on wrong labels."""
+        trainings = []
         for number, domain in enumerate(self.domains, start=1):
-            title = f"client {number} of {len(self.domains)} ({domain})"
-            client = copy.deepcopy(self.client)
-            data = self.data.for_domain(domain)
-            uploads.append(train_client(client, data, self.folder, self.make_trainer, title, self.config))
-        return uploads
+            data, title = self.data.for_domain(domain), f"client {number} of {len(self.domains)} ({domain})"
+            trainings.append(Training(self.client, data, self.folder, self.make_trainer, title, self.config))
+        if self.poison and self.poison.poisons_labels and self.poison.domain in self.domains:
+            data = self.poison.relabelled(self.data.for_domain(self.poison.domain))
+            folder, title = self.folder.poisoned(self.poison.name), f"poisoned client {self.poison.domain}"
+            trainings.append(Training(self.client, data, folder, self.make_trainer, title, self.config))
+        return trainings
 
     def collect(self, uploads: Sequence[Path]) -> list[Adapter]:
         """Reads the uploads, each of which must come from its own domain."""
@@ -235,11 +249,7 @@ class OneShotFederation:
         if self.poison is None or self.poison.domain not in self.domains:
             return []
         domain, folder = self.poison.domain, self.folder.poisoned(self.poison.name)
-        if self.poison.poisons_labels:
-            data = self.poison.relabelled(self.data.for_domain(domain))
-            client, title = copy.deepcopy(self.client), f"poisoned client {domain}"
-            train_client(client, data, folder, self.make_trainer, title, self.config)
-        elif self.server.is_global_zero and not folder.upload(domain).exists():
+        if self.server.is_global_zero and not folder.upload(domain).exists():
             self.poison.rewrite(self.folder.upload(domain), folder.upload(domain))
         self.server.strategy.barrier()
         return self.collect([folder.upload(domain)])

@@ -23,6 +23,7 @@ FREE_SETTINGS = (
     "federation.clients",
     "federation.poison",
     "federation.report",
+    "federation.parallel",
     "data.domain",
     "merge.method",
     "merge.reject_outliers",

@@ -98,6 +98,7 @@ def test_a_setting_that_is_new_or_gone_is_a_difference(begun: Path) -> None:
         {"merge": {"method": {"class_path": "sap_lightning.merging.ties.TIES", "init_args": {"sparsity": 0.8}}}},
         {"merge": {"reject_outliers": True}},
         {"federation": {"clients": ["photo"]}},
+        {"federation": {"parallel": 4}},
         {"federation": {"poison": {"domain": "photo", "kind": "scale", "fraction": 0.5}}},
     ],
     ids=str,
