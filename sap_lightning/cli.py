@@ -356,7 +356,7 @@ class SapCLI(LightningCLI):
             data=self.datamodule,
             anchors=parts.anchors,
             merge=self.merge,
-            make_trainer=self.make_trainer,
+            make_trainer=TrainerMaker(self),
             method=None if parts.merge.method is None else self.merge.method,
             config=self.settings(),
             **{**settings, **others},
@@ -375,6 +375,24 @@ class SapCLI(LightningCLI):
         """Everything that was configured, as plain values."""
         settings = yaml.safe_load(self.parser.dump(self.config, skip_none=False, skip_link_targets=True))
         return {name: value for name, value in settings.items() if name != "config"}
+
+
+class TrainerMaker:
+    """`SapCLI.make_trainer`, for other processes too: there it makes the command anew from its settings."""
+
+    def __init__(self, cli: SapCLI) -> None:
+        self.cli = cli
+
+    def __call__(self, **overrides: Any) -> L.Trainer:
+        return self.cli.make_trainer(**overrides)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return trainer_maker, (self.cli.command, yaml.safe_dump(self.cli.settings()))
+
+
+def trainer_maker(command: str, settings: str) -> TrainerMaker:
+    """That of a command with these settings, as YAML."""
+    return TrainerMaker(SapCLI(command, ["--config", settings]))
 
 
 def _first_input_error(error: BaseException | None) -> InputError | None:

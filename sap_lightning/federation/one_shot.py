@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import lightning as L
 from lightning.pytorch.utilities import rank_zero_only
@@ -13,9 +13,10 @@ from sap_lightning.callbacks.prune import SaliencyPruneCallback
 from sap_lightning.callbacks.tensorboard import EventLogger
 from sap_lightning.data.anchors import AnchorDataModule
 from sap_lightning.data.domains import DomainDataModule
-from sap_lightning.errors import InputError
-from sap_lightning.federation.client import UNTRAINED, TrainerFactory, require_client, train_client
+from sap_lightning.errors import InputError, check_at_least
+from sap_lightning.federation.client import UNTRAINED, TrainerFactory, require_client
 from sap_lightning.federation.evaluation import Evaluation
+from sap_lightning.federation.parallel import Training, require_parallel, train_all
 from sap_lightning.federation.points import Plan, Point, Points, Sent
 from sap_lightning.federation.poison import HONEST, Poison
 from sap_lightning.federation.provenance import provenance
@@ -36,15 +37,6 @@ def server_logger(run_dir: str | Path) -> EventLogger:
     return EventLogger(run_dir, "server")
 
 
-class Training(NamedTuple):
-    """What a client is trained with; see ``train_client``."""
-
-    client: CLIPLoRAModule
-    data: DomainDataModule
-    folder: RunFolder
-    title: str
-
-
 class OneShotFederation:
     """Runs the whole protocol in a run folder, and continues there what was interrupted.
 
@@ -60,6 +52,7 @@ class OneShotFederation:
         uploads: what clients sent that trained elsewhere, folders in the run folder; no others take part then. If not
             given, clients are trained here.
         poison: a client that does harm; merges are then measured with and without it.
+        parallel: how many clients are trained at once, each in a process of its own.
         plan: which merges are measured; if not given the plain average, and the merge module's method or SAP.
         results: where points are kept, if not in the run folder.
         config: settings that the run folder is held to; a folder of other settings is refused.
@@ -69,7 +62,8 @@ class OneShotFederation:
         sent: what the clients sent, once it was gathered.
 
     Raises:
-        InputError: for fewer than two domains where clients are trained here, or domains that there are not.
+        InputError: for fewer than two domains where clients are trained here, domains that there are not, or clients
+            that cannot be trained at once.
     """
 
     sent: Sent
@@ -87,6 +81,7 @@ class OneShotFederation:
         clients: list[str] | None = None,
         uploads: Sequence[Path] | None = None,
         poison: Poison = HONEST,
+        parallel: int = 1,
         plan: Plan | None = None,
         results: Results | None = None,
         config: Mapping[str, Any] | None = None,
@@ -120,6 +115,10 @@ class OneShotFederation:
         self.evaluation = Evaluation(
             merge, anchors, self.server, self.evaluator, self.results, self.folder if self.plan.keeps_models else None
         )
+        check_at_least("federation.parallel", parallel, 1)
+        if parallel > 1:
+            require_parallel(parallel, self.evaluator, client, data, make_trainer)
+        self.parallel = parallel
 
     def _unseen(self, unseen: Sequence[str] | str | None) -> list[str]:
         chosen = chosen_domains("federation.unseen", unseen, self.data.domains)
@@ -135,9 +134,10 @@ class OneShotFederation:
 
     @property
     def settings(self) -> dict[str, Any]:
-        """All that was configured but the run folder."""
-        federation = {name: value for name, value in self.config.get("federation", {}).items() if name != "run_dir"}
-        return {**self.config, "federation": federation}
+        """All that was configured, but for where and how many clients at once."""
+        federation = self.config.get("federation", {})
+        kept = {name: value for name, value in federation.items() if name not in ("run_dir", "parallel")}
+        return {**self.config, "federation": kept}
 
     @property
     def domains(self) -> list[str]:
@@ -262,28 +262,38 @@ class OneShotFederation:
             )
 
     def train(self) -> list[Path]:
-        """Trains every client that has not uploaded yet, and returns all uploads."""
+        """Trains every client that has not uploaded yet, and returns all honest uploads."""
+        self.train_each(self._trainings())
+        return [self.folder.upload(domain) for domain in self.domains]
+
+    def _trainings(self) -> list[Training]:
+        """The clients, and at the end the poisoned one that trains on wrong labels."""
         trainings = []
         for number, domain in enumerate(self.domains, start=1):
-            title = f"client {number} of {len(self.domains)} ({domain})"
-            client, data = self.first_client(domain), self.data.for_domain(domain)
-            trainings.append(Training(client, data, self.folder, title))
-        return self.train_each(trainings)
+            data, title = self.data.for_domain(domain), f"client {number} of {len(self.domains)} ({domain})"
+            trainings.append(self.training(self.first_client(domain), data, self.folder, title))
+        if self.poison and self.poison.poisons_labels and self.poison.domain in self.domains:
+            domain, folder = self.poison.domain, self.folder.poisoned(self.poison.name)
+            data = self.poison.relabelled(self.data.for_domain(domain))
+            trainings.append(self.training(self.first_client(domain), data, folder, f"poisoned client {domain}"))
+        return trainings
 
     def first_client(self, domain: str) -> CLIPLoRAModule:
         """The module that a client trains first, and only once in one shot."""
         return self.client.for_turn(ONE_SHOT)
 
-    def train_each(self, trainings: Sequence[Training]) -> list[Path]:
-        """Trains clients that start from the same, and returns their uploads in this order."""
-        return [
-            train_client(client, data, folder, self.client_trainer, title, self.config)
-            for client, data, folder, title in trainings
-        ]
+    def training(self, client: CLIPLoRAModule, data: DomainDataModule, folder: RunFolder, title: str) -> Training:
+        """What a client is trained with."""
+        return Training(client, data, folder, self.client_trainer, title, self.config)
 
-    def client_trainer(self, **overrides: Any) -> L.Trainer:
-        """A trainer for a client."""
-        return self.make_trainer(**overrides)
+    def train_each(self, trainings: Sequence[Training]) -> None:
+        """Trains clients that start from the same."""
+        train_all(trainings, self.parallel, self.evaluator)
+
+    @property
+    def client_trainer(self) -> TrainerFactory:
+        """Gives a trainer for a client."""
+        return self.make_trainer
 
     def collect(self, uploads: Sequence[Path], number: int = 0, expected: Expected = WHOLE) -> list[Adapter]:
         """Reads the uploads of a round, each of which must come from its own domain.
@@ -313,11 +323,7 @@ class OneShotFederation:
         if self.poison is None or self.poison.domain not in self.domains:
             return []
         domain, folder = self.poison.domain, self.folder.poisoned(self.poison.name)
-        if self.poison.poisons_labels:
-            data = self.poison.relabelled(self.data.for_domain(domain))
-            client, title = self.first_client(domain), f"poisoned client {domain}"
-            self.train_each([Training(client, data, folder, title)])
-        elif self.server.is_global_zero and not folder.upload(domain).exists():
+        if self.server.is_global_zero and not folder.upload(domain).exists():
             self.poison.rewrite(self.folder.upload(domain), folder.upload(domain))
         self.server.strategy.barrier()
         return self.collect([folder.upload(domain)])

@@ -24,6 +24,7 @@ FREE_SETTINGS = (
     "federation.poison",
     "federation.report",
     "federation.last_method",
+    "federation.parallel",
     "data.domain",
     "merge.method",
     "merge.reject_outliers",
