@@ -271,7 +271,7 @@ class SapCLI(LightningCLI):
                 "merge.method: the settings of sap have their place in the group prune, such as --prune.sparsity; name"
                 " it --merge.method sap, or leave it out"
             )
-        last = self.config_init.federation.last_method
+        last = self.config_init.federation.last_method if self.command == "fit" else None
         if method in (None, SAP.name):
             method = self.config_init.prune
         elif last != SAP.name and (given := self._given("prune")):
