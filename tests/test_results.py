@@ -357,6 +357,8 @@ def test_the_csv_has_a_line_for_each_point_with_all_that_it_was_made_with(tmp_pa
         "sparsity": "0.5",
         "unseen": "photo",
         "seed": "3",
+        "rounds": "1",
+        "bytes": "",
         "condition": "",
         "variant": '{"anchors.num_pairs": 4, "model.rank": 2}',
         "accuracy": "0.500000",
