@@ -73,7 +73,8 @@ def doubts_on_anchors(adapters: Sequence[Adapter], anchors: AnchorProbe) -> list
 
 
 def _in_words(one: Standing, every: Sequence[Standing]) -> str:
-    typical = statistics.median(other.margin for other in every if math.isfinite(other.margin))
+    finite = [other.margin for other in every if math.isfinite(other.margin)]
+    typical = statistics.median(finite) if finite else math.nan
     return f"it stands out on the anchors, caption margin {one.margin:.3f} where {typical:.3f} is the clients' median"
 
 

@@ -100,6 +100,11 @@ def test_clients_that_are_all_broken_are_refused():
         without_outliers([broken(1), broken(2)], probe())
 
 
+def test_clients_that_are_all_broken_are_doubted():
+    doubts = doubts_on_anchors([broken(seed) for seed in (1, 2, 3)], probe())
+    assert len(doubts) == 3 and all("caption margin nan where nan is the clients' median" in doubt for doubt in doubts)
+
+
 def test_a_loss_alone_is_that_of_the_adapter_and_asked_once():
     anchors = probe()
     expected = [probe().loss(one.layers) for one in clients()]
