@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import io
 import logging
-import os
 import random
 import shutil
 import signal
@@ -19,9 +18,8 @@ import sys
 import tempfile
 import time
 from contextlib import redirect_stdout
-from multiprocessing import get_context
+from functools import partial
 from pathlib import Path
-from typing import Any
 
 import torch
 from jsonargparse import auto_cli
@@ -32,8 +30,8 @@ from sap_lightning.__main__ import main as sap_lightning
 from sap_lightning.commands import COMMANDS  # noqa: F401  # imported here, and not by every run
 from sap_lightning.data.shapes.world import draw_world
 
-CHANGES = {"open", "os.rename", "os.remove", "os.mkdir", "os.rmdir", "os.truncate", "shutil.rmtree"}
-FORK = get_context("fork")
+sys.path.append(str(Path(__file__).parents[1] / "tests"))
+from kills import played
 
 
 def main(kills: int = 20, seed: int = 0, disk: Path = Path("/dev/shm"), rounds: int = 1) -> None:
@@ -83,33 +81,15 @@ def command(world: Path, run: Path, rounds: int) -> list[str]:
 
 def fit(line: list[str], run: Path, kill_at: int | None = None) -> tuple[int, int | None]:
     """Runs the command, up to an event if one is given; how many events there were, and its exit code."""
-    events = FORK.Value("i", 0)
-    process = FORK.Process(target=watched, args=(line, run, events, kill_at))
-    process.start()
-    process.join()
-    return events.value, process.exitcode
+    return played(run, partial(quietly, line), kill_at)
 
 
-def watched(line: list[str], run: Path, events: Any, kill_at: int | None) -> None:
-    def on_event(event: str, args: tuple[Any, ...]) -> None:
-        if event in CHANGES and changes(run, event, args):
-            events.value += 1
-            if events.value == kill_at:
-                os.kill(os.getpid(), signal.SIGKILL)
-
-    sys.addaudithook(on_event)
+def quietly(line: list[str]) -> None:
+    """Runs the command without a word."""
     sys.argv = ["sap_lightning", *line]
     logging.disable(logging.WARNING)
     with redirect_stdout(io.StringIO()):
         sap_lightning()
-
-
-def changes(run: Path, event: str, args: tuple[Any, ...]) -> bool:
-    """Whether an event changes something in the run folder."""
-    if not isinstance(args[0], str | os.PathLike) or (event == "open" and args[2] & os.O_ACCMODE == os.O_RDONLY):
-        return False
-    folder = os.readlink(f"/proc/self/fd/{args[-1]}") if event in ("os.remove", "os.rmdir") and args[-1] != -1 else ""
-    return os.path.join(folder, args[0]).startswith(str(run))
 
 
 def contents(run: Path) -> dict[Path, bytes]:

@@ -1,4 +1,4 @@
-"""How often a poisoned client is left out of a merge by its anchor loss, how often an honest one is, and what it costs.
+"""How often a poisoned client is left out of a merge by the anchors, how often an honest one is, and what it costs.
 
 python benchmarks/rejection.py
 
@@ -43,6 +43,8 @@ METHODS = {
     "sap, median": SAP(sparsity=0.9, space="factor", consensus="median"),
 }
 """As configs/shapes.yaml has them."""
+MERGED = ("by hand", "all", "rejecting")
+"""Whose merge it is: without the poisoned client, of all, without those that stand out."""
 
 
 def main(
@@ -101,8 +103,7 @@ class Site:
     def honest(self) -> Iterator[int]:
         """How many are left out of every three clients, and of all of them."""
         adapters = self.read(self.train(domain) for domain in self.data.domains)
-        self.merge.use(adapters, METHODS["sap"])
-        self.trainer.validate(self.merge, self.anchors, verbose=False)
+        self.merge_on_anchors(adapters)
         yield len(self.left_out(adapters))
         for unseen in adapters:
             yield len(self.left_out([adapter for adapter in adapters if adapter is not unseen]))
@@ -121,33 +122,31 @@ class Site:
         honest = self.read(map(self.train, clients[1:]))
         every = self.read([self.spoil(poison), *map(self.train, clients[1:])])
         target = next(domain for domain in self.data.domains if style(domain) == unseen)
-        accuracy = {
-            name: {
-                "by hand": self.accuracy(name, method, honest, target),
-                "all": self.accuracy(name, method, every, target),
-            }
-            for name, method in METHODS.items()
-        }
+        self.merge_on_anchors(every)
         out = self.left_out(every)
         kept = [adapter for adapter in every if adapter.name not in out]
-        for name, method in METHODS.items():
-            accuracy[name]["rejecting"] = self.accuracy(name, method, kept, target)
+        whose = dict(zip(MERGED, (honest, every, kept), strict=True))
+        accuracy = {
+            name: {merged: self.accuracy(name, method, adapters, target) for merged, adapters in whose.items()}
+            for name, method in METHODS.items()
+        }
         return Trial(kind, len(clients), clients[0] in out, len(out - {clients[0]}), accuracy)
 
     def train(self, domain: str) -> Path:
         """An honest client's upload."""
-        L.seed_everything(self.seed, verbose=False)
+        return self.trained(self.data.for_domain(domain), self.folder, domain)
+
+    def trained(self, data: DomainDataModule, folder: RunFolder, title: str) -> Path:
+        """A client's upload, which is trained now unless it stands."""
         client = CLIPLoRAModule(SHAPES_CLIP, learning_rate=2e-3, reach=False, seed=self.seed)
-        return train_client(client, self.data.for_domain(domain), self.folder, make_trainer, domain, {})
+        return train_client(client, data, folder, make_trainer, title, {})
 
     def spoil(self, poison: Poison) -> Path:
         """The poisoned client's upload."""
         assert poison.domain is not None
         folder = self.folder.poisoned(poison.name)
         if poison.poisons_labels:
-            client = CLIPLoRAModule(SHAPES_CLIP, learning_rate=2e-3, reach=False, seed=self.seed)
-            data = poison.relabelled(self.data.for_domain(poison.domain))
-            return train_client(client, data, folder, make_trainer, poison.name, {})
+            return self.trained(poison.relabelled(self.data.for_domain(poison.domain)), folder, poison.name)
         upload = folder.upload(poison.domain)
         if not upload.exists():
             poison.rewrite(self.train(poison.domain), upload)
@@ -155,6 +154,11 @@ class Site:
 
     def read(self, uploads: Iterable[Path]) -> list[Adapter]:
         return self.merge.read_uploads(list(uploads))
+
+    def merge_on_anchors(self, adapters: Sequence[Adapter], method: MergeMethod = METHODS["average"]) -> None:
+        """Merges; the anchors are then there to be asked."""
+        self.merge.use(adapters, method)
+        self.trainer.validate(self.merge, self.anchors, verbose=False)
 
     def left_out(self, adapters: Sequence[Adapter]) -> set[str]:
         """Names of the clients that --merge.reject_outliers would leave out."""
@@ -164,8 +168,7 @@ class Site:
         """Of the merge on a domain; measured once."""
         key = (name, unseen, tuple(adapter.sha256 for adapter in adapters))
         if key not in self.known:
-            self.merge.use(adapters, method)
-            self.trainer.validate(self.merge, self.anchors, verbose=False)
+            self.merge_on_anchors(adapters, method)
             (metrics,) = self.trainer.test(self.merge, self.data.for_domain(unseen), verbose=False)
             self.known[key] = metrics["accuracy"]
         return self.known[key]
@@ -193,24 +196,17 @@ def show_honest(thrown: Sequence[int]) -> None:
 
 
 def show_poisoned(trials: Sequence[Trial]) -> None:
-    print("| poison | clients | left out | honest ones left out |" + "".join(f" {name} |" for name in columns()))
-    print("| --- | ---: | ---: | ---: |" + " ---: |" * len(columns()))
+    columns = [(name, merged) for name in METHODS for merged in MERGED]
+    print("| poison | clients | left out | honest ones left out |" + "".join(f" {', '.join(of)} |" for of in columns))
+    print("| --- | ---: | ---: | ---: |" + " ---: |" * len(columns))
     groups = defaultdict(list)
     for trial in trials:
         groups[trial.kind, trial.clients].append(trial)
     for (kind, clients), group in groups.items():
         cells = [kind, str(clients), f"{sum(trial.caught for trial in group)} of {len(group)}"]
         cells.append(str(sum(trial.thrown for trial in group)))
-        cells += [
-            f"{np.mean([trial.accuracy[name][merged] for trial in group]):.3f}"
-            for name in METHODS
-            for merged in ("by hand", "all", "rejecting")
-        ]
+        cells += [f"{np.mean([trial.accuracy[name][merged] for trial in group]):.3f}" for name, merged in columns]
         print("| " + " | ".join(cells) + " |")
-
-
-def columns() -> list[str]:
-    return [f"{name}, {merged}" for name in METHODS for merged in ("by hand", "all", "rejecting")]
 
 
 make_trainer = partial(

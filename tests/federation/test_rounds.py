@@ -15,8 +15,8 @@ import pytest
 import torch
 from conftest import taken
 from damage import cut, flip
-from federation.kills import killed
 from federation.runs import DOMAINS, contents
+from kills import killed
 from places import SHAPES_CLIP
 from safetensors.torch import load_file, save_file
 from torch.testing import assert_close
