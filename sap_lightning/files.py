@@ -112,6 +112,12 @@ def new_folder(folder: str | Path) -> Iterator[Path]:
             shutil.rmtree(staging, ignore_errors=True)
 
 
+def write_files(folder: Path, files: Mapping[str, bytes]) -> None:
+    """Writes files by name into a folder that `new_folder` gives."""
+    for name, content in files.items():
+        (folder / name).write_bytes(content)
+
+
 @contextmanager
 def replacing(path: Path) -> Iterator[BinaryIO]:
     """A file to fill, which takes the place of ``path`` when the block ends without an error."""

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from sap_lightning.errors import InputError
-from sap_lightning.files import as_json, new_folder, write_json
+from sap_lightning.files import as_json, new_folder, write_files, write_json
 from sap_lightning.fingerprints import sealed, unsealed
 from sap_lightning.functional.lora import LoRALayer
 from sap_lightning.io.adapter import Adapter, Expected, adapter_files, read_adapter, sha256_of
@@ -56,8 +56,7 @@ def hand_over(
     with new_folder(folder) as staging:
         for part, (layers, sent) in parts.items():
             (staging / part).mkdir()
-            for name, content in adapter_files(layers, base, sent=sent).items():
-                (staging / part / name).write_bytes(content)
+            write_files(staging / part, adapter_files(layers, base, sent=sent))
         write_json(staging / RECORD_FILE, sealed(as_json({**record, "adapters": adapters})))
 
 

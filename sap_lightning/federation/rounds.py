@@ -202,8 +202,7 @@ class RoundsFederation(OneShotFederation):
             crossed += sum(adapter.size for adapter in sent) + self._downloads(unseen, number, handed)
             self._train_round(unseen, number, handed)
             sent = self._uploads(unseen, number, handed)
-        folded = [one.folded for one in handed if one.folded]
-        return Sent(on_the_base(sent, folded), rounds=self.rounds, bytes_before=crossed)
+        return Sent(on_the_base(sent, _folded(handed)), rounds=self.rounds, bytes_before=crossed)
 
     def _uploads(self, unseen: str, number: int, handed: Sequence[Handed]) -> list[Adapter]:
         folder = self.folder.round(unseen, number)
@@ -213,7 +212,7 @@ class RoundsFederation(OneShotFederation):
     def _expected(self, number: int, handed: Sequence[Handed] = ()) -> Expected:
         """What the server expects of an upload of a round."""
         sent = "AB" if self.rounds == 1 else self.aggregation.sent_in(number == self.rounds - 1)
-        folded = tuple(one.folded.sha256 for one in handed if one.folded)
+        folded = tuple(adapter.sha256 for adapter in _folded(handed))
         return Expected(sent, {} if sent == "AB" else self._drawn, folded)
 
     @cached_property
@@ -223,8 +222,7 @@ class RoundsFederation(OneShotFederation):
 
     def _train_round(self, unseen: str, number: int, handed: Sequence[Handed]) -> None:
         folder, chosen = self.folder.round(unseen, number), self.chosen(unseen, number)
-        folded = [one.folded for one in handed if one.folded]
-        trainings = []
+        folded, trainings = _folded(handed), []
         for place, domain in enumerate(chosen, start=1):
             if folder.upload(domain).exists():
                 continue
@@ -270,7 +268,7 @@ class RoundsFederation(OneShotFederation):
         for domain in self.chosen(unseen, number):
             total += handed[-1].start.size if handed[-1].start else 0
             missed = handed[self._last_round(unseen, number, domain) or 0 :]
-            total += sum(one.folded.size for one in missed if one.folded)
+            total += sum(adapter.size for adapter in _folded(missed))
         return total
 
     def _hand_over(self, unseen: str, number: int, adapters: Sequence[Adapter]) -> Handed:
@@ -323,6 +321,11 @@ class RoundsFederation(OneShotFederation):
             raise InputError(
                 f"federation.aggregation {self.way}: the uploads differ in layers, rank or alpha; use flexlora or flora"
             )
+
+
+def _folded(handed: Sequence[Handed]) -> list[Adapter]:
+    """What rounds have added to the base, in their order."""
+    return [one.folded for one in handed if one.folded]
 
 
 def _shared_out(total_epochs: int, rounds: int) -> int:

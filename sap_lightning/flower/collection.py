@@ -14,7 +14,7 @@ from flwr.serverapp import Grid
 
 from sap_lightning.errors import InputError, short
 from sap_lightning.federation.run_folder import RunFolder
-from sap_lightning.files import append_bytes, new_folder, write_bytes
+from sap_lightning.files import append_bytes, new_folder, write_bytes, write_files
 from sap_lightning.flower.sites import Register, Site, site_of
 from sap_lightning.flower.wire import MESSAGE_TYPE, Question, files_in, question_record
 from sap_lightning.io.adapter import Adapter
@@ -162,8 +162,7 @@ class Collection:
             self._record(site, "refused", str(error))
             return
         with new_folder(self.folder.upload(site.domain)) as staging:
-            for name, content in files.items():
-                (staging / name).write_bytes(content)
+            write_files(staging, files)
         self.owners[adapter.sha256] = site.domain
         self._open = {number for number in self._open if self._asked[number].domain != site.domain}
         self._record(site, "taken", size=sum(map(len, files.values())))

@@ -9,11 +9,9 @@ from typing import Any, NamedTuple
 from flwr.app import Array, ArrayRecord, ConfigRecord, RecordDict
 
 from sap_lightning.errors import InputError, short
-from sap_lightning.io.peft_config import CONFIG_FILE
-from sap_lightning.io.upload_files import MANIFEST_FILE, WEIGHTS_FILE
+from sap_lightning.io.upload_files import UPLOAD_FILES
 
 MESSAGE_TYPE = "train.upload"
-UPLOAD_FILES = (WEIGHTS_FILE, CONFIG_FILE, MANIFEST_FILE)
 MOST_BYTES = 2**28
 """Of an upload: a hundred times the adapter of a ViT-B."""
 _QUESTION, _FILES, _DIGESTS = "question", "files", "sha256"

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from sap_lightning.errors import InputError
-from sap_lightning.files import new_folder
+from sap_lightning.files import new_folder, write_files
 from sap_lightning.fingerprints import hash_tensor
 from sap_lightning.functional.lora import LoRALayer
 from sap_lightning.functional.rescaling import length_of
@@ -336,8 +336,7 @@ def write_adapter(
     """
     folder = Path(folder)
     with new_folder(folder) as staging, errors_in(folder):
-        for name, content in adapter_files(layers, base, manifest, peft, sent).items():
-            (staging / name).write_bytes(content)
+        write_files(staging, adapter_files(layers, base, manifest, peft, sent))
     return folder
 
 

@@ -14,7 +14,7 @@ from sap_lightning.io.weights import SafetensorsFile, Weights
 
 WEIGHTS_FILE = "adapter_model.safetensors"
 MANIFEST_FILE = "manifest.json"
-_FILES = (WEIGHTS_FILE, CONFIG_FILE, MANIFEST_FILE)
+UPLOAD_FILES = (WEIGHTS_FILE, CONFIG_FILE, MANIFEST_FILE)
 
 _MAX_JSON_BYTES = 2**20
 
@@ -60,7 +60,7 @@ class FilesInFolder:
         return SafetensorsFile.at(self._regular_file(WEIGHTS_FILE))
 
     def size(self) -> int:
-        return sum((self.folder / name).stat().st_size for name in _FILES if self.has(name))
+        return sum((self.folder / name).stat().st_size for name in UPLOAD_FILES if self.has(name))
 
     def _regular_file(self, name: str) -> Path:
         folder, path = self.folder, self.folder / name
@@ -117,7 +117,7 @@ class FilesInMemory:
             return SafetensorsFile.of(self._content(WEIGHTS_FILE), place)
 
     def size(self) -> int:
-        return sum(len(self.files[name]) for name in _FILES if self.has(name))
+        return sum(len(self.files[name]) for name in UPLOAD_FILES if self.has(name))
 
     def _content(self, name: str) -> bytes:
         if name not in self.files:

@@ -17,7 +17,7 @@ from transformers import AutoImageProcessor, AutoTokenizer
 from sap_lightning.console import track
 from sap_lightning.errors import InputError, first_line
 from sap_lightning.escapes import for_markdown
-from sap_lightning.files import as_json, new_folder, write_json, write_text
+from sap_lightning.files import as_json, new_folder, write_files, write_json, write_text
 from sap_lightning.fingerprints import sealed, unsealed
 from sap_lightning.functional.lora import LoRALayer, Update, dense, recompress
 from sap_lightning.functional.rescaling import relative_error
@@ -164,8 +164,7 @@ class Merged:
     def _save_adapter(self, folder: Path, rank: int | None) -> float:
         names = track(list(self.update), "writing: layers")
         layers = {name: self._as_lora(self.update[name], rank) for name in names}
-        for name, content in adapter_files(layers, self.base, peft=self._peft()).items():
-            (folder / name).write_bytes(content)
+        write_files(folder, adapter_files(layers, self.base, peft=self._peft()))
         error = relative_error(self.update, layers)
         if error > EXACT:
             log.info("recompressed with a relative error of %.2e (Frobenius norm)", error)

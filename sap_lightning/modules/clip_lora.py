@@ -25,7 +25,7 @@ from sap_lightning.functional.reach import Reach
 from sap_lightning.io.adapter import Expected, sha256_of, write_adapter
 from sap_lightning.io.manifest import Manifest, base_with
 from sap_lightning.io.peft_config import in_text_tower, public_name
-from sap_lightning.models.clip import TextEncoder, load_base
+from sap_lightning.models.clip import Base, TextEncoder, load_base
 from sap_lightning.models.layers import layer_shapes, linear_weight
 from sap_lightning.modules.classifier import CLIPClassifier, data_of
 from sap_lightning.modules.turn import ONE_SHOT, Turn
@@ -126,7 +126,7 @@ class CLIPLoRAModule(CLIPClassifier):
         if self.tower is not None:
             return
         base = load_base(self.base)
-        model: nn.Module = base.clip if "text" in self.towers else base.tower
+        model = self._model_of(base)
         layers = self._layers_to_adapt(model)
         self.base_fingerprint = base_with(base.fingerprint(layers), [one.sha256 for one in self._turn.folded])
         for adapter in self._turn.folded:
@@ -161,9 +161,12 @@ class CLIPLoRAModule(CLIPClassifier):
 
     def drawn(self) -> dict[str, LoRALayer]:
         """The adapter as the seed draws it, float32 on the CPU: the same for all clients, with B = 0."""
-        base = load_base(self.base)
-        model: nn.Module = base.clip if "text" in self.towers else base.tower
+        model = self._model_of(load_base(self.base))
         return _lora_layers(self._with_lora(model, self._layers_to_adapt(model)))
+
+    def _model_of(self, base: Base) -> nn.Module:
+        """The part of a base that holds the towers."""
+        return base.clip if "text" in self.towers else base.tower
 
     def _layers_to_adapt(self, model: nn.Module) -> list[str]:
         """The linear layers of these towers that the targets name."""
