@@ -6,7 +6,7 @@ from importlib.util import find_spec
 
 import pytest
 
-collect_ignore_glob = [] if find_spec("flwr") else ["test_*.py"]
+collect_ignore_glob = [] if find_spec("flwr") else ["*.py"]
 
 
 @pytest.fixture(autouse=True, scope="session")
