@@ -86,7 +86,7 @@ def test_a_round_over_flower_merges_what_fit_merges_bit_for_bit(grid, settings, 
 def test_below_the_quorum_nothing_is_merged_and_a_second_run_completes_it(grid, settings, finished, tmp_path):
     photo = grid.nodes.pop()
     with pytest.raises(InputError, match=r"2 uploads \(cartoon, painting\) are fewer than the quorum of 3"):
-        start(grid, settings, tmp_path, timeout=3.0)
+        start(grid, settings, tmp_path, timeout=0.1)
     assert not (tmp_path / "server" / "merged").exists()
     assert sorted(path.name for path in (tmp_path / "server" / "uploads").iterdir()) == CLIENTS[:2]
     grid.nodes, grid.asked = [*grid.nodes, photo], []
@@ -108,7 +108,7 @@ def test_what_is_wrong_at_the_server_is_found_before_a_site_trains(grid, setting
 def test_only_clients_that_the_server_names_are_asked(grid, settings, tmp_path):
     settings["federation"]["clients"] = ["cartoon", "photo"]
     with pytest.raises(InputError, match=r"2 uploads \(cartoon, photo\) are fewer than the quorum of 3"):
-        start(grid, settings, tmp_path, timeout=3.0)
+        start(grid, settings, tmp_path, timeout=0.1)
     assert grid.asked == ["cartoon", "photo"]
 
 
