@@ -158,6 +158,10 @@ def _require_agreement(manifest: Manifest, adapter: Adapter) -> None:
             f"tensors_sha256 is {manifest.tensors_sha256}, the tensors and scales give {adapter.sha256}; the files have"
             " changed since they were written, upload them again"
         )
+    if manifest.kind != "lora":
+        raise InputError(f"kind is {manifest.kind!r}, expected 'lora'; an adapter is needed here")
+    if manifest.layers and sorted(manifest.layers) != list(adapter.layers):
+        raise InputError("layers are not those of which there are weights; upload the adapter again")
     layers = adapter.layers.values()
     if (manifest.rank, manifest.alpha) not in {(layer.rank, alpha_of(layer)) for layer in layers}:
         raise InputError(f"no layer is of rank {manifest.rank} and alpha {manifest.alpha:g}; upload the adapter again")

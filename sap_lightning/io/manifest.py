@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass, field
 from hashlib import sha256
-from typing import Any
+from typing import Any, Literal, get_args
 
 from sap_lightning.errors import InputError
 from sap_lightning.functional.reach import LENGTHS, MEASURED, Reach
@@ -22,6 +22,10 @@ from sap_lightning.io.rules import (
     short,
 )
 
+Kind = Literal["lora", "prompt"]
+KINDS: tuple[Kind, ...] = get_args(Kind)
+FACTORS = ("lora_A", "lora_B")
+"""The parts of an adapter."""
 BaseFingerprint = str | Callable[[Iterable[str]], str] | None
 """`fingerprint` of a base, or what gives it for an adapter of these layers; any base is right where there is none."""
 _TEXTS = Rule(lambda value: isinstance(value, tuple) and all(map(is_text, value)), "a list of texts")
@@ -29,7 +33,9 @@ _NAME = Rule(matches(r"[A-Za-z0-9_-][A-Za-z0-9 _.-]{0,63}"), "at most 64 letters
 _SHA256 = Rule(matches(r"[0-9a-f]{64}"), "a sha256 in hex")
 _COUNT = Rule(lambda value: is_integer(value, 1, 10**9), "an integer from 1 to a thousand million")
 _SEED = Rule(lambda value: is_integer(value, 0), "an integer from 0")
-_VERSION = Rule(lambda value: is_integer(value, 1, 1), "1, the only version known here")
+_VERSION = Rule(lambda value: is_integer(value, 1, 2), "1 or 2, the versions known here")
+_KIND = Rule(lambda value: value in KINDS, f"one of {', '.join(KINDS)}")
+_ROUND = Rule(lambda value: is_integer(value, 0, 10**6), "an integer from 0 to a million")
 
 
 def _is_reach(value: Any) -> bool:
@@ -62,6 +68,10 @@ _RULES = {
     "tensors_sha256": _SHA256,
     "reach": _REACH,
 }
+_SECOND_RULES = {"kind": _KIND, "parts": _TEXTS, "round": _ROUND, "task": TEXT, "layers": _TEXTS}
+"""What format 2 says besides."""
+_UNSAID = {"kind": "lora", "parts": FACTORS, "round": 0, "task": "", "layers": ()}
+"""What a manifest of format 1 leaves unsaid, and how that is understood."""
 _OPTIONAL = {"reach"}
 DIGEST = "fields_sha256"
 
@@ -83,7 +93,12 @@ class Manifest:
         packages: versions of the packages that trained it.
         tensors_sha256: `sha256_of` the adapter's layers.
         reach: how far the adapter reaches, see `functional.reach`; empty where the client does not say.
-        format_version: version of the manifest's format.
+        format_version: version of the manifest's format; 1 has none of what follows, which is as it is here.
+        kind: of what was trained.
+        parts: of it that were sent.
+        round: in which it was trained, from 0.
+        task: that it was trained on, where clients have several.
+        layers: names of those that were sent, where that is not all that the targets name.
 
     Raises:
         InputError: a value of the wrong type or out of range.
@@ -102,10 +117,18 @@ class Manifest:
     tensors_sha256: str
     reach: Reach = field(default_factory=dict)
     format_version: int = 1
+    kind: Kind = "lora"
+    parts: tuple[str, ...] = FACTORS
+    round: int = 0
+    task: str = ""
+    layers: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
-        for name, rule in _RULES.items():
+        for name, rule in (_RULES | _SECOND_RULES).items():
             require(name, getattr(self, name), rule)
+        for name, unsaid in _UNSAID.items():
+            if self.format_version == 1 and getattr(self, name) != unsaid:
+                raise InputError(f"{name} is {short(getattr(self, name))}, which a manifest of format 1 cannot say")
 
 
 def manifest_from(content: dict[str, Any]) -> Manifest:
@@ -115,27 +138,33 @@ def manifest_from(content: dict[str, Any]) -> Manifest:
         InputError: naming a field that is missing, unknown or wrong.
     """
     require("format_version", content.get("format_version"), _VERSION)
-    fields = {name: value for name, value in content.items() if name != DIGEST}
-    manifest = _from_fields(fields)
-    if DIGEST in content and content[DIGEST] != _digest(fields):
+    said = {name: value for name, value in content.items() if name != DIGEST}
+    manifest = _from_fields(said)
+    if DIGEST in content and content[DIGEST] != _digest(said):
         raise InputError(f"{DIGEST} is not that of the other fields; the file has changed, upload it again")
     return manifest
 
 
 def manifest_bytes(manifest: Manifest) -> bytes:
     """A manifest as JSON text, with a digest of its fields that shows damage."""
-    fields = asdict(manifest)
-    return json_bytes(fields | {DIGEST: _digest(fields)})
+    known = _rules_of(manifest.format_version)
+    said = {name: value for name, value in asdict(manifest).items() if name in known}
+    return json_bytes(said | {DIGEST: _digest(said)})
 
 
-def _digest(fields: dict[str, Any]) -> str:
-    return sha256(json_bytes(fields)).hexdigest()
+def _digest(said: dict[str, Any]) -> str:
+    return sha256(json_bytes(said)).hexdigest()
+
+
+def _rules_of(version: int) -> dict[str, Rule]:
+    return _RULES if version == 1 else _RULES | _SECOND_RULES
 
 
 def _from_fields(content: dict[str, Any]) -> Manifest:
-    if missing := sorted(_RULES.keys() - _OPTIONAL - content.keys()):
+    known = _rules_of(content["format_version"]).keys()
+    if missing := sorted(known - _OPTIONAL - content.keys()):
         raise InputError(f"{missing[0]} is missing; write the upload again")
-    if unknown := sorted(content.keys() - _RULES.keys()):
+    if unknown := sorted(content.keys() - known):
         raise InputError(f"unknown field {short(unknown[0])}; write the upload again")
     return Manifest(**_frozen(content))
 

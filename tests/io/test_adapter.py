@@ -614,9 +614,11 @@ def test_configs_without_the_essentials_are_refused(upload: Path, shapes: dict[s
         ("reach", dict.fromkeys(MEASURED, [0.5] * 4 + [True]), "reach is"),
         ("reach", dict.fromkeys(MEASURED, "01234"), "reach is"),
         ("reach", [0.5] * 5, "reach is"),
-        ("format_version", 2, "format_version is 2, expected 1"),
+        ("format_version", 2, "kind is missing"),
+        ("format_version", 3, "format_version is 3, expected 1 or 2"),
         ("format_version", True, "format_version is True"),
         ("pickle", "yes", "unknown field 'pickle'"),
+        ("round", 1, "unknown field 'round'"),
     ],
 )
 def test_bad_manifests_are_refused(
@@ -688,6 +690,52 @@ def test_what_a_manifest_says_of_the_reach_comes_back(tmp_path, upload, shapes) 
     assert adapter.manifest is not None
     said = replace(adapter.manifest, reach={style: (0.0, 0.25, 0.5, 1, 0.5) for style in MEASURED})
     assert read_adapter(write_adapter(tmp_path / "again", adapter.layers, "tiny-clip", said), shapes).manifest == said
+
+
+SECOND = {"kind": "lora", "parts": ("lora_A", "lora_B"), "round": 3, "task": "vqa", "layers": (Q, FC1)}
+
+
+def test_a_manifest_of_format_2_says_what_was_sent_and_in_which_round(tmp_path, upload, shapes) -> None:
+    adapter = read_adapter(upload, shapes)
+    assert adapter.manifest is not None and adapter.manifest.round == 0
+    said = replace(adapter.manifest, format_version=2, **SECOND)
+    folder = write_adapter(tmp_path / "second", adapter.layers, "tiny-clip", said)
+    assert read_adapter(folder, shapes).manifest == said
+    written = json.loads((folder / MANIFEST_FILE).read_text())
+    first = json.loads((upload / MANIFEST_FILE).read_text())
+    assert written.keys() - first.keys() == SECOND.keys() and not first.keys() - written.keys()
+
+
+@pytest.mark.parametrize(
+    ("name", "value"), [(name, value) for name, value in SECOND.items() if name not in ("kind", "parts")]
+)
+def test_a_manifest_of_format_1_cannot_say_what_format_2_does(upload, shapes, name: str, value: Any) -> None:
+    manifest = read_adapter(upload, shapes).manifest
+    with pytest.raises(InputError, match=f"^{name} is .*, which a manifest of format 1 cannot say"):
+        replace(manifest, **{name: value})
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "message"),
+    [
+        ("kind", "prompt", "kind is 'prompt', expected 'lora'"),
+        ("kind", "adapter", "kind is 'adapter', expected one of lora, prompt"),
+        ("kind", ["lora"], "kind is .*, expected one of lora, prompt"),
+        ("parts", "lora_A", "parts is 'lora_A', expected a list of texts"),
+        ("round", -1, "round is -1, expected an integer from 0"),
+        ("round", True, "round is True"),
+        ("task", None, "task is None"),
+        ("layers", [Q], "layers are not those of which there are weights"),
+        ("layers", [Q, FC1, Q], "layers are not those"),
+    ],
+)
+def test_a_faulty_field_of_format_2_is_refused(tmp_path, upload, shapes, name: str, value: Any, message: str) -> None:
+    adapter = read_adapter(upload, shapes)
+    assert adapter.manifest is not None
+    said = replace(adapter.manifest, format_version=2, **SECOND)
+    folder = write_adapter(tmp_path / "second", adapter.layers, "tiny-clip", said)
+    edit_json(folder / MANIFEST_FILE, **{name: value})
+    assert_refused(folder, shapes, f"{MANIFEST_FILE}: {message}")
 
 
 def test_manifests_with_a_field_missing_are_refused(upload: Path, shapes: dict[str, torch.Size]) -> None:
