@@ -26,7 +26,7 @@ from sap_lightning.io.adapter import Adapter
 from sap_lightning.io.manifest import check_domain
 from sap_lightning.merging import SAP, Average
 from sap_lightning.merging.selection import check_rejection
-from sap_lightning.modules.clip_lora import CLIPLoRAModule
+from sap_lightning.modules.client import ClientModule
 from sap_lightning.modules.merge import MergeModule
 from sap_lightning.results import Result, Results
 
@@ -67,7 +67,7 @@ class OneShotFederation:
 
     def __init__(
         self,
-        client: CLIPLoRAModule,
+        client: ClientModule,
         data: DomainDataModule,
         anchors: AnchorDataModule,
         merge: MergeModule,

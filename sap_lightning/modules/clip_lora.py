@@ -13,7 +13,7 @@ from lightning.pytorch.utilities.types import OptimizerLRSchedulerConfig
 from peft import LoraConfig, get_peft_model
 from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
-from torch.nn.functional import cross_entropy, normalize
+from torch.nn.functional import normalize
 from transformers import get_constant_schedule_with_warmup, get_cosine_schedule_with_warmup
 
 from sap_lightning.data.loaders import Batch
@@ -25,12 +25,13 @@ from sap_lightning.io.manifest import Manifest
 from sap_lightning.io.peft_config import in_text_tower, public_name
 from sap_lightning.models.clip import TextEncoder, load_base
 from sap_lightning.models.layers import layer_shapes
-from sap_lightning.modules.classifier import CLIPClassifier, data_of
+from sap_lightning.modules.classifier import data_of
+from sap_lightning.modules.client import ClientModule
 
 Tower = Literal["vision", "text"]
 
 
-class CLIPLoRAModule(CLIPClassifier):
+class CLIPLoRAModule(ClientModule):
     """Fine-tunes LoRA on CLIP with cross-entropy of images against class prompts.
 
     The features of the prompts are computed once, but for a client that adapts the text tower: there they follow the
@@ -73,24 +74,19 @@ class CLIPLoRAModule(CLIPClassifier):
         reach: bool = True,
         seed: int = 0,
     ) -> None:
-        super().__init__()
+        super().__init__(base, templates, seed)
         self.save_hyperparameters()
-        self.base = base
         self.rank = rank
         self.alpha = alpha
         self.dropout = dropout
         self.targets = targets
         self.towers = towers
-        self.templates = templates
         self.learning_rate = learning_rate
         self.weight_decay = weight_decay
         self.warmup = warmup
         self.schedule = schedule
         self.label_smoothing = label_smoothing
         self.reach = reach
-        self.seed = seed
-        # Checkpoints hold the adapter without the frozen base (on_save_checkpoint).
-        self.strict_loading = False
         self._trained_texts: TextEncoder | None = None
         self._check_settings()
 
@@ -159,24 +155,6 @@ class CLIPLoRAModule(CLIPClassifier):
         # Dropout draws the same values whether or not training was interrupted before this step.
         torch.manual_seed(self.seed + self.global_step)
 
-    def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
-        logits = self(batch.images)
-        loss = cross_entropy(logits, batch.labels, label_smoothing=self.label_smoothing)
-        self.log("train/loss", loss, prog_bar=True)
-        self.log("train/accuracy", (logits.detach().argmax(1) == batch.labels).float().mean())
-        return loss
-
-    def validation_step(self, batch: Batch, batch_idx: int) -> None:
-        logits = self(batch.images)
-        self.metrics.update(logits, batch.labels)
-        loss = cross_entropy(logits, batch.labels)
-        self.log("val/loss", loss, batch_size=len(batch.labels), sync_dist=True)
-        # What Lightning's own examples have callbacks monitor.
-        self.log("val_loss", loss, batch_size=len(batch.labels), sync_dist=True, logger=False)
-
-    def on_validation_epoch_end(self) -> None:
-        self.log_accuracy("val/")
-
     def configure_optimizers(self) -> OptimizerLRSchedulerConfig:
         trainable = [parameter for parameter in self.parameters() if parameter.requires_grad]
         optimizer = torch.optim.AdamW(trainable, lr=self.learning_rate, weight_decay=self.weight_decay)
@@ -187,11 +165,6 @@ class CLIPLoRAModule(CLIPClassifier):
         else:
             schedule = get_cosine_schedule_with_warmup(optimizer, rising, steps)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
-
-    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        trained = {name for name, parameter in self.named_parameters() if parameter.requires_grad}
-        checkpoint["state_dict"] = {k: v for k, v in checkpoint["state_dict"].items() if k in trained}
-        checkpoint["base_fingerprint"] = self.base_fingerprint
 
     def layers(self) -> dict[str, LoRALayer]:
         """The trained adapter by layer name in CLIPModel, float32 on the CPU."""
@@ -204,12 +177,19 @@ class CLIPLoRAModule(CLIPClassifier):
             if isinstance(module, LoraLayer)
         }
 
-    def write_upload(self, folder: str | Path, domain: str, num_samples: int, reach: Reach | None = None) -> Path:
-        """Writes what the client sends: the adapter in PEFT format and its manifest, which says how far it reaches.
+    @property
+    def keeps_epochs(self) -> bool:  # type: ignore[override]  # by its settings
+        return len(self.towers) > 1
 
-        Raises:
-            InputError: when the folder already exists.
-        """
+    def stated(self, manifest: Manifest) -> dict[str, tuple[Any, Any]]:
+        return {
+            "model.alpha": (manifest.alpha, self.alpha),
+            "model.rank": (manifest.rank, self.rank),
+            "model.targets": (list(manifest.targets), list(self.targets)),
+        }
+
+    def write_upload(self, folder: str | Path, domain: str, num_samples: int, reach: Reach | None = None) -> Path:
+        """Writes the adapter in PEFT format, and its manifest."""
         layers = self.layers()
         manifest = Manifest(
             base=public_name(self.base),
