@@ -19,8 +19,9 @@ from sap_lightning.files import new_folder
 from sap_lightning.fingerprints import hash_tensor
 from sap_lightning.functional.lora import LoRALayer
 from sap_lightning.functional.rescaling import length_of
+from sap_lightning.io.context import class_position_of
 from sap_lightning.io.factors import NOTHING_BESIDE, Beside, Shapes, StoredLayers, require_finite, weights_bytes
-from sap_lightning.io.manifest import BaseFingerprint, Manifest, manifest_bytes, manifest_from, require_base
+from sap_lightning.io.manifest import BaseFingerprint, Kind, Manifest, manifest_bytes, manifest_from, require_base
 from sap_lightning.io.peft_config import (
     CONFIG_FILE,
     MAX_PATTERNS,
@@ -41,7 +42,7 @@ from sap_lightning.io.weights import Weights
 
 @dataclass(frozen=True)
 class Adapter:
-    """One client's LoRA, checked against the base. Two adapters are equal when their sha256 are.
+    """One client's LoRA, or its prompt, checked against the base. Two adapters are equal when their sha256 are.
 
     Attributes:
         name: the manifest's domain, else the folder's name.
@@ -68,6 +69,11 @@ class Adapter:
     def length(self) -> float:
         """Frobenius norm of ΔW over all layers, for which they are read once."""
         return length_of(self.layers)
+
+    @property
+    def kind(self) -> Kind:
+        """What was trained: a LoRA, or a prompt, whose one layer is its context."""
+        return "prompt" if any(map(class_position_of, self.layers)) else "lora"
 
     @property
     def num_samples(self) -> int | None:
@@ -147,19 +153,19 @@ def _read(
     adapter = adapter_from(files.weights(), config, name, manifest, shapes, beside)
     if manifest:
         with errors_in(files.place(MANIFEST_FILE)):
-            _require_agreement(manifest, adapter)
+            require_agreement(manifest, adapter)
     return adapter
 
 
-def _require_agreement(manifest: Manifest, adapter: Adapter) -> None:
+def require_agreement(manifest: Manifest, adapter: Adapter) -> None:
     """Raises InputError when a manifest says what is not so."""
     if manifest.tensors_sha256 != adapter.sha256:
         raise InputError(
             f"tensors_sha256 is {manifest.tensors_sha256}, the tensors and scales give {adapter.sha256}; the files have"
             " changed since they were written, upload them again"
         )
-    if manifest.kind != "lora":
-        raise InputError(f"kind is {manifest.kind!r}, expected 'lora'; an adapter is needed here")
+    if manifest.kind != adapter.kind:
+        raise InputError(f"kind is {manifest.kind!r}, expected {adapter.kind!r} by the tensors; upload them again")
     if manifest.layers and sorted(manifest.layers) != list(adapter.layers):
         raise InputError("layers are not those of which there are weights; upload the adapter again")
     layers = adapter.layers.values()

@@ -13,6 +13,7 @@ from sap_lightning.io.rules import errors_in, object_from
 from sap_lightning.io.weights import SafetensorsFile, Weights
 
 WEIGHTS_FILE = "adapter_model.safetensors"
+PROMPT_FILE = "prompt.safetensors"
 MANIFEST_FILE = "manifest.json"
 
 _MAX_JSON_BYTES = 2**20
@@ -30,8 +31,8 @@ class UploadFiles(Protocol):
     def json(self, name: str) -> dict[str, Any]:
         """The object in a JSON file."""
 
-    def weights(self) -> Weights:
-        """The tensors of the weights file."""
+    def weights(self, name: str = WEIGHTS_FILE) -> Weights:
+        """The tensors of a weights file."""
 
 
 class FilesInFolder:
@@ -52,20 +53,21 @@ class FilesInFolder:
             _require_size(path.stat().st_size)
             return object_from(path.read_bytes())
 
-    def weights(self) -> Weights:
-        return SafetensorsFile.at(self._regular_file(WEIGHTS_FILE))
+    def weights(self, name: str = WEIGHTS_FILE) -> Weights:
+        return SafetensorsFile.at(self._regular_file(name))
 
     def _regular_file(self, name: str) -> Path:
         folder, path = self.folder, self.folder / name
         if not folder.is_dir():
-            raise InputError(f"{folder}: no such folder; expected one with {WEIGHTS_FILE} and {CONFIG_FILE}")
+            raise InputError(
+                f"{folder}: no such folder; expected one with {WEIGHTS_FILE} and {CONFIG_FILE}, or {PROMPT_FILE}"
+            )
         if not os.path.lexists(path):
             if name == WEIGHTS_FILE and os.path.lexists(folder / "adapter_model.bin"):
                 raise InputError(f"{folder}: adapter_model.bin is a pickle, never read; save as {WEIGHTS_FILE}")
             below = sorted(found.parent.name for found in folder.glob(f"*/{name}"))
-            advice = (
-                f"there is one in {below[0]!r} below it" if below else "save the adapter with PEFT's save_pretrained"
-            )
+            kept = "it holds no prompt" if name == PROMPT_FILE else "save the adapter with PEFT's save_pretrained"
+            advice = f"there is one in {below[0]!r} below it" if below else kept
             raise InputError(f"{path}: no such file; {advice}")
         real = Path(os.path.realpath(path))
         if not any(map(real.is_relative_to, _own_folders(folder))):
@@ -104,10 +106,10 @@ class FilesInMemory:
             _require_size(len(self._content(name)))
             return object_from(self._content(name))
 
-    def weights(self) -> Weights:
-        place = self.place(WEIGHTS_FILE)
+    def weights(self, name: str = WEIGHTS_FILE) -> Weights:
+        place = self.place(name)
         with errors_in(place):
-            return SafetensorsFile.of(self._content(WEIGHTS_FILE), place)
+            return SafetensorsFile.of(self._content(name), place)
 
     def _content(self, name: str) -> bytes:
         if name not in self.files:

@@ -35,7 +35,7 @@ class TextEncoder:
         config = cast(CLIPTextConfig, clip.config.text_config)
         self.model = clip.text_model
         self.projection = clip.text_projection
-        self.tower = nn.ModuleDict({"text_model": clip.text_model, "text_projection": clip.text_projection})
+        self.tower = nn.ModuleDict({"text_model": clip.text_model, "text_projection": clip.text_projection}).eval()
         self.tokenizer = _load_tokenizer(base, config.vocab_size)
         self.max_length = config.max_position_embeddings
 

@@ -5,17 +5,32 @@ Reference code: KaiyangZhou/CoOp, trainers/coop.py.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any, Literal
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from sap_lightning.errors import InputError
+from sap_lightning.functional.lora import Update, dense
+from sap_lightning.io.context import ClassPosition, class_position_of
+from sap_lightning.io.prompt import Room
 from sap_lightning.models.clip import TextEncoder
 
-ClassPosition = Literal["front", "middle", "end"]
-"""Where in its prompt a class's name stands: before the context, between its halves, or after it."""
+
+def room_in(texts: TextEncoder) -> Room:
+    """What a text tower has room for: a context beside a name of one token, a full stop, start and end."""
+    return Room(texts.token_embedding.embedding_dim, texts.max_length - 4)
+
+
+def prompted_features(texts: TextEncoder, class_names: Sequence[str], update: Mapping[str, Update]) -> Tensor | None:
+    """Normalised features of classes, shape (classes, d), by the context in an update; None where it has none."""
+    for name, layer in update.items():
+        if (position := class_position_of(name)) is not None:
+            context = dense(layer)
+            with torch.inference_mode(False), torch.no_grad():
+                return ClassPrompts(texts, class_names, len(context), position).features(context)
+    return None
 
 
 class ClassPrompts:
