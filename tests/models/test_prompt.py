@@ -15,8 +15,9 @@ from torch.nn.functional import gelu, layer_norm, normalize
 from transformers import CLIPConfig, CLIPModel, CLIPTextConfig
 
 from sap_lightning.errors import InputError
+from sap_lightning.io.context import ClassPosition
 from sap_lightning.models.clip import TextEncoder, load_base
-from sap_lightning.models.prompt import ClassPosition, ClassPrompts
+from sap_lightning.models.prompt import ClassPrompts
 
 CLASSES = ["star", "red star", "bus"]
 VOCABULARY, WIDTH, HEADS, READS = 653, 24, 3, 16
