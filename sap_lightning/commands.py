@@ -55,7 +55,7 @@ def sweep(args: Sequence[str]) -> None:
         one = cli.varied({SEED: seed, **variant})
         unseen = None if wanted.unseen == ALL else chosen_domains("sweep.unseen", wanted.unseen, one.datamodule.domains)
         return one.federation(
-            run_dir=str(folder_of(run_dir, seed, variant)),
+            run_dir=str(folder_of(run_dir, seed, variant, one.model.kind)),
             unseen=unseen,
             plan=wanted.plan_of(variant, one.config_init.prune),
             results=results,
@@ -74,6 +74,7 @@ def client(args: Sequence[str]) -> None:
     """Train one client (--data.domain) at its own site and write its upload to <federation.run_dir>/uploads."""
     cli = SapCLI("client", args, client.__doc__)
     folder, domain = RunFolder(cli.config_init.federation.run_dir), cli.datamodule.require_domain()
+    folder = folder.of_kind(cli.model.kind)
     is_held_to(folder.path, cli.settings(), SERVER_SETTINGS)
     upload = train_client(cli.model, cli.datamodule, folder, cli.make_trainer, f"client {domain}", cli.settings())
     rank_zero_only(print)(f"Upload: {upload}")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import logging
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,7 @@ from sap_lightning.data.domains import DomainDataModule
 from sap_lightning.errors import InputError
 from sap_lightning.federation.client import UNTRAINED, TrainerFactory, require_client, train_client
 from sap_lightning.federation.evaluation import Evaluation
+from sap_lightning.federation.homes import Homes
 from sap_lightning.federation.points import Plan, Points, Sent
 from sap_lightning.federation.poison import HONEST, Poison
 from sap_lightning.federation.provenance import provenance
@@ -27,8 +29,11 @@ from sap_lightning.io.manifest import check_domain
 from sap_lightning.merging import SAP, Average
 from sap_lightning.merging.selection import check_rejection
 from sap_lightning.modules.client import ClientModule
+from sap_lightning.modules.clip_prompt import CLIPPromptModule
 from sap_lightning.modules.merge import MergeModule
 from sap_lightning.results import Result, Results
+
+log = logging.getLogger(__name__)
 
 
 def server_logger(run_dir: str | Path) -> EventLogger:
@@ -90,19 +95,19 @@ class OneShotFederation:
         self.anchors = anchors
         self.merge = merge
         self.make_trainer = make_trainer
-        self.folder = RunFolder(run_dir)
+        self.folder = RunFolder(run_dir).of_kind(client.kind)
         self.clients = chosen_domains("federation.clients", clients, data.domains)
         self.poison = poison if poison.domain else None
         self.unseen = self._unseen(unseen)
         self.plan = plan or Plan({method.name: method for method in (Average(), merge.method or SAP())})
-        self.results = results or Results(self.folder.path)
+        self.results = results or Results(Path(run_dir))
         self.config = dict(config or {})
         self.free_settings = free_settings
         self.server = make_trainer(callbacks=[SaliencyPruneCallback()], logger=server_logger(run_dir), **UNTRAINED)
         self.evaluator = make_trainer(logger=False, **UNTRAINED)
-        self.evaluation = Evaluation(
-            merge, anchors, self.server, self.evaluator, self.results, self.folder if self.plan.keeps_models else None
-        )
+        self.homes = Homes(client, data, self.evaluator) if isinstance(client, CLIPPromptModule) else None
+        kept = self.folder if self.plan.keeps_models else None
+        self.evaluation = Evaluation(merge, anchors, self.server, self.evaluator, self.results, kept, self.homes)
 
     def _unseen(self, unseen: Sequence[str] | str | None) -> list[str]:
         chosen = chosen_domains("federation.unseen", unseen, self.data.domains)
@@ -143,7 +148,7 @@ class OneShotFederation:
         self.sent = Sent.of(honest, self._poisoned(), self.poison.label if self.poison else "")
         made_with = provenance(self.settings)
         self.points = Points(
-            self.plan, self.sent, self.data, self.anchors, self.merge, self.evaluator.precision, made_with
+            self.plan, self.sent, self.data, self.anchors, self.merge, self.evaluator.precision, made_with, self.homes
         )
         for unseen in self.unseen:
             self.merge.remember_stem(self.sent.all)
@@ -160,10 +165,13 @@ class OneShotFederation:
         return [point.result for unseen in self.unseen for point in self.points.on(unseen)]
 
     def comparable(self) -> Results:
-        """The points of this run and, to stand beside them, earlier merges of the same clients for the same domains."""
+        """The points of this run and, to stand beside them, earlier merges of the same clients for the same domains.
+
+        Clients that sent prompts count as the same as those that sent adapters, in a run that has both.
+        """
         wanted = self.wanted()
         places = {point.place for point in wanted}
-        clients = {(point.unseen, *point.sources) for point in wanted}
+        clients = {(point.unseen, *point.sources) for point in wanted} | self._of_the_other_kind()
         earlier = [
             row
             for row in self.results.rows
@@ -174,6 +182,22 @@ class OneShotFederation:
         ]
         latest = {row.label: row.settings for row in earlier}
         return self.results.only([*wanted, *(row for row in earlier if row.settings == latest[row.label])])
+
+    def _of_the_other_kind(self) -> set[tuple[str, ...]]:
+        """What clients of the same domains sent of the other kind in this run: each one's, and all but an unseen one's.
+
+        Each begins with the unseen domain that it is for.
+        """
+        folder = RunFolder(self.results.folder).of_kind("lora" if self.client.kind == "prompt" else "prompt")
+        uploads = [folder.upload(domain) for domain in self.clients if folder.upload(domain).exists()]
+        try:
+            adapters = self.merge.read_uploads(uploads)
+        except InputError as error:
+            log.warning("not beside these in the table: %s", error)
+            return set()
+        sent = {unseen: [one for one in adapters if one.name != unseen] for unseen in self.unseen}
+        alone = {(unseen, one.sha256) for unseen, of in sent.items() for one in of}
+        return alone | {(unseen, *(one.sha256 for one in of)) for unseen, of in sent.items()}
 
     def check(self) -> None:
         """Finds a faulty base, faulty anchors, a domain's name or too few clients before clients train for hours.
@@ -187,7 +211,19 @@ class OneShotFederation:
         for domain in (*self.domains, *self.unseen):
             check_domain(domain)
         self.merge.configure_model()
-        self.merge.encode_captions(self.anchors.captions)
+        if self.client.kind == "prompt":
+            self._check_prompts()
+        else:
+            self.merge.encode_captions(self.anchors.captions)
+
+    def _check_prompts(self) -> None:
+        for method in self.plan.methods.values():
+            self.merge.check_prompts(method)
+        if self.poison and not self.poison.poisons_labels:
+            raise InputError(
+                f"federation.poison.kind {self.poison.kind} is for adapters; of prompt clients label_flip and"
+                " label_shuffle poison the labels"
+            )
 
     def _check_number_of_clients(self) -> None:
         clients = min(len(set(self.clients) - {unseen}) for unseen in self.unseen)

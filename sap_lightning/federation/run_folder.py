@@ -13,7 +13,7 @@ import yaml
 from sap_lightning.errors import InputError
 from sap_lightning.files import write_text
 from sap_lightning.fingerprints import config_hash
-from sap_lightning.io.manifest import check_domain
+from sap_lightning.io.manifest import Kind, check_domain
 from sap_lightning.results import earlier_version, refuse_earlier
 
 log = logging.getLogger(__name__)
@@ -26,6 +26,7 @@ FREE_SETTINGS = (
     "data.domain",
     "merge.method",
     "merge.reject_outliers",
+    "model.init_args.memory",
     "sweep",
 )
 """Settings, and groups of them, that may change from one start to the next: what is in the folder does not depend on
@@ -41,12 +42,18 @@ SERVER_SETTINGS = (*FREE_SETTINGS, "federation", "anchors", "prune", "merge")
 class RunFolder:
     """config.yaml, clients/<domain>, uploads/<domain>, merged/<unseen>/<method>, results, report; poisoned/<what>.
 
+    What prompt clients train, send and are merged to stands in prompts/, beside that of others in one run.
+
     Raises:
         InputError: on use, for a domain whose name would lead elsewhere.
     """
 
     def __init__(self, path: str | Path) -> None:
         self.path = Path(path)
+
+    def of_kind(self, kind: Kind) -> RunFolder:
+        """Where clients of a kind have all but the results."""
+        return RunFolder(self.path / "prompts") if kind == "prompt" else self
 
     def client(self, domain: str) -> Path:
         """A client's checkpoint and TensorBoard events."""

@@ -12,7 +12,7 @@ from torch.nn.functional import cross_entropy
 
 from sap_lightning.data.loaders import Batch
 from sap_lightning.functional.reach import Reach
-from sap_lightning.io.manifest import Manifest
+from sap_lightning.io.manifest import Kind, Manifest
 from sap_lightning.modules.classifier import CLIPClassifier
 
 
@@ -25,6 +25,7 @@ class ClientModule(CLIPClassifier, ABC):
         seed: seed of the part's initial values.
 
     Attributes:
+        kind: of the part.
         base_fingerprint: of the towers that the part is for.
         reach: whether it is measured how far the part reaches on images in changed styles.
         keeps_epochs: whether the part is kept after every epoch.
@@ -32,6 +33,7 @@ class ClientModule(CLIPClassifier, ABC):
     """
 
     base_fingerprint: str
+    kind: Kind = "lora"
     reach = False
     keeps_epochs = False
     label_smoothing = 0.0

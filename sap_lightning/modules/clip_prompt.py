@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -18,7 +18,7 @@ from torchmetrics.classification import MulticlassAccuracy
 from sap_lightning.data.domains import DomainDataModule
 from sap_lightning.data.loaders import Batch
 from sap_lightning.errors import InputError, check_at_least, check_positive, check_share
-from sap_lightning.functional.lora import LoRALayer
+from sap_lightning.functional.lora import LoRALayer, Update, dense
 from sap_lightning.functional.reach import Reach
 from sap_lightning.io.adapter import sha256_of
 from sap_lightning.io.context import ClassPosition, as_layer, class_position_of, context_layer
@@ -63,6 +63,7 @@ class CLIPPromptModule(ClientModule):
         InputError: when a number is out of range, or two settings say where the context starts.
     """
 
+    kind = "prompt"
     context: nn.Parameter
 
     def __init__(
@@ -108,10 +109,10 @@ class CLIPPromptModule(ClientModule):
             if not 0 <= getattr(self, name) < math.inf:
                 raise InputError(f"model.{name} must be a finite number from 0 on, got {getattr(self, name)}")
 
-    def starting_from(self, context: Tensor) -> CLIPPromptModule:
-        """A client of the same settings whose context starts as this one, shape (M, width)."""
+    def starting_from(self, layers: Mapping[str, Update]) -> CLIPPromptModule:
+        """A client of the same settings that starts from this context, a layer among layers."""
         other = copy.deepcopy(self)
-        other._given = context
+        other._given = dense(layers[context_layer(self.class_position)])
         return other
 
     def configure_model(self) -> None:
@@ -229,7 +230,7 @@ class CLIPPromptModule(ClientModule):
             packages={name: version(name) for name in ("lightning", "torch", "transformers")},
             tensors_sha256=sha256_of(layers),
             format_version=2,
-            kind="prompt",
+            kind=self.kind,
             parts=("context",),
             layers=tuple(layers),
         )
