@@ -1,0 +1,196 @@
+"""Prompt clients in the whole protocol, by its real commands, in the run folder of clients that sent adapters."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from federation.runs import DOMAINS, contents, lines_of, shown_rows, stored, table, times
+from places import REPOSITORY, SHAPES_CLIP
+from references import quiet_trainer
+from safetensors.torch import load_file
+
+from sap_lightning.data import DomainDataModule
+from sap_lightning.errors import InputError
+from sap_lightning.federation.run_folder import RunFolder
+from sap_lightning.io.prompt import read_prompt
+from sap_lightning.modules import CLIPPromptModule
+from sap_lightning.results import Results
+
+PROMPTS = [f"--config={REPOSITORY / 'configs' / 'prompts.yaml'}", "--model.tokens=4"]
+ADAPTERS = ["zero-shot", *(f"client {domain}" for domain in DOMAINS), "average", "sap"]
+COOP = [f"coop {domain}" for domain in DOMAINS]
+
+
+@pytest.fixture(scope="module")
+def joint(finished, run, tmp_path_factory) -> Path:
+    """The finished run of adapters with prompts in it."""
+    folder = Path(shutil.copytree(finished, tmp_path_factory.mktemp("joint") / "run"))
+    run("fit", *PROMPTS, "--merge.method=median", f"--federation.run_dir={folder}")
+    return folder
+
+
+def test_prompts_stand_beside_adapters_in_one_table(joint, finished):
+    rows = table(joint)
+    assert set(rows) == {*ADAPTERS, *COOP, "promptfl", "pfedprompt", "promptfl median"}
+    assert {model: rows[model] for model in ADAPTERS} == table(finished), "what was measured before is not anew"
+    for model in (*COOP, "promptfl"):
+        assert list(rows[model]) == [domain for domain in DOMAINS if model != f"coop {domain}"]
+    shown = shown_rows(joint)
+    assert set(shown) == {*rows, "best client", "best coop"}
+    assert shown["promptfl"][:5] == shown["pfedprompt"][:5], "the server's model is the prompt alone"
+
+
+def test_adapters_find_prompts_beside_them_too(joint, run, tmp_path):
+    copy = Path(shutil.copytree(joint, tmp_path / "copy"))
+    before = shown_rows(copy)
+    run("fit", "--federation.report=false", f"--federation.run_dir={copy}")
+    assert shown_rows(copy) == before
+    other = ["--federation.clients=[cartoon,photo]", "--federation.unseen=sketch", "--federation.report=false"]
+    run("fit", *other, f"--federation.run_dir={copy}")
+    assert {"coop cartoon", "coop photo"} < shown_rows(copy).keys()
+    assert not {"promptfl", "coop painting"} & shown_rows(copy).keys(), "which is of other clients"
+
+
+def test_accuracy_at_home_is_a_column_of_its_own_for_prompts_alone(joint):
+    for line in lines_of(joint):
+        assert bool(line["personal_accuracy"]) == line["row"].startswith(("coop", "promptfl", "pfedprompt"))
+    head = (joint / "table.md").read_text().splitlines()[0]
+    assert " | mean | personal | ECE | " in head
+    promptfl, pfedprompt, coop = (shown_rows(joint)[row][5] for row in ("promptfl", "pfedprompt", "coop photo"))
+    assert promptfl != pfedprompt and "–" not in (promptfl, pfedprompt, coop)
+    assert shown_rows(joint)["sap"][5] == "–"
+
+
+def test_accuracy_at_home_is_the_mean_over_the_clients_of_a_merge(joint):
+    """Every coop is measured at its own home, and of images that were not trained on."""
+    homes = {domain: stored(joint, f"coop {domain}", "sketch" if domain != "sketch" else "photo") for domain in DOMAINS}
+    for domain, row in homes.items():
+        metrics = row["metrics"]
+        held_back = 10  # a fifth of 48 images
+        assert metrics["personal_accuracy"] * held_back == pytest.approx(
+            round(metrics["personal_accuracy"] * held_back)
+        )
+        others = [stored(joint, f"coop {domain}", unseen)["metrics"] for unseen in DOMAINS if unseen != domain]
+        assert {other["personal_accuracy"] for other in others} == {metrics["personal_accuracy"]}
+
+
+def test_what_is_sent_and_merged_is_the_prompt(joint):
+    folder = RunFolder(joint).of_kind("prompt")
+    contexts = {}
+    for domain in DOMAINS:
+        upload = folder.upload(domain)
+        assert {file.name for file in upload.iterdir()} == {"prompt.safetensors", "manifest.json"}
+        (contexts[domain],) = load_file(upload / "prompt.safetensors").values()
+        assert contexts[domain].shape == (4, 64)
+        assert json.loads((upload / "manifest.json").read_text())["kind"] == "prompt"
+    others = [contexts[domain] for domain in DOMAINS if domain != "sketch"]
+    for method, expected in {
+        "average": torch.stack(others).mean(0),
+        "median": torch.stack(others).median(0)[0],
+    }.items():
+        (merged,) = read_prompt(folder.merged("sketch", method)).layers.values()
+        torch.testing.assert_close(merged.delta(), expected, atol=1e-6, rtol=0)
+    assert not torch.equal(others[0], others[1])
+
+
+def test_nothing_in_the_run_folder_holds_what_a_client_remembers(joint, world):
+    """The features of its images, of which a memory is made, are kept in the cache alone."""
+    kept = [file.read_bytes() for file in joint.glob("prompts/**/*") if file.is_file()]
+    assert len(kept) > 20
+    client = CLIPPromptModule(SHAPES_CLIP)
+    quiet_trainer().validate(client, DomainDataModule(str(world / "domains"), "photo", base=SHAPES_CLIP), verbose=False)
+    for feature in client._seen:
+        assert not any(feature[:3].numpy().tobytes() in content for content in kept)
+
+
+def test_running_again_trains_and_measures_nothing_anew(joint, run, tmp_path):
+    copy = Path(shutil.copytree(joint, tmp_path / "copy"))
+    before, trained = contents(copy, "prompts/**/*"), times(copy, "prompts/**/*.ckpt")
+    lines = (copy / "results.jsonl").read_bytes()
+    run("fit", *PROMPTS, f"--federation.run_dir={copy}")
+    after = contents(copy, "prompts/**/*")
+    assert {name: text for name, text in after.items() if not name.endswith("config.yaml")} == {
+        name: text for name, text in before.items() if not name.endswith("config.yaml")
+    }
+    assert times(copy, "prompts/**/*.ckpt") == trained and (copy / "results.jsonl").read_bytes() == lines
+    assert Results(copy).rows
+
+
+def test_another_memory_is_another_pfedprompt_and_needs_no_training(joint, run, tmp_path):
+    copy = Path(shutil.copytree(joint, tmp_path / "copy"))
+    trained = times(copy, "prompts/**/*.ckpt")
+    run("fit", *PROMPTS, "--model.memory.alpha=0", f"--federation.run_dir={copy}")
+    assert times(copy, "prompts/**/*.ckpt") == trained
+    assert shown_rows(copy)["pfedprompt"] == shown_rows(copy)["promptfl"], "α = 0 is PromptFL"
+    assert shown_rows(copy)["promptfl"] == shown_rows(joint)["promptfl"]
+    assert stored(copy, "pfedprompt", "photo")["settings"]["memory"] == {"alpha": 0.0, "beta": 5.5}
+
+
+def test_a_client_trains_at_its_own_site_to_the_same_upload(joint, run, tmp_path):
+    run("client", *PROMPTS, "--data.domain=photo", f"--federation.run_dir={tmp_path}")
+    one, other = (contents(folder, "prompts/uploads/photo/*") for folder in (joint, tmp_path))
+    assert one == other and len(one) == 2
+
+
+def test_uploads_of_prompts_are_merged_and_measured_by_the_other_commands(joint, run, tmp_path, capsys):
+    uploads = [str(joint / "prompts" / "uploads" / domain) for domain in DOMAINS if domain != "sketch"]
+    out = tmp_path / "merged"
+    run("merge", "--merge.method=average", "--merge.report=true", f"--merge.output={out}", "--uploads", *uploads)
+    one, other = (load_file(folder / "prompt.safetensors") for folder in (out, joint / "prompts/merged/sketch/average"))
+    assert one.keys() == other.keys() and all(torch.equal(one[key], other[key]) for key in one)
+    run("test", "--data.domain=sketch", "--uploads", str(out))
+    assert f"{stored(joint, 'promptfl', 'sketch')['metrics']['accuracy']:.6f}" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("line", "reason"),
+    [
+        (["--merge.method=ties"], "merge.method ties does not merge prompts, only adapters"),
+        (["--merge.reject_outliers=true"], r"merge\.reject_outliers is for adapters"),
+        (["--merge.rank=2"], r"merge\.format and merge\.rank are for adapters"),
+        (
+            ["--federation.poison.domain=photo", "--federation.poison.kind=noise"],
+            r"federation\.poison\.kind noise is for",
+        ),
+        (["--model.init=a photo"], r"model\.init 'a photo' has 2 tokens; model\.tokens is 4"),
+        (["--model.tokens=40"], "its prompt is .* tokens long with a context of 40"),
+    ],
+)
+def test_what_prompts_cannot_is_refused_before_any_upload_is_written(run, tmp_path, line, reason):
+    with pytest.raises(InputError, match=reason):
+        run("fit", *PROMPTS, "--trainer.max_epochs=1", *line, f"--federation.run_dir={tmp_path}")
+    assert not list(tmp_path.glob("prompts/uploads/*"))
+
+
+def test_settings_that_a_client_was_not_trained_with_are_refused(joint, run):
+    with pytest.raises(InputError, match=r"model\.init_args\.tokens was 4, is 5"):
+        run("fit", *PROMPTS, "--model.tokens=5", f"--federation.run_dir={joint}")
+
+
+def test_a_poisoned_client_learns_wrong_labels(joint, run, tmp_path):
+    copy = Path(shutil.copytree(joint, tmp_path / "copy"))
+    run(
+        "fit",
+        *PROMPTS,
+        "--federation.poison.domain=photo",
+        "--federation.unseen=sketch",
+        f"--federation.run_dir={copy}",
+    )
+    rows = table(copy)
+    assert {"coop photo, photo label_flip", "promptfl, photo label_flip", "pfedprompt, photo label_flip"} < set(rows)
+
+
+def test_the_config_names_every_setting_of_a_prompt_client_at_its_default(run, tmp_path, capsys):
+    written = yaml.safe_load((REPOSITORY / "configs" / "prompts.yaml").read_text())["model"]
+    for args in (["--model=CLIPPromptModule"], PROMPTS[:1]):
+        with pytest.raises(SystemExit):
+            run("fit", *args, "--print_config")
+        printed = yaml.safe_load(capsys.readouterr().out)["model"]
+        assert printed["class_path"].endswith(written["class_path"])
+        own = {name: value for name, value in printed["init_args"].items() if name not in ("base", "templates", "seed")}
+        assert own == written["init_args"]
