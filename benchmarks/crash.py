@@ -36,17 +36,18 @@ CHANGES = {"open", "os.rename", "os.remove", "os.mkdir", "os.rmdir", "os.truncat
 FORK = get_context("fork")
 
 
-def main(kills: int = 20, seed: int = 0, disk: Path = Path("/dev/shm")) -> None:
+def main(kills: int = 20, seed: int = 0, disk: Path = Path("/dev/shm"), rounds: int = 1) -> None:
     """Ends with exit code 1 where a killed run does not continue to the same bytes.
 
     Args:
         kills: how many runs are killed, each at one event.
         seed: chooses the events.
         disk: a folder of the file system that the run folder is on.
+        rounds: how often the clients train and upload.
     """
     with tempfile.TemporaryDirectory() as world, tempfile.TemporaryDirectory(dir=disk) as place:
         draw_world(Path(world, "shapes"), images_per_class=4)
-        line, run = command(Path(world, "shapes"), Path(place, "run")), Path(place, "run")
+        line, run = command(Path(world, "shapes"), Path(place, "run"), rounds), Path(place, "run")
         events, _ = fit(line, run)
         whole = contents(run)
         print(f"{len(whole)} files, {events} events\n\n| killed at | seconds | differs |\n|---|---|---|")
@@ -65,7 +66,7 @@ def main(kills: int = 20, seed: int = 0, disk: Path = Path("/dev/shm")) -> None:
     sys.exit(faults > 0)
 
 
-def command(world: Path, run: Path) -> list[str]:
+def command(world: Path, run: Path, rounds: int) -> list[str]:
     return [
         "fit",
         f"--model.base={SHAPES_CLIP}",
@@ -73,6 +74,7 @@ def command(world: Path, run: Path) -> list[str]:
         f"--anchors.root={world / 'anchors'}",
         "--anchors.num_pairs=4",
         "--federation.unseen=[photo,sketch]",
+        f"--federation.rounds={rounds}",
         "--trainer.max_epochs=2",
         "--trainer.accelerator=cpu",
         f"--federation.run_dir={run}",

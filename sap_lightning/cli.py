@@ -22,6 +22,7 @@ from sap_lightning.data.anchors import AnchorDataModule
 from sap_lightning.data.domains import DomainDataModule
 from sap_lightning.errors import InputError, first_line
 from sap_lightning.federation.one_shot import OneShotFederation
+from sap_lightning.federation.rounds import RoundsFederation
 from sap_lightning.federation.run_folder import flat
 from sap_lightning.federation.sweep import Sweep
 from sap_lightning.io.rules import errors_in
@@ -66,6 +67,7 @@ TAKEN_BY: dict[str, tuple[str, ...]] = {
     "federation": ("fit", "sweep"),
     "federation.run_dir": ("fit", "sweep", "client", "merge"),
     "federation.unseen": ("fit",),
+    "federation.last_method": ("fit",),
     "sweep": ("sweep",),
     "uploads": ("merge", "test", "predict"),
     "predict": ("predict",),
@@ -98,6 +100,8 @@ TRAINER_DEFAULTS = {
     "log_every_n_steps": 1,
 }
 METHOD_OPTION = "--merge.method"
+METHOD_OPTIONS = rf"({METHOD_OPTION}|--federation\.last_method)(\.method)*"
+"""Pattern of the options that name a method, or one that another is on top of."""
 MERGE_COMMAND: dict[str, dict[str, Any]] = {
     "output": {"type": str | None, "default": None, "help": "new folder for the merged model"},
     "report": {
@@ -240,7 +244,8 @@ class SapCLI(LightningCLI):
         parser.add_class_arguments(SAP, "prune")
         parser.add_class_arguments(MergeModule, "merge", skip={"base", "templates"}, instantiate=False)
         parts = {"client", "data", "anchors", "merge", "make_trainer", "plan", "results", "config", "free_settings"}
-        parser.add_class_arguments(OneShotFederation, "federation", skip=parts, instantiate=False)
+        parts.add("method")
+        parser.add_class_arguments(RoundsFederation, "federation", skip=parts, instantiate=False)
         model = "model.init_args" if self.client else "model"
         if self.client:
             parser.set_defaults({"model": {"class_path": _path_of(self.client)}})
@@ -284,9 +289,10 @@ class SapCLI(LightningCLI):
             )
         if method is None and isinstance(self.model, CLIPPromptModule):
             method = Average()
+        last = self.config_init.federation.last_method
         if method in (None, SAP.name):
             method = self.config_init.prune
-        elif given := self._given("prune"):
+        elif last != SAP.name and (given := self._given("prune")):
             raise InputError(f"{given}: merge.method is not sap, so nothing would use it; leave one of them out")
         return MergeModule(self.model.base, self.model.templates, method, **settings)
 
@@ -350,12 +356,15 @@ class SapCLI(LightningCLI):
         """The federation as configured, but for the arguments that are given."""
         parts = self.config_init
         settings = {name: value for name, value in parts.federation.items() if name != "report"}
-        return OneShotFederation(
+        if settings["last_method"] == SAP.name:
+            settings["last_method"] = parts.prune
+        return RoundsFederation(
             client=self.model,
             data=self.datamodule,
             anchors=parts.anchors,
             merge=self.merge,
             make_trainer=self.make_trainer,
+            method=None if parts.merge.method is None else self.merge.method,
             config=self.settings(),
             **{**settings, **others},
         )
@@ -509,7 +518,7 @@ def with_class_paths(args: Sequence[str]) -> list[str]:
     named = list(args)
     for index, arg in enumerate(named):
         option, equals, name = arg.partition("=")
-        if not re.fullmatch(rf"{METHOD_OPTION}(\.method)*", option):
+        if not re.fullmatch(METHOD_OPTIONS, option):
             continue
         has_settings = any(other.startswith(f"{option}.") for other in args)
         if equals:

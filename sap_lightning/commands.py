@@ -17,7 +17,13 @@ from sap_lightning.data.folder import ImageFolderDataModule
 from sap_lightning.errors import InputError
 from sap_lightning.federation.client import UNTRAINED, train_client
 from sap_lightning.federation.one_shot import OneShotFederation, chosen_domains, server_logger
-from sap_lightning.federation.run_folder import SERVER_SETTINGS, RunFolder, is_held_to, write_settings
+from sap_lightning.federation.run_folder import (
+    SERVER_SETTINGS,
+    SERVER_SETTINGS_OF_ROUNDS,
+    RunFolder,
+    is_held_to,
+    write_settings,
+)
 from sap_lightning.federation.sweep import ALL, SEED, check, folder_of, measure
 from sap_lightning.files import locked, refuse_existing, write_csv, writing
 from sap_lightning.merging.merged import Merged, push_to_hub, record_in
@@ -47,6 +53,8 @@ def sweep(args: Sequence[str]) -> None:
     wanted, run_dir = cli.config_init.sweep, Path(cli.config_init.federation.run_dir)
     if cli.config_init.merge.method is not None:
         raise InputError("merge.method is for fit and merge; name methods in sweep.methods")
+    if cli.config_init.federation.last_method is not None:
+        raise InputError("federation.last_method is for fit; name methods in sweep.methods")
     if cli.config_init.federation.unseen is not None:
         raise InputError("federation.unseen is for fit; name domains in sweep.unseen")
     cli.check_sweep(wanted)
@@ -54,12 +62,13 @@ def sweep(args: Sequence[str]) -> None:
     def federation_of(seed: int, variant: Mapping[str, Any], results: Results) -> OneShotFederation:
         one = cli.varied({SEED: seed, **variant})
         unseen = None if wanted.unseen == ALL else chosen_domains("sweep.unseen", wanted.unseen, one.datamodule.domains)
+        server = SERVER_SETTINGS if one.config_init.federation.rounds == 1 else SERVER_SETTINGS_OF_ROUNDS
         return one.federation(
-            run_dir=str(folder_of(run_dir, seed, variant, one.model.kind)),
+            run_dir=str(folder_of(run_dir, seed, variant, server, one.model.kind)),
             unseen=unseen,
             plan=wanted.plan_of(variant, one.config_init.prune),
             results=results,
-            free_settings=SERVER_SETTINGS,
+            free_settings=server,
         )
 
     check(wanted, partial(federation_of, results=Results(run_dir)))

@@ -60,6 +60,8 @@ class Result:
         sources: hashes of the adapters it was made from.
         rejected: names of clients that the server left out.
         provenance: config hash, git commit and package versions.
+        rounds: how often clients have trained and uploaded for it.
+        bytes: what has crossed the wire for it, up and down; None in lines of before that was counted.
     """
 
     kind: Kind
@@ -76,6 +78,8 @@ class Result:
     sources: list[str] = field(default_factory=list)
     rejected: list[str] = field(default_factory=list)
     provenance: dict[str, str] = field(default_factory=dict)
+    rounds: int = 1
+    bytes: int | None = None
 
     @property
     def place(self) -> Place:
@@ -192,7 +196,8 @@ class Results:
     @rank_zero_only
     def write_csv(self) -> None:
         """Writes results.csv in one step."""
-        head = ["row", "model", "sparsity", "unseen", "seed", "condition", "variant", *CSV_METRICS, "rejected"]
+        head = ["row", "model", "sparsity", "unseen", "seed", "condition", "variant", *CSV_METRICS]
+        head += ["rounds", "bytes", "rejected"]
         made = ["settings", "sources", "measurement", "config", "commit", "versions"]
         write_csv(self.csv, [[*head, *made], *map(_csv_row, self.rows)])
 
@@ -275,11 +280,13 @@ def _line(row: Result) -> str:
 def _csv_row(row: Result) -> list[object]:
     metrics = [f"{row.metrics[name]:.6f}" if name in row.metrics else "" for name in CSV_METRICS]
     point = [row.label, row.model, "" if row.sparsity is None else row.sparsity, row.unseen, row.seed, row.condition]
+    wire = [row.rounds, "" if row.bytes is None else row.bytes]
     made = [";".join(row.rejected), _json(row.settings), ";".join(row.sources), row.measurement]
     return [
         *point,
         _json(row.variant),
         *metrics,
+        *wire,
         *made,
         *(row.provenance.get(name, "") for name in ("config", "commit", "versions")),
     ]

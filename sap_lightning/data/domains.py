@@ -83,6 +83,7 @@ class DomainDataModule(PixelDataModule):
         self.seed = seed
         self._test_images: int | None = None
         self._relabel: Relabel | None = None
+        self._first_epoch = 0
         self._given_names = class_names
         self._fingerprint: str | None = None
 
@@ -117,17 +118,20 @@ class DomainDataModule(PixelDataModule):
         """Changes whenever an image of a domain does."""
         return self._source.samples(domain).fingerprint
 
-    def for_domain(self, name: str, test_images: int | None = None, relabel: Relabel | None = None) -> DomainDataModule:
+    def for_domain(
+        self, name: str, test_images: int | None = None, relabel: Relabel | None = None, first_epoch: int = 0
+    ) -> DomainDataModule:
         """The same settings for another domain.
 
         Args:
             name: the domain.
             test_images: test on that many images, spread evenly over the domain; all if not given.
             relabel: gives other labels to the training part, from its own (n,) and the number of classes.
+            first_epoch: number of epochs that were trained before; shuffles and augmentation are those that follow.
         """
         other = copy.copy(self)
         other.domain, other.trainer, other._fingerprint = name, None, None
-        other._test_images, other._relabel = test_images, relabel
+        other._test_images, other._relabel, other._first_epoch = test_images, relabel, first_epoch
         return other
 
     def held_out(self, number: int) -> Batch:
@@ -180,7 +184,7 @@ class DomainDataModule(PixelDataModule):
     def train_dataloader(self) -> DataLoader[Batch]:
         """Shuffled batches of the training part; the last one is dropped where it is not full."""
         world_size, rank = process_of(self.trainer)
-        sampler = train_sampler(self._train, world_size, rank, self.seed)
+        sampler = train_sampler(self._train, world_size, rank, self.seed + self._first_epoch)
         batch_size = images_per_process(min(self.batch_size, len(self._train)), world_size)
         return make_loader(self._train, sampler, batch_size, drop_last=True)
 
@@ -197,7 +201,8 @@ class DomainDataModule(PixelDataModule):
         assert self.trainer is not None
         if self.augment and self.trainer.training:
             images = batch.images.float()
-            crops = epoch_crops(len(self._labels), self.crop_scale, self.seed, self.trainer.current_epoch)
+            epoch = self._first_epoch + self.trainer.current_epoch
+            crops = epoch_crops(len(self._labels), self.crop_scale, self.seed, epoch)
             boxes, flips = (part.to(images.device)[batch.indices] for part in crops)
             batch = batch._replace(images=resized_crop(images, boxes, flips))
         normalised: Batch = super().on_after_batch_transfer(batch, dataloader_idx)

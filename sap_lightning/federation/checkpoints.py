@@ -38,6 +38,12 @@ def last_checkpoint(folder: Path) -> Path | None:
     return None
 
 
+def optimizer_state(checkpoint: Path) -> dict[int, Any]:
+    """What the optimizer of a checkpoint has gathered of each parameter."""
+    (optimizer,) = torch.load(checkpoint, weights_only=True)["optimizer_states"]
+    return dict(optimizer["state"])
+
+
 def _is_whole(content: bytes) -> bool:
     try:
         with ZipFile(io.BytesIO(content)) as archive:  # torch writes checksums, but does not look at them

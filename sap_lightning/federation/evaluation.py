@@ -17,6 +17,7 @@ from sap_lightning.data.domains import DomainDataModule
 from sap_lightning.federation.homes import Homes
 from sap_lightning.federation.points import Point
 from sap_lightning.federation.run_folder import RunFolder
+from sap_lightning.io.adapter import Adapter
 from sap_lightning.merging.merged import Merged, holds
 from sap_lightning.merging.method import MergeMethod
 from sap_lightning.modules.merge import MergeModule
@@ -94,14 +95,17 @@ class Evaluation:
         # Not by equality, which a class of one's own may inherit without its settings.
         if merged is None or method is not point.method or sources != point.result.sources:
             self.merge.set_update({})
-            merged = self._merge(point)
+            merged = self.merge_of(point.adapters, point.method, point.result.sparsity)
         merged = merged.at(point.result.sparsity)
         self._prepared = Preparation(point.method, point.result.sources, merged)
         self.merge.set_update(merged.update)
         return merged
 
-    def _merge(self, point: Point) -> Merged:
-        self.merge.use(point.adapters, point.method, point.result.sparsity)
+    def merge_of(
+        self, adapters: Sequence[Adapter], method: MergeMethod | None, sparsity: float | None = None
+    ) -> Merged:
+        """The merge of some adapters, which the merge module wears from now on."""
+        self.merge.use(adapters, method, sparsity)
         if not self.merge.looks_at_anchors:
             return self.merge.merge()
         self.server.validate(self.merge, datamodule=self.anchors, verbose=False)

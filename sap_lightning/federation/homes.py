@@ -12,7 +12,9 @@ from sap_lightning.data.domains import DomainDataModule
 from sap_lightning.errors import InputError
 from sap_lightning.functional.lora import Update, dense
 from sap_lightning.io.adapter import Adapter
+from sap_lightning.io.context import as_layer
 from sap_lightning.modules.clip_prompt import CLIPPromptModule
+from sap_lightning.modules.turn import Turn
 
 
 class Homes:
@@ -57,7 +59,8 @@ class Homes:
         (context,) = map(dense, update.values())
         measured = domain, context.numpy().tobytes()
         if measured not in self._measured:
-            client, data = self.client.starting_from(update), self.data.for_domain(domain)
+            start = {name: as_layer(dense(layer)) for name, layer in update.items()}
+            client, data = self.client.for_turn(Turn(start=start)), self.data.for_domain(domain)
             found = self.evaluator.validate(client, datamodule=data, verbose=False)
             if not found:
                 raise InputError(

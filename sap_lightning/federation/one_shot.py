@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import copy
 import logging
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import lightning as L
 from lightning.pytorch.utilities import rank_zero_only
@@ -19,18 +18,19 @@ from sap_lightning.errors import InputError
 from sap_lightning.federation.client import UNTRAINED, TrainerFactory, require_client, train_client
 from sap_lightning.federation.evaluation import Evaluation
 from sap_lightning.federation.homes import Homes
-from sap_lightning.federation.points import Plan, Points, Sent
+from sap_lightning.federation.points import Plan, Point, Points, Sent
 from sap_lightning.federation.poison import HONEST, Poison
 from sap_lightning.federation.provenance import provenance
 from sap_lightning.federation.run_folder import FREE_SETTINGS, RunFolder, config_file, require_settings, write_settings
 from sap_lightning.files import as_json
-from sap_lightning.io.adapter import Adapter
+from sap_lightning.io.adapter import WHOLE, Adapter, Expected
 from sap_lightning.io.manifest import check_domain
-from sap_lightning.merging import SAP, Average
+from sap_lightning.merging import SAP, Average, MergeMethod
 from sap_lightning.merging.selection import check_rejection
 from sap_lightning.modules.client import ClientModule
 from sap_lightning.modules.clip_prompt import CLIPPromptModule
 from sap_lightning.modules.merge import MergeModule
+from sap_lightning.modules.turn import ONE_SHOT
 from sap_lightning.results import Result, Results
 
 log = logging.getLogger(__name__)
@@ -39,6 +39,15 @@ log = logging.getLogger(__name__)
 def server_logger(run_dir: str | Path) -> EventLogger:
     """TensorBoard events of the server, in <run_dir>/server."""
     return EventLogger(run_dir, "server")
+
+
+class Training(NamedTuple):
+    """What a client is trained with; see ``train_client``."""
+
+    client: ClientModule
+    data: DomainDataModule
+    folder: RunFolder
+    title: str
 
 
 class OneShotFederation:
@@ -60,8 +69,7 @@ class OneShotFederation:
         free_settings: those of them that may differ.
 
     Attributes:
-        sent: what the clients sent, once it was collected.
-        points: what is measured of it.
+        sent: what the clients sent, once it was gathered.
 
     Raises:
         InputError: for fewer than two domains, or domains that there are not.
@@ -140,20 +148,39 @@ class OneShotFederation:
         """
         self.check()
         for domain in self.domains:
-            require_client(self.client, self.data.for_domain(domain), self.folder, self.config)
+            require_client(self.first_client(domain), self.data.for_domain(domain), self.folder, self.config)
         if self.config:
             require_settings(self.folder.path, self.config, self.free_settings)
         self._keep_settings()
+        self.gather()
+        for unseen in self.unseen:
+            self.merge.remember_stem(self.sent_for(unseen).all)
+            self.evaluation.measure(self.points_on(unseen), self.data.for_domain(unseen))
+        return self.results
+
+    def gather(self) -> None:
+        """Trains what is not trained yet, and takes in what is to be merged and measured."""
         honest = self.collect(self.train())
         self.sent = Sent.of(honest, self._poisoned(), self.poison.label if self.poison else "")
+        self.points = self.points_of(self.sent)
+
+    def points_of(self, sent: Sent) -> Points:
+        """What is measured of what was sent."""
         made_with = provenance(self.settings)
-        self.points = Points(
-            self.plan, self.sent, self.data, self.anchors, self.merge, self.evaluator.precision, made_with, self.homes
-        )
-        for unseen in self.unseen:
-            self.merge.remember_stem(self.sent.all)
-            self.evaluation.measure(list(self.points.on(unseen)), self.data.for_domain(unseen))
-        return self.results
+        precision = self.evaluator.precision
+        return Points(self.plan, sent, self.data, self.anchors, self.merge, precision, made_with, self.homes)
+
+    def sent_for(self, unseen: str) -> Sent:
+        """What the clients sent for a model of an unseen domain; the domain's own client may be among them."""
+        return self.sent
+
+    def points_on(self, unseen: str) -> list[Point]:
+        """What is measured on an unseen domain."""
+        return list(self.points.on(unseen))
+
+    def senders(self, unseen: str) -> list[str]:
+        """The clients whose adapters are merged for an unseen domain."""
+        return [domain for domain in self.clients if domain != unseen]
 
     @rank_zero_only
     def _keep_settings(self) -> None:
@@ -162,7 +189,7 @@ class OneShotFederation:
 
     def wanted(self) -> list[Result]:
         """The points that this federation measures, without their metrics."""
-        return [point.result for unseen in self.unseen for point in self.points.on(unseen)]
+        return [point.result for unseen in self.unseen for point in self.points_on(unseen)]
 
     def comparable(self) -> Results:
         """The points of this run and, to stand beside them, earlier merges of the same clients for the same domains.
@@ -188,16 +215,23 @@ class OneShotFederation:
 
         Each begins with the unseen domain that it is for.
         """
-        folder = RunFolder(self.results.folder).of_kind("lora" if self.client.kind == "prompt" else "prompt")
-        uploads = [folder.upload(domain) for domain in self.clients if folder.upload(domain).exists()]
-        try:
-            adapters = self.merge.read_uploads(uploads)
-        except InputError as error:
-            log.warning("not beside these in the table: %s", error)
-            return set()
-        sent = {unseen: [one for one in adapters if one.name != unseen] for unseen in self.unseen}
-        alone = {(unseen, one.sha256) for unseen, of in sent.items() for one in of}
-        return alone | {(unseen, *(one.sha256 for one in of)) for unseen, of in sent.items()}
+        other = RunFolder(self.results.folder).of_kind("lora" if self.client.kind == "prompt" else "prompt")
+        found: set[tuple[str, ...]] = set()
+        for unseen in self.unseen:
+            folder = other.last_round(unseen)
+            uploads = [folder.upload(domain) for domain in self.clients if domain != unseen]
+            try:
+                sent = [one.sha256 for one in self.merge.read_uploads([path for path in uploads if path.exists()])]
+            except InputError as error:
+                log.warning("not beside these in the table: %s", error)
+                return set()
+            found |= {(unseen, *sent), *((unseen, one) for one in sent)}
+        return found
+
+    @property
+    def merging(self) -> Mapping[str, MergeMethod]:
+        """The methods that merge, by what the table calls them."""
+        return self.plan.methods
 
     def check(self) -> None:
         """Finds a faulty base, faulty anchors, a domain's name or too few clients before clients train for hours.
@@ -217,7 +251,7 @@ class OneShotFederation:
             self.merge.encode_captions(self.anchors.captions)
 
     def _check_prompts(self) -> None:
-        for method in self.plan.methods.values():
+        for method in self.merging.values():
             self.merge.check_prompts(method)
         if self.poison and not self.poison.poisons_labels:
             raise InputError(
@@ -226,13 +260,13 @@ class OneShotFederation:
             )
 
     def _check_number_of_clients(self) -> None:
-        clients = min(len(set(self.clients) - {unseen}) for unseen in self.unseen)
+        clients = min(len(self.senders(unseen)) for unseen in self.unseen)
         left = "an unseen domain leaves"
         if self.merge.reject_outliers:
             check_rejection(clients)
             clients -= (clients - 1) // 2  # fewer than half can stand out
             left = "an unseen domain and the rejection of outliers can leave"
-        for name, method in self.plan.methods.items():
+        for name, method in self.merging.items():
             if clients < max(method.least_clients, 1):
                 raise InputError(
                     f"merge.method {name} needs at least {method.least_clients} clients at these settings, {left}"
@@ -250,20 +284,49 @@ class OneShotFederation:
 
     def train(self) -> list[Path]:
         """Trains every client that has not uploaded yet, and returns all uploads."""
-        uploads = []
+        trainings = []
         for number, domain in enumerate(self.domains, start=1):
             title = f"client {number} of {len(self.domains)} ({domain})"
-            client = copy.deepcopy(self.client)
-            data = self.data.for_domain(domain)
-            uploads.append(train_client(client, data, self.folder, self.make_trainer, title, self.config))
-        return uploads
+            client, data = self.first_client(domain), self.data.for_domain(domain)
+            trainings.append(Training(client, data, self.folder, title))
+        return self.train_each(trainings)
 
-    def collect(self, uploads: Sequence[Path]) -> list[Adapter]:
-        """Reads the uploads, each of which must come from its own domain."""
-        adapters = self.merge.read_uploads(uploads)
-        found, expected = sorted(adapter.name for adapter in adapters), sorted(upload.name for upload in uploads)
-        if found != expected:
-            raise InputError(f"{uploads[0].parent}: uploads are of domains {found}, expected {expected}")
+    def first_client(self, domain: str) -> ClientModule:
+        """The module that a client trains first, and only once in one shot."""
+        return self.client.for_turn(ONE_SHOT)
+
+    def train_each(self, trainings: Sequence[Training]) -> list[Path]:
+        """Trains clients that start from the same, and returns their uploads in this order."""
+        return [
+            train_client(client, data, folder, self.client_trainer, title, self.config)
+            for client, data, folder, title in trainings
+        ]
+
+    def client_trainer(self, **overrides: Any) -> L.Trainer:
+        """A trainer for a client."""
+        return self.make_trainer(**overrides)
+
+    def collect(self, uploads: Sequence[Path], number: int = 0, expected: Expected = WHOLE) -> list[Adapter]:
+        """Reads the uploads of a round, each of which must come from its own domain.
+
+        Args:
+            uploads: their folders.
+            number: of the round.
+            expected: what they must be beside whole adapters of the base as it is.
+
+        Raises:
+            InputError: when one is faulty, of another domain, or of another round.
+        """
+        adapters = self.merge.read_uploads(uploads, expected)
+        for adapter in adapters:
+            if (said := adapter.manifest.round if adapter.manifest else 0) != number:
+                raise InputError(
+                    f"{uploads[0].parent}: the upload of {adapter.name} says that it is of round {said}, expected"
+                    f" {number}; remove it, and its client goes on"
+                )
+        found, wanted = sorted(adapter.name for adapter in adapters), sorted(upload.name for upload in uploads)
+        if found != wanted:
+            raise InputError(f"{uploads[0].parent}: uploads are of domains {found}, expected {wanted}")
         return adapters
 
     def _poisoned(self) -> list[Adapter]:
@@ -273,18 +336,12 @@ class OneShotFederation:
         domain, folder = self.poison.domain, self.folder.poisoned(self.poison.name)
         if self.poison.poisons_labels:
             data = self.poison.relabelled(self.data.for_domain(domain))
-            client, title = copy.deepcopy(self.client), f"poisoned client {domain}"
-            train_client(client, data, folder, self.make_trainer, title, self.config)
+            client, title = self.first_client(domain), f"poisoned client {domain}"
+            self.train_each([Training(client, data, folder, title)])
         elif self.server.is_global_zero and not folder.upload(domain).exists():
             self.poison.rewrite(self.folder.upload(domain), folder.upload(domain))
         self.server.strategy.barrier()
         return self.collect([folder.upload(domain)])
-
-    def upload_of(self, adapter: Adapter) -> Path:
-        """The folder that an adapter was read from."""
-        if self.poison and adapter in self.sent.poisoned:
-            return self.folder.poisoned(self.poison.name).upload(adapter.name)
-        return self.folder.upload(adapter.name)
 
 
 def chosen_domains(setting: str, chosen: Sequence[str] | str | None, domains: Sequence[str]) -> list[str]:

@@ -73,11 +73,15 @@ class Sent(NamedTuple):
         honest: every client's own adapter.
         poisoned: what one of them sends in place of its own; nothing without a poisoned client.
         label: what was done to it.
+        rounds: how many rounds there were; these are of the last.
+        bytes_before: what has crossed the wire before these were sent, up and down.
     """
 
     honest: Sequence[Adapter]
     poisoned: Sequence[Adapter] = ()
     label: str = ""
+    rounds: int = 1
+    bytes_before: int = 0
 
     @classmethod
     def of(cls, honest: Sequence[Adapter], sent: Sequence[Adapter], label: str) -> Sent:
@@ -181,7 +185,7 @@ class Points:
         condition: str = "",
         remembers: bool = False,
     ) -> Point:
-        settings = self._settings_of(method, sparsity) if method else {}
+        settings = settings_of(method, sparsity, self.merge, self.anchors) if method else {}
         if self.homes and remembers:
             settings["memory"] = self.homes.memory
         sources = [adapter.sha256 for adapter in adapters]
@@ -198,6 +202,8 @@ class Points:
             settings=settings,
             sources=sources,
             provenance=self.provenance,
+            rounds=self.sent.rounds if adapters else 0,
+            bytes=self.sent.bytes_before + sum(adapter.size for adapter in adapters) if adapters else 0,
         )
         poisoned = any(adapter in self.sent.poisoned for adapter in adapters)
         return Point(result, adapters, method, poisoned, remembers)
@@ -223,19 +229,24 @@ class Points:
         texts = self.merge.texts
         return fingerprint(nn.ModuleList([texts.model, texts.projection]))
 
-    def _settings_of(self, method: MergeMethod, sparsity: float | None) -> dict[str, Any]:
-        """What decides the outcome of a merge beside the adapters, as JSON knows it."""
-        settings: dict[str, Any] = {"method": method.name, "weights": self.merge.weights}
-        # A setting of such a name, as of a method on top of another, goes by what the command line calls it.
-        settings |= {f"method.{name}" if name in settings else name: of for name, of in method.settings.items()}
-        if method.code:
-            settings["code"] = method.code
-        if sparsity is not None:
-            settings["sparsity"] = sparsity
-        if method.needs_anchors or self.merge.reject_outliers:
-            names = ("root", "num_pairs", "noise", *(["batch_size"] if method.asks_by_batch else []))
-            settings["anchors"] = {name: getattr(self.anchors, name) for name in names}
-            settings["anchors"]["content"] = self.anchors.fingerprint
-        if self.merge.reject_outliers:
-            settings["reject_outliers"] = True
-        return dict(as_json(settings))
+
+def settings_of(
+    method: MergeMethod, sparsity: float | None, merge: MergeModule, anchors: AnchorDataModule
+) -> dict[str, Any]:
+    """What decides the outcome of a merge beside the adapters, as JSON knows it."""
+    settings: dict[str, Any] = {"method": method.name, "weights": merge.weights}
+    # A setting of such a name, as of a method on top of another, goes by what the command line calls it.
+    settings |= {f"method.{name}" if name in settings else name: of for name, of in method.settings.items()}
+    if merge.max_share is not None:
+        settings["max_share"] = merge.max_share
+    if method.code:
+        settings["code"] = method.code
+    if sparsity is not None:
+        settings["sparsity"] = sparsity
+    if method.needs_anchors or merge.reject_outliers:
+        names = ("root", "num_pairs", "noise", *(["batch_size"] if method.asks_by_batch else []))
+        settings["anchors"] = {name: getattr(anchors, name) for name in names}
+        settings["anchors"]["content"] = anchors.fingerprint
+    if merge.reject_outliers:
+        settings["reject_outliers"] = True
+    return dict(as_json(settings))

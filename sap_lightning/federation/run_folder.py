@@ -35,14 +35,20 @@ SEAL = "# sha256 of the rest: "
 CONFIG_FILE = "config.yaml"
 EARLIER_SETTING = "data.num_workers"
 """A setting that every run folder of a version before 0.2 has."""
-SERVER_SETTINGS = (*FREE_SETTINGS, "federation", "anchors", "prune", "merge")
-"""Settings that no client's training depends on."""
+SERVER_SETTINGS = (*FREE_SETTINGS, "anchors", "prune", "merge")
+"""Settings that no client's training depends on, where there is one round."""
+SERVER_SETTINGS_OF_ROUNDS = (*FREE_SETTINGS, "prune")
+"""The same where clients go on from what the server has merged: by average, unless merge.method, which is held to in
+other ways, says otherwise."""
+_OF_ROUNDS = tuple(f"federation.{name}" for name in ("rounds", "share", "aggregation", "optimizer", "schedule"))
+"""Those of the federation that say nothing where there is one round."""
 
 
 class RunFolder:
     """config.yaml, clients/<domain>, uploads/<domain>, merged/<unseen>/<method>, results, report; poisoned/<what>.
 
-    What prompt clients train, send and are merged to stands in prompts/, beside that of others in one run.
+    Of several rounds the first stands there, the others in rounds/<unseen>/<number>. What prompt clients train and send
+    stands in prompts/, beside what others do in the same run.
 
     Raises:
         InputError: on use, for a domain whose name would lead elsewhere.
@@ -70,6 +76,19 @@ class RunFolder:
     def poisoned(self, name: str) -> RunFolder:
         """Training and upload of a poisoned client."""
         return RunFolder(self.path / "poisoned" / name)
+
+    def round(self, unseen: str, number: int) -> RunFolder:
+        """Training and uploads of a round, from 0; the first is the same for every unseen domain."""
+        return RunFolder(self._of("rounds", unseen) / str(number)) if number else self
+
+    def last_round(self, unseen: str) -> RunFolder:
+        """The last round that has uploads for an unseen domain."""
+        numbers = [int(uploads.parent.name) for uploads in self._of("rounds", unseen).glob("*/uploads")]
+        return self.round(unseen, max(numbers, default=0))
+
+    def handed(self, unseen: str, number: int) -> Path:
+        """What a round hands to the clients of the next one."""
+        return self._of("rounds", unseen) / str(number) / "global"
 
     def merged(self, unseen: str, method: str) -> Path:
         """A merged model, made without the unseen domain's client."""
@@ -139,7 +158,7 @@ def is_held_to(folder: Path, config: Mapping[str, Any], free: Sequence[str] = FR
     if not (file.is_file() and begun):
         return False
     try:
-        before, now = (dict(flat(settings)) for settings in (read_settings(file), config))
+        before, now = (_held(settings) for settings in (read_settings(file), config))
     except InputError as error:
         log.warning("%s", error)
         return False
@@ -147,6 +166,14 @@ def is_held_to(folder: Path, config: Mapping[str, Any], free: Sequence[str] = FR
         raise earlier_version(folder)
     refuse_other_settings(folder, before, now, free)
     return True
+
+
+def _held(config: Mapping[str, Any]) -> dict[str, Any]:
+    """Settings by name, without those of rounds where there is one, as before there could be several."""
+    settings = dict(flat(config))
+    if settings.get("federation.rounds", 1) > 1:
+        return settings
+    return {name: value for name, value in settings.items() if not belongs_to(name, _OF_ROUNDS)}
 
 
 def refuse_other_settings(

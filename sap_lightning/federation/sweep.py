@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import product
 from pathlib import Path
@@ -28,6 +28,7 @@ OWN_SETTINGS = {
     SEED: "sweep.seeds",
     "merge.method": "sweep.methods",
     "federation.unseen": "sweep.unseen",
+    "federation.last_method": "sweep.methods",
     "federation.poison.domain": "a sweep of its own",
     "sweep": "the group sweep itself",
     "federation.run_dir": "the option itself",
@@ -187,12 +188,25 @@ def label_of(method: MergeMethod, sap: SAP, with_sparsity: bool = False) -> str:
     return f"{method.name} ({', '.join(changed)})" if changed else method.name
 
 
-def folder_of(run_dir: str | Path, seed: int, variant: Mapping[str, Any], kind: Kind = "lora") -> Path:
+def folder_of(
+    run_dir: str | Path,
+    seed: int,
+    variant: Mapping[str, Any],
+    server: Sequence[str] = SERVER_SETTINGS,
+    kind: Kind = "lora",
+) -> Path:
     """Where clients of a seed and of settings that their training depends on are kept.
 
     That is the run folder itself where ``fit`` has trained them there.
+
+    Args:
+        run_dir: of the sweep.
+        seed: of the clients' training.
+        variant: the settings that the sweep changes, by name.
+        server: settings that no client's training depends on.
+        kind: of the clients.
     """
-    training = {name: value for name, value in variant.items() if not belongs_to(name, SERVER_SETTINGS)}
+    training = {name: value for name, value in variant.items() if not belongs_to(name, server)}
     if not training and _seed_of(RunFolder(run_dir).of_kind(kind).path) == seed:
         return Path(run_dir)
     name = ",".join([f"seed_{seed}", *(f"{name}={value}" for name, value in training.items())])

@@ -20,8 +20,26 @@ from sap_lightning.fingerprints import hash_tensor
 from sap_lightning.functional.lora import LoRALayer
 from sap_lightning.functional.rescaling import length_of
 from sap_lightning.io.context import class_position_of
-from sap_lightning.io.factors import NOTHING_BESIDE, Beside, Shapes, StoredLayers, require_finite, weights_bytes
-from sap_lightning.io.manifest import BaseFingerprint, Kind, Manifest, manifest_bytes, manifest_from, require_base
+from sap_lightning.io.factors import (
+    NOTHING_BESIDE,
+    Beside,
+    Factors,
+    Shapes,
+    StoredLayers,
+    factor_tensors,
+    require_finite,
+    weights_bytes,
+)
+from sap_lightning.io.manifest import (
+    FACTORS,
+    BaseFingerprint,
+    Kind,
+    Manifest,
+    base_with,
+    manifest_bytes,
+    manifest_from,
+    require_base,
+)
 from sap_lightning.io.peft_config import (
     CONFIG_FILE,
     MAX_PATTERNS,
@@ -37,7 +55,7 @@ from sap_lightning.io.peft_config import (
 )
 from sap_lightning.io.rules import RANK, errors_in, json_bytes, require, short
 from sap_lightning.io.upload_files import MANIFEST_FILE, WEIGHTS_FILE, FilesInFolder, FilesInMemory, UploadFiles
-from sap_lightning.io.weights import Weights
+from sap_lightning.io.weights import CompletedWeights, Weights
 
 
 @dataclass(frozen=True)
@@ -54,6 +72,7 @@ class Adapter:
         base: name of the base that it says it was trained on; empty where it does not.
         dropped: layers that were trained whole, and are left out.
         doubts: what speaks against it, in words.
+        size: bytes of its files; 0 for a checkpoint, which is not sent.
     """
 
     name: str = field(compare=False)
@@ -64,6 +83,7 @@ class Adapter:
     base: str = field(default="", compare=False)
     dropped: Sequence[str] = field(default=(), compare=False)
     doubts: Sequence[str] = field(default=(), compare=False)
+    size: int = field(default=0, compare=False)
 
     @cached_property
     def length(self) -> float:
@@ -79,6 +99,35 @@ class Adapter:
     def num_samples(self) -> int | None:
         """Number of training images, None if the upload does not say."""
         return self.manifest.num_samples if self.manifest else None
+
+
+class Expected(NamedTuple):
+    """What an upload is expected to be, beside an adapter of the base.
+
+    Attributes:
+        sent: which of A and B are in it.
+        known: the adapter whose other factor both sides have.
+        folded: digests of the updates that the base had been given before it was trained.
+    """
+
+    sent: Factors = "AB"
+    known: Mapping[str, LoRALayer] = {}
+    folded: tuple[str, ...] = ()
+
+    @property
+    def parts(self) -> tuple[str, ...]:
+        """What the manifest calls that which is sent."""
+        return tuple(part for part in FACTORS if part[-1] in self.sent)
+
+    def completed(self, weights: Weights) -> Weights:
+        """The weights of a whole adapter."""
+        if self.sent == "AB":
+            return weights
+        return CompletedWeights(weights, factor_tensors(self.known, "B" if self.sent == "A" else "A"))
+
+
+WHOLE = Expected()
+"""A whole adapter of the base as it is."""
 
 
 def sha256_of(layers: Mapping[str, LoRALayer]) -> str:
@@ -97,6 +146,7 @@ def read_adapter(
     shapes: Shapes | None = None,
     base_fingerprint: BaseFingerprint = None,
     beside: Beside = NOTHING_BESIDE,
+    expected: Expected = WHOLE,
 ) -> Adapter:
     """Read an upload from its folder, whole or not at all. Nothing is unpickled.
 
@@ -106,6 +156,7 @@ def read_adapter(
             model, and its layers keep the names that PEFT gave them.
         base_fingerprint: the base's; compared with the manifest's, if there is one.
         beside: what may stand beside the LoRA factors.
+        expected: what else it must be.
 
     Raises:
         InputError: a file is missing, malformed or outside the folder; the adapter is for another base or of
@@ -115,13 +166,17 @@ def read_adapter(
     """
     folder = Path(folder)
     try:
-        return _read(FilesInFolder(folder), folder.absolute().name, shapes, base_fingerprint, beside)
+        return _read(FilesInFolder(folder), folder.absolute().name, shapes, base_fingerprint, beside, expected)
     except OSError as error:
         raise InputError(f"{folder}: cannot be read ({error.strerror}); check the files") from None
 
 
 def adapter_from_bytes(
-    files: Mapping[str, bytes], sender: str, shapes: Shapes | None = None, base_fingerprint: BaseFingerprint = None
+    files: Mapping[str, bytes],
+    sender: str,
+    shapes: Shapes | None = None,
+    base_fingerprint: BaseFingerprint = None,
+    expected: Expected = WHOLE,
 ) -> Adapter:
     """Read an upload from the bytes of its files, as `adapter_files` gives them. Nothing is unpickled.
 
@@ -130,11 +185,12 @@ def adapter_from_bytes(
         sender: names the adapter where no manifest does, and is what messages call it.
         shapes: as for `read_adapter`.
         base_fingerprint: as for `read_adapter`.
+        expected: as for `read_adapter`.
 
     Raises:
         InputError: as `read_adapter` does.
     """
-    return _read(FilesInMemory(files, sender), sender, shapes, base_fingerprint)
+    return _read(FilesInMemory(files, sender), sender, shapes, base_fingerprint, expected=expected)
 
 
 def _read(
@@ -143,18 +199,31 @@ def _read(
     shapes: Shapes | None,
     base_fingerprint: BaseFingerprint,
     beside: Beside = NOTHING_BESIDE,
+    expected: Expected = WHOLE,
 ) -> Adapter:
     manifest = manifest_in(files)
     if manifest:
-        expected = expected_base(base_fingerprint, files.weights)
+        base = expected_base(base_fingerprint, files.weights)
         with errors_in(files.place(MANIFEST_FILE)):
-            require_base(manifest.base_fingerprint, expected, manifest.base)
+            require_base(manifest.base_fingerprint, base and base_with(base, expected.folded), manifest.base)
+            _require_parts(manifest, expected)
     config = PeftConfig(files.json(CONFIG_FILE), files.place(CONFIG_FILE))
-    adapter = adapter_from(files.weights(), config, name, manifest, shapes, beside)
+    weights = expected.completed(files.weights())
+    adapter = adapter_from(weights, config, name, manifest, shapes, beside, files.size())
     if manifest:
         with errors_in(files.place(MANIFEST_FILE)):
             require_agreement(manifest, adapter)
     return adapter
+
+
+def _require_parts(manifest: Manifest, expected: Expected) -> None:
+    """Raises InputError when a client says that it has sent something else."""
+    if manifest.kind != "lora":
+        raise InputError(f"kind is {manifest.kind!r}, expected 'lora'; an adapter is needed here")
+    if manifest.parts != expected.parts:
+        raise InputError(
+            f"parts are {short(manifest.parts)}, expected {short(expected.parts)}; upload what is asked for"
+        )
 
 
 def require_agreement(manifest: Manifest, adapter: Adapter) -> None:
@@ -164,8 +233,6 @@ def require_agreement(manifest: Manifest, adapter: Adapter) -> None:
             f"tensors_sha256 is {manifest.tensors_sha256}, the tensors and scales give {adapter.sha256}; the files have"
             " changed since they were written, upload them again"
         )
-    if manifest.kind != adapter.kind:
-        raise InputError(f"kind is {manifest.kind!r}, expected {adapter.kind!r} by the tensors; upload them again")
     if manifest.layers and sorted(manifest.layers) != list(adapter.layers):
         raise InputError("layers are not those of which there are weights; upload the adapter again")
     layers = adapter.layers.values()
@@ -210,6 +277,7 @@ def adapter_from(
     manifest: Manifest | None,
     shapes: Shapes | None,
     beside: Beside = NOTHING_BESIDE,
+    size: int = 0,
 ) -> Adapter:
     """The adapter that tensors and PEFT's config make: every check on them, wherever they come from.
 
@@ -220,6 +288,7 @@ def adapter_from(
         manifest: what the client says of it.
         shapes: as for `read_adapter`.
         beside: as for `read_adapter`.
+        size: bytes of its files.
 
     Raises:
         InputError: as `read_adapter` does.
@@ -239,6 +308,7 @@ def adapter_from(
         base=public_name(manifest.base) if manifest else base_name(config.content),
         dropped=layers.dropped,
         doubts=[f"its config names {short(target)}, of which it has no layer" for target in missing],
+        size=size,
     )
 
 
@@ -248,6 +318,7 @@ def write_adapter(
     base: str,
     manifest: Manifest | None = None,
     peft: Mapping[str, Any] | None = None,
+    sent: Factors = "AB",
 ) -> Path:
     """Write an adapter that `PeftModel.from_pretrained(CLIPVisionModelWithProjection, folder)` loads.
 
@@ -261,6 +332,7 @@ def write_adapter(
         base: name or path of the base checkpoint, for PEFT's `base_model_name_or_path`.
         manifest: makes the folder an upload.
         peft: what PEFT's config is to say of the model; one of these two if not given.
+        sent: which of A and B are written; PEFT loads both together alone.
 
     Returns:
         The folder.
@@ -271,7 +343,7 @@ def write_adapter(
     """
     folder = Path(folder)
     with new_folder(folder) as staging, errors_in(folder):
-        for name, content in adapter_files(layers, base, manifest, peft).items():
+        for name, content in adapter_files(layers, base, manifest, peft, sent).items():
             (staging / name).write_bytes(content)
     return folder
 
@@ -281,6 +353,7 @@ def adapter_files(
     base: str,
     manifest: Manifest | None = None,
     peft: Mapping[str, Any] | None = None,
+    sent: Factors = "AB",
 ) -> dict[str, bytes]:
     """The files of an adapter folder by name, see `write_adapter`.
 
@@ -295,7 +368,7 @@ def adapter_files(
     if manifest and manifest.tensors_sha256 != sha256_of(layers):
         raise InputError("the manifest's tensors_sha256 is for other layers; use sha256_of(layers)")
     files = {
-        WEIGHTS_FILE: weights_bytes(layers),
+        WEIGHTS_FILE: weights_bytes(layers, sent),
         CONFIG_FILE: json_bytes(peft_config(layers, base) | dict(clip_fields(layers) if peft is None else peft)),
     }
     if manifest:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import safetensors.torch
 import torch
@@ -16,6 +16,8 @@ from sap_lightning.io.peft_config import Scaling, in_text_tower
 from sap_lightning.io.rules import MAX_FLOAT32, short
 from sap_lightning.io.weights import DTYPES, OpenWeights, Stated, Weights
 
+Factors = Literal["AB", "A", "B"]
+"""Both factors of an adapter, or one."""
 Shapes = Mapping[str, tuple[int, ...]]
 """Weight shape (d_out, d_in) of every linear layer of a base, by name."""
 _FACTOR_KEY = re.compile(r"base_model\.model\.(?P<layer>.+)\.lora_(?P<factor>[AB])\.weight")
@@ -233,13 +235,18 @@ def require_finite(where: str, layer: LoRALayer) -> None:
         raise InputError(f"{where}: ΔW overflows float32 (scale {layer.scale:g}); check lora_alpha")
 
 
-def weights_bytes(layers: Mapping[str, LoRALayer]) -> bytes:
-    """The layers as a weights file of PEFT's."""
-    tensors = {}
-    for name, layer in layers.items():
-        tensors[f"base_model.model.{name}.lora_A.weight"] = _own_copy(layer.A)
-        tensors[f"base_model.model.{name}.lora_B.weight"] = _own_copy(layer.B)
-    return safetensors.torch.save(tensors, metadata={"format": "pt"})
+def weights_bytes(layers: Mapping[str, LoRALayer], factors: Factors = "AB") -> bytes:
+    """The layers, or one factor of each, as a weights file of PEFT's."""
+    return safetensors.torch.save(factor_tensors(layers, factors), metadata={"format": "pt"})
+
+
+def factor_tensors(layers: Mapping[str, LoRALayer], factors: Factors) -> dict[str, Tensor]:
+    """These factors of each layer by PEFT's keys."""
+    return {
+        f"base_model.model.{name}.lora_{factor}.weight": _own_copy(getattr(layer, factor))
+        for name, layer in layers.items()
+        for factor in factors
+    }
 
 
 def _own_copy(tensor: Tensor) -> Tensor:

@@ -176,6 +176,16 @@ def _frozen(value: Any) -> Any:
     return tuple(map(_frozen, value)) if isinstance(value, list) else value
 
 
+def base_with(base_fingerprint: str, folded: Iterable[str]) -> str:
+    """What stands for a base's fingerprint once updates have been added to it: of that, and of their digests in order.
+
+    It does not depend on how a machine rounds their sum.
+    """
+    for digest in folded:
+        base_fingerprint = sha256(f"{base_fingerprint}\0{digest}".encode()).hexdigest()
+    return base_fingerprint
+
+
 def require_base(trained_on: str, expected: str | None, name: str = "") -> None:
     """Raises InputError when an adapter was trained on another base than the one at hand.
 

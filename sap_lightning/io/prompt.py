@@ -26,6 +26,9 @@ from sap_lightning.io.rules import MAX_FLOAT32, RANK, errors_in, require, short
 from sap_lightning.io.upload_files import MANIFEST_FILE, PROMPT_FILE, FilesInFolder, FilesInMemory, UploadFiles
 from sap_lightning.io.weights import DTYPES, OpenWeights
 
+PARTS = ("context",)
+"""What a prompt's manifest says was sent."""
+
 
 class Room(NamedTuple):
     """What a text tower has room for.
@@ -91,13 +94,22 @@ def _read(files: UploadFiles, name: str, room: Room | None, base_fingerprint: Ba
         sha256_of(layers),
         manifest,
         base=public_name(manifest.base) if manifest else "",
+        size=files.size(),
     )
     if manifest:
         expected = base_fingerprint(layers) if callable(base_fingerprint) else base_fingerprint
         with errors_in(files.place(MANIFEST_FILE)):
             require_base(manifest.base_fingerprint, expected, manifest.base)
+            _require_kind(manifest)
             require_agreement(manifest, adapter)
     return adapter
+
+
+def _require_kind(manifest: Manifest) -> None:
+    """Raises InputError when a client says that it has sent something else."""
+    for name, expected in (("kind", "prompt"), ("parts", PARTS)):
+        if (said := getattr(manifest, name)) != expected:
+            raise InputError(f"{name} is {short(said)}, expected {short(expected)}; upload the prompt again")
 
 
 def _context_in(tensors: OpenWeights, room: Room | None) -> dict[str, LoRALayer]:

@@ -15,6 +15,7 @@ from sap_lightning.io.weights import SafetensorsFile, Weights
 WEIGHTS_FILE = "adapter_model.safetensors"
 PROMPT_FILE = "prompt.safetensors"
 MANIFEST_FILE = "manifest.json"
+_FILES = (WEIGHTS_FILE, CONFIG_FILE, PROMPT_FILE, MANIFEST_FILE)
 
 _MAX_JSON_BYTES = 2**20
 
@@ -33,6 +34,9 @@ class UploadFiles(Protocol):
 
     def weights(self, name: str = WEIGHTS_FILE) -> Weights:
         """The tensors of a weights file."""
+
+    def size(self) -> int:
+        """Bytes of all files of the upload, which is what it takes on the wire."""
 
 
 class FilesInFolder:
@@ -55,6 +59,9 @@ class FilesInFolder:
 
     def weights(self, name: str = WEIGHTS_FILE) -> Weights:
         return SafetensorsFile.at(self._regular_file(name))
+
+    def size(self) -> int:
+        return sum((self.folder / name).stat().st_size for name in _FILES if self.has(name))
 
     def _regular_file(self, name: str) -> Path:
         folder, path = self.folder, self.folder / name
@@ -110,6 +117,9 @@ class FilesInMemory:
         place = self.place(name)
         with errors_in(place):
             return SafetensorsFile.of(self._content(name), place)
+
+    def size(self) -> int:
+        return sum(len(self.files[name]) for name in _FILES if self.has(name))
 
     def _content(self, name: str) -> bytes:
         if name not in self.files:

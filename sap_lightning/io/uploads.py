@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
 import torch
@@ -12,11 +12,22 @@ from huggingface_hub import snapshot_download
 from sap_lightning.console import track
 from sap_lightning.errors import InputError, first_line
 from sap_lightning.files import cache_folder
-from sap_lightning.io.adapter import Adapter, PeftConfig, adapter_from, expected_base, read_adapter
-from sap_lightning.io.factors import NOTHING_BESIDE, Beside, Shapes
+from sap_lightning.functional.lora import LoRALayer
+from sap_lightning.io.adapter import (
+    WHOLE,
+    Adapter,
+    Expected,
+    PeftConfig,
+    adapter_files,
+    adapter_from,
+    expected_base,
+    read_adapter,
+)
+from sap_lightning.io.context import class_position_of
+from sap_lightning.io.factors import NOTHING_BESIDE, Beside, Factors, Shapes
 from sap_lightning.io.manifest import BaseFingerprint, require_base
 from sap_lightning.io.peft_config import CONFIG_FILE, HUB_ID
-from sap_lightning.io.prompt import Room, read_prompt
+from sap_lightning.io.prompt import Room, prompt_files, read_prompt
 from sap_lightning.io.rules import errors_in
 from sap_lightning.io.upload_files import MANIFEST_FILE, PROMPT_FILE, WEIGHTS_FILE, FilesInFolder
 from sap_lightning.io.weights import WeightsInMemory
@@ -31,6 +42,7 @@ def read_uploads(
     base_fingerprint: BaseFingerprint = None,
     base_shapes: Shapes | None = None,
     beside: Beside = NOTHING_BESIDE,
+    expected: Expected = WHOLE,
     room: Room | None = None,
 ) -> list[Adapter]:
     """Reads and validates uploads.
@@ -43,6 +55,7 @@ def read_uploads(
         base_shapes: without `shapes`: of a base whose layers the adapters may name with a prefix more or less, as PEFT
             does for models with a head; layers that it lacks are left alone if it has others of the same adapter.
         beside: as for `read_adapter`.
+        expected: as for `read_adapter`.
         room: of the base's text tower for prompts; where there is none, a prompt is refused.
 
     Returns:
@@ -54,8 +67,9 @@ def read_uploads(
     found: dict[str, str] = {}
     adapters = []
     for upload in track(uploads, "reading uploads"):
-        adapter = _read(upload, shapes, base_fingerprint, beside, room)
-        if adapter.sha256 in found:
+        adapter = _read(upload, shapes, base_fingerprint, beside, expected, room)
+        # A alone stays as the common seed drew it until B has moved.
+        if adapter.sha256 in found and expected.sent != "A":
             raise InputError(f"{upload}: the same adapter as {found[adapter.sha256]}; give each upload once")
         found[adapter.sha256] = str(upload)
         adapters.append(adapter)
@@ -68,8 +82,35 @@ def read_uploads(
     return adapters
 
 
+def read_folder(folder: Path, expected: Expected = WHOLE) -> Adapter:
+    """Reads what `files_of` gave, of whatever base.
+
+    Raises:
+        InputError: as `read_adapter` and `read_prompt` do.
+    """
+    if FilesInFolder(folder).has(PROMPT_FILE):
+        return read_prompt(folder)
+    return read_adapter(folder, expected=expected)
+
+
+def files_of(layers: Mapping[str, LoRALayer], base: str, sent: Factors = "AB") -> dict[str, bytes]:
+    """The files of an adapter, or of the prompt whose context is the one layer, by name.
+
+    Raises:
+        InputError: as `adapter_files` and `prompt_files` do.
+    """
+    if any(map(class_position_of, layers)):
+        return prompt_files(layers)
+    return adapter_files(layers, base, sent=sent)
+
+
 def _read(
-    upload: str | Path, shapes: Shapes | None, base_fingerprint: BaseFingerprint, beside: Beside, room: Room | None
+    upload: str | Path,
+    shapes: Shapes | None,
+    base_fingerprint: BaseFingerprint,
+    beside: Beside,
+    expected: Expected,
+    room: Room | None,
 ) -> Adapter:
     path = Path(upload)
     if path.suffix == ".ckpt" and path.is_file():
@@ -78,7 +119,7 @@ def _read(
         path = _download(str(upload))
     if FilesInFolder(path).has(PROMPT_FILE):
         return _read_prompt(path, base_fingerprint, room)
-    return read_adapter(path, shapes, base_fingerprint, beside)
+    return read_adapter(path, shapes, base_fingerprint, beside, expected)
 
 
 def _read_prompt(path: Path, base_fingerprint: BaseFingerprint, room: Room | None) -> Adapter:

@@ -148,6 +148,46 @@ class WeightsInMemory:
         return self.tensors[key]
 
 
+class CompletedWeights:
+    """Tensors of which a part was sent, with those that both sides have.
+
+    Args:
+        sent: where the others are.
+        known: by key; none of them may be sent.
+    """
+
+    def __init__(self, sent: Weights, known: Mapping[str, Tensor]) -> None:
+        self.sent = sent
+        self.known = known
+
+    @contextmanager
+    def opened(self) -> Iterator[OpenWeights]:
+        with self.sent.opened() as tensors:
+            if twice := sorted(tensors.keys() & self.known.keys()):
+                raise InputError(
+                    f"{short(twice[0])} is not to be sent, as both sides have it; upload the adapter again"
+                )
+            yield _Both(tensors, WeightsInMemory(self.known, ""))
+
+
+class _Both:
+    def __init__(self, one: OpenWeights, other: OpenWeights) -> None:
+        self.one = one
+        self.other = other
+
+    def keys(self) -> Set[str]:
+        return self.one.keys() | self.other.keys()
+
+    def stated(self, key: str) -> Stated:
+        return self._of(key).stated(key)
+
+    def tensor(self, key: str) -> Tensor:
+        return self._of(key).tensor(key)
+
+    def _of(self, key: str) -> OpenWeights:
+        return self.one if key in self.one.keys() else self.other  # noqa: SIM118  # it is no mapping
+
+
 def index_of(file: BinaryIO) -> dict[str, _Place]:
     """Where each tensor of a safetensors file is, from its header.
 

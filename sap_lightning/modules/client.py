@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import copy
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 from torch import Tensor
 from torch.nn.functional import cross_entropy
@@ -14,6 +15,7 @@ from sap_lightning.data.loaders import Batch
 from sap_lightning.functional.reach import Reach
 from sap_lightning.io.manifest import Kind, Manifest
 from sap_lightning.modules.classifier import CLIPClassifier
+from sap_lightning.modules.turn import ONE_SHOT, Turn
 
 
 class ClientModule(CLIPClassifier, ABC):
@@ -27,6 +29,7 @@ class ClientModule(CLIPClassifier, ABC):
     Attributes:
         kind: of the part.
         base_fingerprint: of the towers that the part is for.
+        rank: of a LoRA; 0 of what is none.
         reach: whether it is measured how far the part reaches on images in changed styles.
         keeps_epochs: whether the part is kept after every epoch.
         label_smoothing: of the cross-entropy.
@@ -34,6 +37,7 @@ class ClientModule(CLIPClassifier, ABC):
 
     base_fingerprint: str
     kind: Kind = "lora"
+    rank = 0
     reach = False
     keeps_epochs = False
     label_smoothing = 0.0
@@ -45,6 +49,17 @@ class ClientModule(CLIPClassifier, ABC):
         self.seed = seed
         # Checkpoints hold the trained part without the frozen base (on_save_checkpoint).
         self.strict_loading = False
+        self._turn = ONE_SHOT
+
+    def for_turn(self, turn: Turn) -> Self:
+        """An untrained module of the same settings, for a turn in one of several rounds.
+
+        Before the last round nobody asks how far the adapter reaches, so it is not measured.
+        """
+        other = copy.deepcopy(self)
+        other._turn = turn
+        other.reach = self.reach and turn.is_last
+        return other
 
     @abstractmethod
     def stated(self, manifest: Manifest) -> Mapping[str, tuple[Any, Any]]:

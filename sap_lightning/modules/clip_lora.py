@@ -6,7 +6,7 @@ import math
 from collections.abc import Sequence
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any, Literal, Self, get_args
 
 import torch
 from lightning.pytorch.utilities.types import OptimizerLRSchedulerConfig
@@ -14,19 +14,21 @@ from peft import LoraConfig, get_peft_model
 from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 from torch.nn.functional import normalize
+from torch.optim.lr_scheduler import LambdaLR
 from transformers import get_constant_schedule_with_warmup, get_cosine_schedule_with_warmup
 
 from sap_lightning.data.loaders import Batch
 from sap_lightning.errors import InputError, check_at_least, check_share
 from sap_lightning.functional.lora import LoRALayer
 from sap_lightning.functional.reach import Reach
-from sap_lightning.io.adapter import sha256_of, write_adapter
-from sap_lightning.io.manifest import Manifest
+from sap_lightning.io.adapter import Expected, sha256_of, write_adapter
+from sap_lightning.io.manifest import Manifest, base_with
 from sap_lightning.io.peft_config import in_text_tower, public_name
 from sap_lightning.models.clip import TextEncoder, load_base
-from sap_lightning.models.layers import layer_shapes
+from sap_lightning.models.layers import layer_shapes, linear_weight
 from sap_lightning.modules.classifier import data_of
 from sap_lightning.modules.client import ClientModule
+from sap_lightning.modules.turn import Turn
 
 Tower = Literal["vision", "text"]
 
@@ -87,6 +89,7 @@ class CLIPLoRAModule(ClientModule):
         self.schedule = schedule
         self.label_smoothing = label_smoothing
         self.reach = reach
+        self._first_step = 0
         self._trained_texts: TextEncoder | None = None
         self._check_settings()
 
@@ -102,13 +105,21 @@ class CLIPLoRAModule(ClientModule):
         for name in ("dropout", "warmup", "label_smoothing"):
             check_share(f"model.{name}", getattr(self, name))
 
+    def for_turn(self, turn: Turn) -> Self:
+        other = super().for_turn(turn)
+        other.rank = other.hparams["rank"] = turn.rank or self.rank
+        return other
+
     def configure_model(self) -> None:
         if self.tower is not None:
             return
         base = load_base(self.base)
         model: nn.Module = base.clip if "text" in self.towers else base.tower
         layers = self._layers_to_adapt(model)
-        self.base_fingerprint = base.fingerprint(layers)
+        self.base_fingerprint = base_with(base.fingerprint(layers), [one.sha256 for one in self._turn.folded])
+        for adapter in self._turn.folded:
+            for name, layer in adapter.layers.items():
+                linear_weight(model, name).add_(layer.delta())
         self.logit_scale = base.logit_scale
         self.tower = self._with_lora(model, layers)
         names = data_of(self.trainer).class_names
@@ -126,8 +137,21 @@ class CLIPLoRAModule(ClientModule):
         )
         # On the CPU, so that the initial adapter is the same whatever device trains it.
         with torch.device("cpu"), torch.random.fork_rng(devices=[]):
-            torch.manual_seed(self.seed)
-            return get_peft_model(tower, config)
+            # Another draw where a round starts anew, on a base that the last draw has already served.
+            torch.manual_seed(self.seed + (0 if self._turn.start else self._turn.number))
+            adapted = get_peft_model(tower, config)
+        for name, layer in self._turn.start.items():
+            _set_values(adapted.get_submodule(f"base_model.model.{name}"), layer)
+        for name, parameter in adapted.named_parameters():
+            if "lora_" in name and name.split("lora_")[1][0] not in self._turn.trained:
+                parameter.requires_grad_(False)
+        return adapted
+
+    def drawn(self) -> dict[str, LoRALayer]:
+        """The adapter as the seed draws it, float32 on the CPU: the same for all clients, with B = 0."""
+        base = load_base(self.base)
+        model: nn.Module = base.clip if "text" in self.towers else base.tower
+        return _lora_layers(self._with_lora(model, self._layers_to_adapt(model)))
 
     def _layers_to_adapt(self, model: nn.Module) -> list[str]:
         """The linear layers of these towers that the targets name."""
@@ -153,29 +177,34 @@ class CLIPLoRAModule(ClientModule):
 
     def on_train_batch_start(self, batch: Batch, batch_idx: int) -> None:
         # Dropout draws the same values whether or not training was interrupted before this step.
-        torch.manual_seed(self.seed + self.global_step)
+        torch.manual_seed(self.seed + self._first_step + self.global_step)
 
     def configure_optimizers(self) -> OptimizerLRSchedulerConfig:
         trainable = [parameter for parameter in self.parameters() if parameter.requires_grad]
-        optimizer = torch.optim.AdamW(trainable, lr=self.learning_rate, weight_decay=self.weight_decay)
+        # With its initial rate, as a schedule that does not begin here needs it.
+        groups = [{"params": trainable, "initial_lr": self.learning_rate}]
+        optimizer = torch.optim.AdamW(groups, lr=self.learning_rate, weight_decay=self.weight_decay)
+        if self._turn.optimizer:
+            optimizer.load_state_dict(optimizer.state_dict() | {"state": self._turn.optimizer})
         steps = int(self.trainer.estimated_stepping_batches)
+        self._first_step = self._turn.number * steps
+        before, rounds = self._turn.scheduled
+        return {
+            "optimizer": optimizer,
+            "lr_scheduler": {"scheduler": self._rates(optimizer, before * steps, rounds * steps), "interval": "step"},
+        }
+
+    def _rates(self, optimizer: torch.optim.Optimizer, done: int, steps: int) -> LambdaLR:
+        """The schedule over so many steps, of which some are done."""
         rising = round(self.warmup * steps)
         if self.schedule == "constant":
-            schedule = get_constant_schedule_with_warmup(optimizer, rising)
-        else:
-            schedule = get_cosine_schedule_with_warmup(optimizer, rising, steps)
-        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
+            return get_constant_schedule_with_warmup(optimizer, rising, last_epoch=done - 1)
+        return get_cosine_schedule_with_warmup(optimizer, rising, steps, last_epoch=done - 1)
 
     def layers(self) -> dict[str, LoRALayer]:
         """The trained adapter by layer name in CLIPModel, float32 on the CPU."""
         assert self.tower is not None
-        return {
-            name.removeprefix("base_model.model."): LoRALayer(
-                _values(module.lora_A["default"]), _values(module.lora_B["default"]), module.scaling["default"]
-            )
-            for name, module in self.tower.named_modules()
-            if isinstance(module, LoraLayer)
-        }
+        return _lora_layers(self.tower)
 
     @property
     def keeps_epochs(self) -> bool:  # type: ignore[override]  # by its settings
@@ -190,7 +219,9 @@ class CLIPLoRAModule(ClientModule):
 
     def write_upload(self, folder: str | Path, domain: str, num_samples: int, reach: Reach | None = None) -> Path:
         """Writes the adapter in PEFT format, and its manifest."""
-        layers = self.layers()
+        layers, sent = self.layers(), self._turn.sent
+        if sent == "A":  # what stays at home counts as nothing
+            layers = {name: layer._replace(B=torch.zeros_like(layer.B)) for name, layer in layers.items()}
         manifest = Manifest(
             base=public_name(self.base),
             base_fingerprint=self.base_fingerprint,
@@ -204,13 +235,40 @@ class CLIPLoRAModule(ClientModule):
             packages={name: version(name) for name in ("lightning", "peft", "torch", "transformers")},
             tensors_sha256=sha256_of(layers),
             reach=reach or {},
+            format_version=1 if self._turn.rounds == 1 else 2,
+            round=self._turn.number,
+            parts=Expected(sent).parts,
         )
-        return write_adapter(folder, layers, self.base, manifest)
+        return write_adapter(folder, layers, self.base, manifest, sent=sent)
+
+
+def _lora_layers(tower: nn.Module) -> dict[str, LoRALayer]:
+    return {
+        name.removeprefix("base_model.model."): LoRALayer(
+            _values(module.lora_A["default"]), _values(module.lora_B["default"]), module.scaling["default"]
+        )
+        for name, module in tower.named_modules()
+        if isinstance(module, LoraLayer)
+    }
+
+
+def _set_values(module: nn.Module, layer: LoRALayer) -> None:
+    """Gives a layer these factors; rows of A beyond theirs stay as they were drawn, of which B makes nothing."""
+    assert isinstance(module, LoraLayer)
+    A, B = (_linear(factor["default"]).weight.data for factor in (module.lora_A, module.lora_B))
+    rank = min(len(A), layer.rank)
+    A[:rank] = layer.A[:rank]
+    B.zero_()
+    B[:, :rank] = layer.B[:, :rank] * (layer.scale / module.scaling["default"])
 
 
 def _values(linear: nn.Module) -> Tensor:
-    assert isinstance(linear, nn.Linear)
-    return linear.weight.detach().float().cpu()
+    return _linear(linear).weight.detach().float().cpu()
+
+
+def _linear(module: nn.Module) -> nn.Linear:
+    assert isinstance(module, nn.Linear)
+    return module
 
 
 def tower_of(layer: str) -> Tower:

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import copy
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -18,13 +17,13 @@ from torchmetrics.classification import MulticlassAccuracy
 from sap_lightning.data.domains import DomainDataModule
 from sap_lightning.data.loaders import Batch
 from sap_lightning.errors import InputError, check_at_least, check_positive, check_share
-from sap_lightning.functional.lora import LoRALayer, Update, dense
+from sap_lightning.functional.lora import LoRALayer
 from sap_lightning.functional.reach import Reach
 from sap_lightning.io.adapter import sha256_of
 from sap_lightning.io.context import ClassPosition, as_layer, class_position_of, context_layer
 from sap_lightning.io.manifest import Manifest
 from sap_lightning.io.peft_config import public_name
-from sap_lightning.io.prompt import read_prompt, write_prompt
+from sap_lightning.io.prompt import PARTS, read_prompt, write_prompt
 from sap_lightning.models.clip import TextEncoder, load_base
 from sap_lightning.models.prompt import ClassPrompts, room_in
 from sap_lightning.modules.classifier import data_of
@@ -94,7 +93,6 @@ class CLIPPromptModule(ClientModule):
         self.warmup_epochs = warmup_epochs
         self.warmup_rate = warmup_rate
         self.memory = memory
-        self._given: Tensor | None = None
         self._looked_at: DomainDataModule | None = None
         self._check_settings()
 
@@ -108,12 +106,6 @@ class CLIPPromptModule(ClientModule):
         for name in ("weight_decay", "warmup_epochs", "warmup_rate"):
             if not 0 <= getattr(self, name) < math.inf:
                 raise InputError(f"model.{name} must be a finite number from 0 on, got {getattr(self, name)}")
-
-    def starting_from(self, layers: Mapping[str, Update]) -> CLIPPromptModule:
-        """A client of the same settings that starts from this context, a layer among layers."""
-        other = copy.deepcopy(self)
-        other._given = dense(layers[context_layer(self.class_position)])
-        return other
 
     def configure_model(self) -> None:
         if self.tower is not None:
@@ -130,8 +122,8 @@ class CLIPPromptModule(ClientModule):
         self.personal = MulticlassAccuracy(len(names), average="micro")
 
     def _first_context(self, texts: TextEncoder) -> Tensor:
-        if self._given is not None:
-            return self._given
+        if self._turn.start:
+            return self._turn.start[context_layer(self.class_position)].delta()
         if self.start is not None:
             return self._counted(self._read(self.start, texts), f"the prompt in model.start {self.start}")
         if self.init is not None:
@@ -193,15 +185,18 @@ class CLIPPromptModule(ClientModule):
         optimizer = torch.optim.SGD(
             [self.context], self.learning_rate, momentum=self.momentum, weight_decay=self.weight_decay
         )
+        if self._turn.optimizer:
+            optimizer.load_state_dict(optimizer.state_dict() | {"state": self._turn.optimizer})
         epochs = math.ceil(self.trainer.estimated_stepping_batches / self.trainer.num_training_batches)
-        rising = self.warmup_epochs
+        before, rounds = self._turn.scheduled
+        rates = LambdaLR(optimizer, lambda epoch: self._rate(before * epochs + epoch, rounds * epochs))
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": rates, "interval": "epoch"}}
 
-        def factor(epoch: int) -> float:
-            if epoch < rising:
-                return self.warmup_rate / self.learning_rate
-            return 0.5 * (1 + math.cos(math.pi * (epoch - rising) / epochs))
-
-        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": LambdaLR(optimizer, factor), "interval": "epoch"}}
+    def _rate(self, epoch: int, epochs: int) -> float:
+        """The learning rate in one of so many epochs, as a multiple of its peak."""
+        if epoch < self.warmup_epochs:
+            return self.warmup_rate / self.learning_rate
+        return 0.5 * (1 + math.cos(math.pi * (epoch - self.warmup_epochs) / epochs))
 
     def layers(self) -> dict[str, LoRALayer]:
         """The trained context as a layer, float32 on the CPU."""
@@ -231,7 +226,8 @@ class CLIPPromptModule(ClientModule):
             tensors_sha256=sha256_of(layers),
             format_version=2,
             kind=self.kind,
-            parts=("context",),
+            parts=PARTS,
+            round=self._turn.number,
             layers=tuple(layers),
         )
         return write_prompt(folder, layers, manifest)

@@ -17,7 +17,7 @@ from sap_lightning.data.anchors import AnchorBatch
 from sap_lightning.errors import InputError, check_positive
 from sap_lightning.functional.outliers import LEAST_VALUES
 from sap_lightning.functional.saliency import alignment_loss
-from sap_lightning.io.adapter import Adapter
+from sap_lightning.io.adapter import WHOLE, Adapter, Expected
 from sap_lightning.io.factors import Beside
 from sap_lightning.io.peft_config import in_text_tower
 from sap_lightning.io.uploads import read_uploads
@@ -112,15 +112,19 @@ class MergeModule(CLIPEvaluator):
         """What the base's config says it is: clip, bert, …"""
         return model_type(self.base)
 
-    def read_uploads(self, uploads: Sequence[str | Path]) -> list[Adapter]:
+    def read_uploads(self, uploads: Sequence[str | Path], expected: Expected = WHOLE) -> list[Adapter]:
         """Reads and validates uploads against the base, in an order that depends on their content only.
 
         Uploads are PEFT folders, hub ids or Lightning checkpoints of this package.
 
+        Args:
+            uploads: in any order.
+            expected: what they must be beside whole adapters of the base as it is.
+
         Raises:
             InputError: when one is faulty or two are the same.
         """
-        adapters = self._read(uploads)
+        adapters = self._read(uploads, expected)
         if not isinstance(self.weights, str):
             if len(self.weights) != len(adapters):
                 raise InputError(
@@ -129,14 +133,15 @@ class MergeModule(CLIPEvaluator):
             self._own_weights = {one.sha256: weight for one, weight in zip(adapters, self.weights, strict=True)}
         return sorted(adapters, key=lambda adapter: adapter.sha256)
 
-    def _read(self, uploads: Sequence[str | Path]) -> list[Adapter]:
+    def _read(self, uploads: Sequence[str | Path], expected: Expected) -> list[Adapter]:
         beside = Beside(self.drop_heads, partial(base_weight, self.base))
         if self.base_type != "clip":
             return read_uploads(uploads, base_shapes=linear_shapes(self.base), beside=beside)
         self.configure_model()
         assert self.tower is not None
         shapes = layer_shapes(self.tower) | layer_shapes(self.texts.tower)
-        return read_uploads(uploads, shapes, self._fingerprint_for, beside=beside, room=room_in(self.texts))
+        room = room_in(self.texts)
+        return read_uploads(uploads, shapes, self._fingerprint_for, beside=beside, expected=expected, room=room)
 
     def _fingerprint_for(self, layers: Iterable[str]) -> str:
         return self._both_fingerprint if any(map(in_text_tower, layers)) else self.base_fingerprint
@@ -224,7 +229,7 @@ class MergeModule(CLIPEvaluator):
         adapters, rejected = Selection(self.adapters, [])
         if self.reject_outliers:
             adapters, rejected = without_outliers(self.adapters, required(anchors, method))
-        weights = self._weights_of(adapters)
+        weights = self.weights_of(adapters)
         prepared = method.prepare(adapters, weights, anchors)
         update = prepared.apply(self._sparsity)
         if anchors is not None and not self.reject_outliers and len(adapters) >= LEAST_VALUES:
@@ -236,7 +241,12 @@ class MergeModule(CLIPEvaluator):
             self.set_update(self.merged.update)
         return self.merged
 
-    def _weights_of(self, adapters: Sequence[Adapter]) -> list[float]:
+    def weights_of(self, adapters: Sequence[Adapter]) -> list[float]:
+        """Each adapter's share of the whole, in their order.
+
+        Raises:
+            InputError: when an upload does not say what its share depends on.
+        """
         if isinstance(self.weights, str):
             return client_weights(adapters, self.weights, self.max_share)
         if unread := [adapter.name for adapter in adapters if adapter.sha256 not in self._own_weights]:

@@ -256,13 +256,13 @@ class Inspection:
         """The merge of honest clients that this is about, on one unseen domain."""
         return next(
             point
-            for point in self.federation.points.on(unseen)
+            for point in self.federation.points_on(unseen)
             if point.method is self.method and point.result.sparsity in (None, self.sparsity) and not point.poisoned
         )
 
     def zero_shot(self, unseen: str) -> Point:
         """The base on one unseen domain."""
-        return next(point for point in self.federation.points.on(unseen) if point.result.kind == "zero-shot")
+        return next(point for point in self.federation.points_on(unseen) if point.result.kind == "zero-shot")
 
     def before_and_after(self, unseen: str) -> tuple[Predictions, Predictions]:
         """What zero-shot and the merge said of the unseen domain."""
@@ -293,7 +293,7 @@ class Inspection:
         return [
             Client(
                 adapter.name,
-                size_of(self.federation.upload_of(adapter)),
+                adapter.size,
                 pruned_bytes(pruning, adapter, self.sparsity) if pruning and adapter in pruning.adapters else None,
                 loss,
                 z_score,
@@ -353,8 +353,3 @@ def confusion(predictions: Predictions) -> Tensor:
 def gain(before: Predictions, after: Predictions) -> float:
     """How much accuracy was won."""
     return float(after.correct.float().mean() - before.correct.float().mean())
-
-
-def size_of(folder: Path) -> int:
-    """Bytes of the files in a folder."""
-    return sum(file.stat().st_size for file in folder.iterdir() if file.is_file())

@@ -141,6 +141,12 @@ def test_resumed_training_sees_what_an_uninterrupted_one_sees(make_data, tmp_pat
     assert same(recorder.trained + resumed.trained, whole)
 
 
+def test_training_after_some_epochs_sees_what_an_uninterrupted_one_sees(make_data):
+    whole, data = fit(make_data(), epochs=3).trained, make_data()
+    after = fit(data.for_domain(data.domain, first_epoch=2), epochs=1).trained
+    assert same(after, [(0, batch) for epoch, batch in whole if epoch == 2])
+
+
 def test_without_augmentation_every_epoch_shows_the_same_images(make_data):
     trained = fit(make_data(augment=False)).trained
     before, after = by_image(trained, 0), by_image(trained, 1)

@@ -54,7 +54,7 @@ def test_a_line_of_results_csv_is_one_point_with_what_it_was_made_with(finished)
     assert len(lines) == 4 * (1 + 3 + 2)
     assert list(lines[0]) == [
         "row", "model", "sparsity", "unseen", "seed", "condition", "variant", "accuracy", "macro_accuracy", "ece",
-        "personal_accuracy", "rejected",
+        "personal_accuracy", "rounds", "bytes", "rejected",
         "settings", "sources", "measurement", "config", "commit", "versions",
     ]  # fmt: skip
     for line in lines:
@@ -64,6 +64,12 @@ def test_a_line_of_results_csv_is_one_point_with_what_it_was_made_with(finished)
         assert (finished / "predictions" / f"{line['measurement']}.safetensors").is_file()
         assert line["sparsity"] == ("0.9" if line["model"] == "sap" else "")
     assert len({line["measurement"] for line in lines}) == len(lines)
+    sizes = {one: sum(map(len, contents(finished / "uploads" / one).values())) for one in DOMAINS}
+    for line in lines:
+        others = sum(size for one, size in sizes.items() if one != line["unseen"])
+        expected = {"zero-shot": 0, "average": others, "sap": others}
+        assert int(line["bytes"]) == expected.get(line["model"], sizes.get(line["model"].removeprefix("client ")))
+        assert line["rounds"] == ("0" if line["model"] == "zero-shot" else "1")
 
 
 def test_the_run_folder_holds_config_clients_uploads_and_merged_models(finished):

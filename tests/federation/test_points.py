@@ -39,7 +39,7 @@ def points(plan: Plan, sent: Sent = Sent(HONEST), **changed: Any) -> Points:  # 
     for parameter in nn.ModuleList([texts.model, texts.projection]).parameters():
         nn.init.ones_(parameter)
     merge = {"base": "clip", "base_fingerprint": "b", "templates": ("a {}",), "texts": texts, "logit_scale": 100.0}
-    merge |= {"weights": "uniform", "reject_outliers": False}
+    merge |= {"weights": "uniform", "max_share": None, "reject_outliers": False}
     precision, provenance = "32-true", {"commit": "abc"}
     for name, value in changed.items():
         next(part for part in (data, anchors, merge) if name in part)[name] = value
@@ -173,6 +173,7 @@ OTHER_TEXTS = SimpleNamespace(model=nn.Linear(2, 2), projection=nn.Linear(2, 2))
         ({"base": "other clip"}, ALL),
         ({"base_fingerprint": "c"}, ALL),
         ({"weights": "samples"}, MERGES),
+        ({"max_share": 0.5}, MERGES),
         ({"reject_outliers": True}, MERGES),
         ({"num_pairs": 4}, SCORED),
         ({"noise": True}, SCORED),

@@ -26,6 +26,7 @@ from sap_lightning.io.adapter import read_adapter, sha256_of
 from sap_lightning.models.clip import load_base
 from sap_lightning.models.layers import layer_shapes
 from sap_lightning.modules import CLIPLoRAModule
+from sap_lightning.modules.turn import Turn
 
 TARGETS = ("q_proj", "k_proj", "v_proj", "out_proj")
 
@@ -159,6 +160,50 @@ def test_on_a_constant_schedule_the_learning_rate_rises_and_stays(data):
         CLIPLoRAModule(SHAPES_CLIP, learning_rate=0.01, warmup=0.2, schedule="constant", rank=1), datamodule=data
     )
     assert seen.rates == pytest.approx([0, 0.005] + [0.01] * 8)
+
+
+@pytest.mark.parametrize("schedule", ["cosine", "constant"])
+def test_over_all_rounds_together_the_learning_rate_goes_on_in_each_where_it_was(data, schedule):
+    settings = {"learning_rate": 0.01, "warmup": 0.3, "rank": 1, "schedule": schedule}
+    whole, one, two, anew = (Rates() for _ in range(4))
+    quiet_trainer(whole, max_epochs=4, limit_val_batches=0).fit(
+        CLIPLoRAModule(SHAPES_CLIP, **settings), datamodule=data
+    )
+    turns = (one, Turn(0, 2)), (two, Turn(1, 2)), (anew, Turn(1, 2, "round"))
+    for seen, turn in turns:
+        client = CLIPLoRAModule(SHAPES_CLIP, **settings).for_turn(turn)
+        quiet_trainer(seen, max_epochs=2, limit_val_batches=0).fit(client, datamodule=data)
+    assert one.rates + two.rates == whole.rates
+    alone = Rates()
+    quiet_trainer(alone, max_epochs=2, limit_val_batches=0).fit(
+        CLIPLoRAModule(SHAPES_CLIP, **settings), datamodule=data
+    )
+    assert anew.rates == alone.rates != two.rates
+
+
+@pytest.mark.parametrize(("rank", "kept"), [(2, 2), (3, 3), (5, 3)])
+def test_a_client_starts_from_what_it_is_handed_as_far_as_its_rank_goes(data, rank, kept):
+    drawn = untrained(data, rank=rank).layers()
+    start = {
+        name: LoRALayer(torch.randn(3, layer.shape[1]), torch.randn(layer.shape[0], 3), 0.5)
+        for name, layer in drawn.items()
+    }
+    client = CLIPLoRAModule(SHAPES_CLIP, rank=rank).for_turn(Turn(1, 2, start=start))
+    quiet_trainer(limit_val_batches=1).validate(client, data, verbose=False)
+    for name, layer in client.layers().items():
+        A, B, scale = start[name]
+        assert_close(layer.delta(), scale * B[:, :kept] @ A[:kept])
+        assert torch.equal(layer.A[:kept], A[:kept]), "in the same factors"
+        assert torch.equal(layer.A[kept:], drawn[name].A[kept:]), "what is not handed can still be trained"
+
+
+def test_an_upload_of_a_round_says_of_which(data, tmp_path):
+    client = CLIPLoRAModule(SHAPES_CLIP).for_turn(Turn(1, 3))
+    assert not client.reach, "which only the last round is asked for"
+    assert CLIPLoRAModule(SHAPES_CLIP).for_turn(Turn(2, 3)).reach
+    quiet_trainer(limit_val_batches=1).validate(client, data, verbose=False)
+    manifest = read_adapter(client.write_upload(tmp_path / "upload", "photo", 3)).manifest
+    assert manifest is not None and (manifest.format_version, manifest.round, manifest.kind) == (2, 1, "lora")
 
 
 class FirstBatch(L.Callback):

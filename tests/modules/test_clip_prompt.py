@@ -23,6 +23,7 @@ from sap_lightning.io.prompt import read_prompt, write_prompt
 from sap_lightning.models.clip import load_base
 from sap_lightning.modules import CLIPPromptModule, MergeModule
 from sap_lightning.modules.feature_memory import FeatureMemory
+from sap_lightning.modules.turn import Turn
 
 WORDS = "a photo of a"
 
@@ -201,7 +202,7 @@ def test_a_context_can_start_from_a_prompt_in_a_folder_or_in_memory(data, tmp_pa
     folder = first.write_upload(tmp_path / "upload", "photo", data.num_samples)
     for again in (
         untrained(data, start=str(folder), class_position="middle"),
-        untrained_from(data, prompt(class_position="middle").starting_from(first.layers())),
+        untrained_from(data, prompt(class_position="middle").for_turn(Turn(start=first.layers()))),
     ):
         assert torch.equal(context_of(again), context_of(first))
     with pytest.raises(InputError, match=r"class's name stands at the middle, model.class_position is end; set it to"):
