@@ -19,8 +19,8 @@ from sap_lightning.errors import InputError
 from sap_lightning.federation.run_folder import RunFolder
 from sap_lightning.io.prompt import read_prompt
 from sap_lightning.modules import CLIPPromptModule
-from sap_lightning.results import Results
 
+UNSEEN = ["photo", "sketch"]
 PROMPTS = [f"--config={REPOSITORY / 'configs' / 'prompts.yaml'}", "--model.tokens=4"]
 ADAPTERS = ["zero-shot", *(f"client {domain}" for domain in DOMAINS), "average", "sap"]
 COOP = [f"coop {domain}" for domain in DOMAINS]
@@ -28,55 +28,59 @@ COOP = [f"coop {domain}" for domain in DOMAINS]
 
 @pytest.fixture(scope="module")
 def joint(finished, run, tmp_path_factory) -> Path:
-    """The finished run of adapters with prompts in it."""
+    """The finished run of adapters with prompts in it, for two unseen domains."""
     folder = Path(shutil.copytree(finished, tmp_path_factory.mktemp("joint") / "run"))
-    run("fit", *PROMPTS, "--merge.method=median", f"--federation.run_dir={folder}")
+    unseen = f"--federation.unseen=[{','.join(UNSEEN)}]"
+    run("fit", *PROMPTS, "--merge.method=median", unseen, f"--federation.run_dir={folder}")
     return folder
+
+
+@pytest.fixture
+def copy(joint, tmp_path) -> Path:
+    return Path(shutil.copytree(joint, tmp_path / "copy"))
 
 
 def test_prompts_stand_beside_adapters_in_one_table(joint, finished):
     rows = table(joint)
     assert set(rows) == {*ADAPTERS, *COOP, "promptfl", "pfedprompt", "promptfl median"}
     assert {model: rows[model] for model in ADAPTERS} == table(finished), "what was measured before is not anew"
-    for model in (*COOP, "promptfl"):
-        assert list(rows[model]) == [domain for domain in DOMAINS if model != f"coop {domain}"]
+    for model in (*COOP, "promptfl", "pfedprompt", "promptfl median"):
+        assert list(rows[model]) == [domain for domain in UNSEEN if model != f"coop {domain}"]
     shown = shown_rows(joint)
     assert set(shown) == {*rows, "best client", "best coop"}
-    assert shown["promptfl"][:5] == shown["pfedprompt"][:5], "the server's model is the prompt alone"
+    assert shown["promptfl"][:3] == shown["pfedprompt"][:3], "the server's model is the prompt alone"
 
 
-def test_adapters_find_prompts_beside_them_too(joint, run, tmp_path):
-    copy = Path(shutil.copytree(joint, tmp_path / "copy"))
+def test_adapters_find_prompts_beside_them_too(copy, run):
     before = shown_rows(copy)
-    run("fit", "--federation.report=false", f"--federation.run_dir={copy}")
+    line = ["--federation.report=false", f"--federation.run_dir={copy}"]
+    run("fit", f"--federation.unseen=[{','.join(UNSEEN)}]", *line)
     assert shown_rows(copy) == before
-    other = ["--federation.clients=[cartoon,photo]", "--federation.unseen=sketch", "--federation.report=false"]
-    run("fit", *other, f"--federation.run_dir={copy}")
+    run("fit", "--federation.clients=[cartoon,photo]", "--federation.unseen=sketch", *line)
     assert {"coop cartoon", "coop photo"} < shown_rows(copy).keys()
-    assert not {"promptfl", "coop painting"} & shown_rows(copy).keys(), "which is of other clients"
+    assert not {"promptfl", "coop painting"} & shown_rows(copy).keys(), "which are of other clients"
 
 
 def test_accuracy_at_home_is_a_column_of_its_own_for_prompts_alone(joint):
     for line in lines_of(joint):
         assert bool(line["personal_accuracy"]) == line["row"].startswith(("coop", "promptfl", "pfedprompt"))
-    head = (joint / "table.md").read_text().splitlines()[0]
-    assert " | mean | personal | ECE | " in head
-    promptfl, pfedprompt, coop = (shown_rows(joint)[row][5] for row in ("promptfl", "pfedprompt", "coop photo"))
-    assert promptfl != pfedprompt and "–" not in (promptfl, pfedprompt, coop)
-    assert shown_rows(joint)["sap"][5] == "–"
+    assert " | mean | personal | ECE | " in (joint / "table.md").read_text().splitlines()[0]
+    promptfl, pfedprompt, coop, sap = (shown_rows(joint)[row][3] for row in ("promptfl", "pfedprompt", COOP[0], "sap"))
+    assert promptfl != pfedprompt and sap == "–" and "–" not in (promptfl, pfedprompt, coop)
 
 
-def test_accuracy_at_home_is_the_mean_over_the_clients_of_a_merge(joint):
-    """Every coop is measured at its own home, and of images that were not trained on."""
-    homes = {domain: stored(joint, f"coop {domain}", "sketch" if domain != "sketch" else "photo") for domain in DOMAINS}
-    for domain, row in homes.items():
-        metrics = row["metrics"]
-        held_back = 10  # a fifth of 48 images
-        assert metrics["personal_accuracy"] * held_back == pytest.approx(
-            round(metrics["personal_accuracy"] * held_back)
-        )
-        others = [stored(joint, f"coop {domain}", unseen)["metrics"] for unseen in DOMAINS if unseen != domain]
-        assert {other["personal_accuracy"] for other in others} == {metrics["personal_accuracy"]}
+def test_accuracy_at_home_is_of_the_images_that_each_client_held_back(joint):
+    at_home = {}
+    for domain in DOMAINS:
+        found = {
+            stored(joint, f"coop {domain}", unseen)["metrics"]["personal_accuracy"]
+            for unseen in UNSEEN
+            if unseen != domain
+        }
+        (at_home[domain],) = found  # wherever else it is measured
+        assert 10 * at_home[domain] == pytest.approx(round(10 * at_home[domain])), "a fifth of 48 images"
+    promptfl = stored(joint, "promptfl", "sketch")["metrics"]["personal_accuracy"]
+    assert 30 * promptfl == pytest.approx(round(30 * promptfl)), "the mean over three clients"
 
 
 def test_what_is_sent_and_merged_is_the_prompt(joint):
@@ -88,14 +92,11 @@ def test_what_is_sent_and_merged_is_the_prompt(joint):
         (contexts[domain],) = load_file(upload / "prompt.safetensors").values()
         assert contexts[domain].shape == (4, 64)
         assert json.loads((upload / "manifest.json").read_text())["kind"] == "prompt"
-    others = [contexts[domain] for domain in DOMAINS if domain != "sketch"]
-    for method, expected in {
-        "average": torch.stack(others).mean(0),
-        "median": torch.stack(others).median(0)[0],
-    }.items():
+    others = torch.stack([contexts[domain] for domain in DOMAINS if domain != "sketch"])
+    assert not torch.equal(others[0], others[1])
+    for method, expected in {"average": others.mean(0), "median": others.median(0)[0]}.items():
         (merged,) = read_prompt(folder.merged("sketch", method)).layers.values()
         torch.testing.assert_close(merged.delta(), expected, atol=1e-6, rtol=0)
-    assert not torch.equal(others[0], others[1])
 
 
 def test_nothing_in_the_run_folder_holds_what_a_client_remembers(joint, world):
@@ -108,27 +109,23 @@ def test_nothing_in_the_run_folder_holds_what_a_client_remembers(joint, world):
         assert not any(feature[:3].numpy().tobytes() in content for content in kept)
 
 
-def test_running_again_trains_and_measures_nothing_anew(joint, run, tmp_path):
-    copy = Path(shutil.copytree(joint, tmp_path / "copy"))
+def test_running_again_trains_and_measures_nothing_anew(copy, run):
     before, trained = contents(copy, "prompts/**/*"), times(copy, "prompts/**/*.ckpt")
     lines = (copy / "results.jsonl").read_bytes()
-    run("fit", *PROMPTS, f"--federation.run_dir={copy}")
+    run("fit", *PROMPTS, f"--federation.unseen=[{','.join(UNSEEN)}]", f"--federation.run_dir={copy}")
     after = contents(copy, "prompts/**/*")
-    assert {name: text for name, text in after.items() if not name.endswith("config.yaml")} == {
-        name: text for name, text in before.items() if not name.endswith("config.yaml")
-    }
+    assert after.keys() == before.keys()
+    assert {name for name in after if after[name] != before[name]} <= {"prompts/config.yaml"}, "its run folder"
     assert times(copy, "prompts/**/*.ckpt") == trained and (copy / "results.jsonl").read_bytes() == lines
-    assert Results(copy).rows
 
 
-def test_another_memory_is_another_pfedprompt_and_needs_no_training(joint, run, tmp_path):
-    copy = Path(shutil.copytree(joint, tmp_path / "copy"))
+def test_another_memory_is_another_pfedprompt_and_needs_no_training(copy, joint, run):
     trained = times(copy, "prompts/**/*.ckpt")
-    run("fit", *PROMPTS, "--model.memory.alpha=0", f"--federation.run_dir={copy}")
+    run("fit", *PROMPTS, "--model.memory.alpha=0", "--federation.unseen=sketch", f"--federation.run_dir={copy}")
     assert times(copy, "prompts/**/*.ckpt") == trained
     assert shown_rows(copy)["pfedprompt"] == shown_rows(copy)["promptfl"], "α = 0 is PromptFL"
-    assert shown_rows(copy)["promptfl"] == shown_rows(joint)["promptfl"]
-    assert stored(copy, "pfedprompt", "photo")["settings"]["memory"] == {"alpha": 0.0, "beta": 5.5}
+    assert stored(copy, "promptfl", "sketch") == stored(joint, "promptfl", "sketch")
+    assert stored(copy, "pfedprompt", "sketch")["settings"]["memory"] == {"alpha": 0.0, "beta": 5.5}
 
 
 def test_a_client_trains_at_its_own_site_to_the_same_upload(joint, run, tmp_path):
@@ -151,19 +148,14 @@ def test_uploads_of_prompts_are_merged_and_measured_by_the_other_commands(joint,
     ("line", "reason"),
     [
         (["--merge.method=ties"], "merge.method ties does not merge prompts, only adapters"),
-        (["--merge.reject_outliers=true"], r"merge\.reject_outliers is for adapters"),
-        (["--merge.rank=2"], r"merge\.format and merge\.rank are for adapters"),
-        (
-            ["--federation.poison.domain=photo", "--federation.poison.kind=noise"],
-            r"federation\.poison\.kind noise is for",
-        ),
-        (["--model.init=a photo"], r"model\.init 'a photo' has 2 tokens; model\.tokens is 4"),
+        (["--federation.poison.domain=photo", "--federation.poison.kind=noise"], "poison.kind noise is for adapters"),
+        (["--federation.ranks={photo: 4}"], r"federation\.ranks is for clients that train LoRA"),
         (["--model.tokens=40"], "its prompt is .* tokens long with a context of 40"),
     ],
 )
 def test_what_prompts_cannot_is_refused_before_any_upload_is_written(run, tmp_path, line, reason):
     with pytest.raises(InputError, match=reason):
-        run("fit", *PROMPTS, "--trainer.max_epochs=1", *line, f"--federation.run_dir={tmp_path}")
+        run("fit", *PROMPTS, *line, f"--federation.run_dir={tmp_path}")
     assert not list(tmp_path.glob("prompts/uploads/*"))
 
 
@@ -172,25 +164,41 @@ def test_settings_that_a_client_was_not_trained_with_are_refused(joint, run):
         run("fit", *PROMPTS, "--model.tokens=5", f"--federation.run_dir={joint}")
 
 
-def test_a_poisoned_client_learns_wrong_labels(joint, run, tmp_path):
-    copy = Path(shutil.copytree(joint, tmp_path / "copy"))
-    run(
-        "fit",
-        *PROMPTS,
-        "--federation.poison.domain=photo",
-        "--federation.unseen=sketch",
-        f"--federation.run_dir={copy}",
-    )
+def test_a_poisoned_client_learns_wrong_labels(copy, run):
+    poison = ["--federation.poison.domain=photo", "--federation.unseen=sketch"]
+    run("fit", *PROMPTS, *poison, f"--federation.run_dir={copy}")
     rows = table(copy)
     assert {"coop photo, photo label_flip", "promptfl, photo label_flip", "pfedprompt, photo label_flip"} < set(rows)
 
 
-def test_the_config_names_every_setting_of_a_prompt_client_at_its_default(run, tmp_path, capsys):
+def test_in_rounds_clients_go_on_from_the_merge_of_the_prompts_before(run, tmp_path):
+    few = ["--federation.clients=[cartoon,photo]", "--federation.unseen=sketch", "--federation.rounds=2"]
+    run("fit", *PROMPTS, *few, f"--federation.run_dir={tmp_path}")
+    folder = RunFolder(tmp_path).of_kind("prompt")
+    first, second = (folder.round("sketch", number) for number in (0, 1))
+    sent = {
+        (number, domain): read_prompt(of.upload(domain))
+        for number, of in enumerate((first, second))
+        for domain in ("cartoon", "photo")
+    }
+    assert {key: prompt.manifest.round for key, prompt in sent.items() if prompt.manifest} == {
+        key: key[0] for key in sent
+    }
+    contexts = {key: next(iter(prompt.layers.values())).delta() for key, prompt in sent.items()}
+    (start,) = read_prompt(folder.handed("sketch", 0) / "start").layers.values()
+    mean = (contexts[0, "cartoon"] + contexts[0, "photo"]) / 2
+    torch.testing.assert_close(start.delta(), mean, atol=1e-7, rtol=0)
+    moved = {domain: contexts[1, domain] - start.delta() for domain in ("cartoon", "photo")}
+    assert all(0 < step.norm() < 0.1 * start.delta().norm() for step in moved.values())
+    assert not torch.equal(moved["cartoon"], moved["photo"])
+    assert stored(tmp_path, "promptfl", "sketch")["rounds"] == 2
+
+
+def test_the_config_names_every_setting_of_a_prompt_client_at_its_default(run, capsys):
     written = yaml.safe_load((REPOSITORY / "configs" / "prompts.yaml").read_text())["model"]
-    for args in (["--model=CLIPPromptModule"], PROMPTS[:1]):
-        with pytest.raises(SystemExit):
-            run("fit", *args, "--print_config")
-        printed = yaml.safe_load(capsys.readouterr().out)["model"]
-        assert printed["class_path"].endswith(written["class_path"])
-        own = {name: value for name, value in printed["init_args"].items() if name not in ("base", "templates", "seed")}
-        assert own == written["init_args"]
+    with pytest.raises(SystemExit):
+        run("fit", "--model=CLIPPromptModule", "--print_config")
+    printed = yaml.safe_load(capsys.readouterr().out)["model"]
+    assert printed["class_path"].endswith(written["class_path"])
+    own = {name: value for name, value in printed["init_args"].items() if name not in ("base", "templates", "seed")}
+    assert own == written["init_args"]
