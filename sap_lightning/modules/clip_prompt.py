@@ -114,7 +114,6 @@ class CLIPPromptModule(ClientModule):
         self.tower, self.text_tower = base.tower, base.texts.tower
         self.logit_scale = base.logit_scale
         self.base_fingerprint = base.fingerprint([context_layer(self.class_position)])
-        # In float32 whatever the precision: a step of SGD is lost in a shorter one.
         self.context = nn.Parameter(self._first_context(base.texts).float().clone())
         names = data_of(self.trainer).class_names
         self._prompts = ClassPrompts(base.texts, names, len(self.context), self.class_position)
@@ -158,6 +157,11 @@ class CLIPPromptModule(ClientModule):
         return self._seen[batch.indices]
 
     def on_train_start(self) -> None:
+        if self.context.dtype != torch.float32:
+            raise InputError(
+                f"trainer.precision {self.trainer.precision}: steps of SGD would be lost in so few digits; use"
+                " 32-true, bf16-mixed or 16-mixed"
+            )
         self._look_at_the_images()
 
     def on_validation_start(self) -> None:
@@ -173,7 +177,8 @@ class CLIPPromptModule(ClientModule):
         super().validation_step(batch, batch_idx)
         features, own = self.batch_features(batch), data_of(self.trainer).training_part
         remembered = self._seen[own.rows], own.labels[own.rows].to(self.device)
-        added = self.memory.logits(features, *remembered, len(self.class_names))
+        with torch.autocast(self.device.type, enabled=False):
+            added = self.memory.logits(features.float(), *remembered, len(self.class_names))
         self.personal.update(self.logits(features) + added, batch.labels)
 
     def on_validation_epoch_end(self) -> None:

@@ -202,6 +202,11 @@ def test_mixed_precision_leaves_the_context_in_float32(data):
     assert context_of(module).ne(context_of(untrained(data))).all()
 
 
+def test_a_precision_in_which_steps_are_lost_is_refused(data):
+    with pytest.raises(InputError, match=r"trainer\.precision bf16-true: steps of SGD would be lost"):
+        quiet_trainer(max_epochs=1, precision="bf16-true").fit(prompt(), datamodule=data)
+
+
 def test_a_context_can_start_from_a_prompt_in_a_folder_or_in_memory(data, tmp_path):
     first = untrained(data, tokens=4, class_position="middle", seed=5)
     folder = first.write_upload(tmp_path / "upload", "photo", data.num_samples)
