@@ -289,7 +289,7 @@ class SapCLI(LightningCLI):
             )
         if method is None and isinstance(self.model, CLIPPromptModule):
             method = Average()
-        last = self.config_init.federation.last_method
+        last = self.config_init.federation.last_method if self.command == "fit" else None
         if method in (None, SAP.name):
             method = self.config_init.prune
         elif last != SAP.name and (given := self._given("prune")):

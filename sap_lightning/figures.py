@@ -17,7 +17,7 @@ from matplotlib.axes import Axes
 from matplotlib.colors import to_hex
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
-from matplotlib.ticker import MaxNLocator
+from matplotlib.ticker import EngFormatter, MaxNLocator
 from torch import Tensor
 
 from sap_lightning.functional.outliers import OUTLIER
@@ -182,6 +182,50 @@ def drift_figure(drift: Mapping[str, Sequence[tuple[int, float]]]) -> Figure:
     figure.legend(loc="outside lower center", ncols=2, frameon=False)
     said = [f"{tower} from {points[0][1]:.3f} to {points[-1][1]:.3f}" for tower, points in drift.items()]
     figure.set_label(f"Line chart of the clients' mean cosine by epoch: {'; '.join(said)}.")
+    return figure
+
+
+def rounds_figure(
+    curves: Mapping[str, Sequence[tuple[float, int, Spread]]], references: Mapping[str, Spread], unit: str
+) -> Figure:
+    """Mean accuracy over the unseen domains against rounds, or what they take, a line a method.
+
+    Args:
+        curves: by method, what rounds are counted in, their number and accuracy.
+        references: accuracies that take no rounds, drawn as horizontal lines.
+        unit: what rounds are counted in: rounds, or B for bytes on the wire.
+    """
+    entries = len(curves) + len(references)
+    figure = Figure(figsize=(4.8, 3.2 + 0.22 * math.ceil(entries / 2)), layout="constrained")
+    axes = _plain_axes(figure)
+    for index, (name, spread) in enumerate(references.items()):
+        dash = DASHES[1:][index % (len(DASHES) - 1)]
+        label = f"{_plain(name)} ({spread.mean:.3f})"
+        axes.axhline(spread.mean, color=GREY, linestyle=dash, linewidth=1.3, label=label)
+    said = [f"{name} {spread}" for name, spread in references.items()]
+    for index, (name, curve) in enumerate(curves.items()):
+        points = sorted(curve)
+        axes.errorbar(
+            [place for place, _, _ in points],
+            [spread.mean for _, _, spread in points],
+            yerr=[spread.std for _, _, spread in points] if any(spread.seeds > 1 for _, _, spread in points) else None,
+            **_line(index),
+            markersize=5.5,
+            elinewidth=1,
+            capsize=2.5,
+            label=_plain(name),
+        )
+        said.append(f"{name} " + ", ".join(f"{spread} after {rounds} rounds" for _, rounds, spread in points))
+    axes.set_xscale("log")
+    places = sorted({place for curve in curves.values() for place, _, _ in curve})
+    axes.set_xticks(
+        places, [EngFormatter(sep="", places=0)(place) for place in places], rotation=45 if unit == "B" else 0
+    )
+    axes.minorticks_off()
+    axes.set_xlabel("bytes on the wire, both ways" if unit == "B" else "rounds")
+    axes.set_ylabel("mean accuracy, unseen domains")
+    figure.legend(loc="outside lower center", ncols=2, frameon=False)
+    figure.set_label(f"Line chart of accuracy against {'bytes' if unit == 'B' else 'rounds'}: {'; '.join(said)}.")
     return figure
 
 

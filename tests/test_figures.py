@@ -17,6 +17,7 @@ from sap_lightning.figures import (
     gallery_figure,
     overlap_figure,
     projection_figure,
+    rounds_figure,
     share_kept_figure,
     shares_figures,
     sparsity_figure,
@@ -104,6 +105,25 @@ def test_one_seed_has_no_bars_and_everything_pruned_has_a_place() -> None:
     assert not sap.has_yerr
     assert np.isfinite(np.array(sap.lines[0].get_xdata(), dtype=float)).all()
     assert drawn(figure).size > (100, 100)
+
+
+ROUNDS = {
+    "average": [(10, 10, Spread(0.8, 0.01, 2)), (1, 1, Spread(0.7, 0.02, 2)), (2, 2, Spread(0.75, 0.0, 2))],
+    "sap": [(1, 1, Spread(0.8, 0.0, 2))],
+}
+
+
+def test_accuracy_is_drawn_against_rounds_or_what_they_take() -> None:
+    figure = rounds_figure(ROUNDS, {"zero-shot": Spread(0.5, 0.0, 1)}, "rounds")
+    (axes,) = figure.axes
+    assert [label.get_text() for label in axes.get_xticklabels()] == ["1", "2", "10"]
+    assert axes.get_xlabel() == "rounds" and axes.get_xscale() == "log"
+    assert "average 0.700 ± 0.020 after 1 rounds, 0.750 ± 0.000 after 2 rounds" in figure.get_label()
+    sent = {"sap": [(1_184_000, 1, Spread(0.8, 0.0, 1)), (94_400, 2, Spread(0.7, 0.0, 1))]}
+    figure = rounds_figure(sent, {}, "B")
+    assert [label.get_text() for label in figure.axes[0].get_xticklabels()] == ["94k", "1M"]
+    assert figure.axes[0].get_xlabel() == "bytes on the wire, both ways"
+    drawn(figure)
 
 
 def test_only_outliers_are_hatched() -> None:

@@ -48,6 +48,8 @@ class RoundsFederation(OneShotFederation):
     Args:
         rounds: how often the clients train and upload.
         epochs_per_round: epochs of a client in a round; trainer.max_epochs if not given.
+        total_epochs: epochs of a client in all rounds together, in place of those in one: many rounds are as much work
+            as few.
         share: share of the clients that take part in a round, at least one, drawn by the seed.
         ranks: LoRA ranks of clients that train another than model.rank, by domain.
         aggregation: what adapters become before the next round, see :mod:`sap_lightning.federation.aggregation`; of
@@ -66,6 +68,7 @@ class RoundsFederation(OneShotFederation):
         self,
         rounds: int = 1,
         epochs_per_round: int | None = None,
+        total_epochs: int | None = None,
         share: float = 1.0,
         ranks: dict[str, int] | None = None,
         aggregation: Way = "flexlora",
@@ -75,12 +78,17 @@ class RoundsFederation(OneShotFederation):
         method: MergeMethod | None = None,
         **one_shot: Any,
     ) -> None:
+        check_at_least("federation.rounds", rounds, 1)
+        if epochs_per_round is not None and total_epochs is not None:
+            raise InputError(
+                "federation.total_epochs stands in place of federation.epochs_per_round; leave one of them out"
+            )
         if last_method is not None:
             last = method_named(last_method, "federation.last_method") if isinstance(last_method, str) else last_method
             one_shot["plan"] = Plan({one.name: one for one in (Average(), last)})
         super().__init__(**one_shot)
         self.rounds = rounds
-        self.epochs_per_round = epochs_per_round
+        self.epochs_per_round = _shared_out(total_epochs, rounds) if total_epochs is not None else epochs_per_round
         self.share = share
         self.ranks = ranks or {}
         prompts = self.client.kind == "prompt"
@@ -98,7 +106,6 @@ class RoundsFederation(OneShotFederation):
             raise InputError(f"federation.last_method: nothing would use merge.method, as {why}; leave one of them out")
 
     def _check_numbers(self) -> None:
-        check_at_least("federation.rounds", self.rounds, 1)
         if self.epochs_per_round is not None:
             check_at_least("federation.epochs_per_round", self.epochs_per_round, 1)
         check_share("federation.share", self.share)
@@ -318,6 +325,14 @@ class RoundsFederation(OneShotFederation):
             raise InputError(
                 f"federation.aggregation {self.way}: the uploads differ in layers, rank or alpha; use flexlora or flora"
             )
+
+
+def _shared_out(total_epochs: int, rounds: int) -> int:
+    """Epochs of each round."""
+    check_at_least("federation.total_epochs", total_epochs, 1)
+    if total_epochs % rounds:
+        raise InputError(f"federation.total_epochs {total_epochs}: cannot be shared out evenly over {rounds} rounds")
+    return total_epochs // rounds
 
 
 def _checkpoint(home: Path, needed_for: str) -> Path:

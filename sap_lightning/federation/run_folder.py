@@ -23,6 +23,7 @@ FREE_SETTINGS = (
     "federation.clients",
     "federation.poison",
     "federation.report",
+    "federation.last_method",
     "data.domain",
     "merge.method",
     "merge.reject_outliers",

@@ -15,6 +15,7 @@ from sap_lightning.figures import (
     gallery_figure,
     overlap_figure,
     projection_figure,
+    rounds_figure,
     shares_figures,
     sparsity_figure,
 )
@@ -23,6 +24,8 @@ from sap_lightning.reporting.evidence import Evidence
 from sap_lightning.reporting.table import TableRow
 from sap_lightning.results import AVERAGE, ZERO_SHOT, Results
 
+ROUNDS = "federation.rounds"
+
 
 def draw(results: Results, rows: Sequence[TableRow], evidence: Evidence | None) -> dict[str, Figure]:
     """All figures that there is data for, by name; a name with a / is one of several of a kind."""
@@ -30,7 +33,21 @@ def draw(results: Results, rows: Sequence[TableRow], evidence: Evidence | None) 
     curves, references = accuracy_curves(results, rows)
     if any(len(curve) > 1 for curve in curves.values()):
         figures["accuracy_by_sparsity"] = sparsity_figure(curves, references)
+    figures |= _draw_rounds(results, rows)
     return figures | (_draw_evidence(evidence) if evidence else {})
+
+
+def _draw_rounds(results: Results, rows: Sequence[TableRow]) -> dict[str, Figure]:
+    curves = rounds_curves(results, rows)
+    if not any(len(curve) > 1 for curve in curves.values()):
+        return {}
+    zero_shot = dict([(ZERO_SHOT, row.mean) for row in rows if row.kind == "zero-shot"][:1])
+    by_rounds = {name: [(row.rounds, row.rounds, row.mean) for row in curve] for name, curve in curves.items()}
+    figures = {"accuracy_by_rounds": rounds_figure(by_rounds, zero_shot, "rounds")}
+    if all(row.bytes is not None for curve in curves.values() for row in curve):
+        by_bytes = {name: [(row.bytes or 0, row.rounds, row.mean) for row in curve] for name, curve in curves.items()}
+        figures["accuracy_by_bytes"] = rounds_figure(by_bytes, zero_shot, "B")
+    return figures
 
 
 def _draw_evidence(evidence: Evidence) -> dict[str, Figure]:
@@ -80,3 +97,14 @@ def accuracy_curves(
         elif row.kind == "zero-shot" or row.model == AVERAGE:
             references[row.label] = row.mean
     return curves, references
+
+
+def rounds_curves(results: Results, rows: Iterable[TableRow]) -> dict[str, list[TableRow]]:
+    """Of the table, the rows of each merge that differ in the number of rounds alone, by what else it is called."""
+    curves: dict[str, list[TableRow]] = {}
+    for row in rows:
+        if row.kind == "merge" and None not in row.cells:
+            (first, *_) = results.of(row.label)
+            others = {name: value for name, value in first.variant.items() if name != ROUNDS}
+            curves.setdefault(replace(first, variant=others).label, []).append(row)
+    return curves

@@ -23,11 +23,12 @@ from sap_lightning.functional.outliers import OUTLIER
 from sap_lightning.functional.statistics import Spread
 from sap_lightning.functional.traffic import fedavg_bytes, one_shot_bytes
 from sap_lightning.reporting.evidence import Client, Evidence
-from sap_lightning.reporting.sentences import anchor_sentences, bytes_text, summary
+from sap_lightning.reporting.sentences import anchor_sentences, summary
 from sap_lightning.reporting.table import (
     PERSONAL_COLUMN,
     TableRow,
     best_cells,
+    bytes_text,
     cells_of,
     has_personal,
     interval_text,
@@ -88,6 +89,7 @@ def write_report(
         personal=PERSONAL_COLUMN if has_personal(rows) else "",
         clients=any(row.kind == "client" for row in rows),
         left_out=left_out(results),
+        wire=_wire(rows),
         seeds=sorted({row.seed for row in results.rows}),
         figures=embedded,
         evidence=evidence,
@@ -199,6 +201,15 @@ def _traffic(clients: Sequence[Client]) -> list[tuple[str, int, float]]:
         ways["one shot, pruned by the clients"] = one_shot_bytes(pruned)
     ways |= {f"FedAvg, {rounds} rounds": fedavg_bytes(uploads, rounds) for rounds in FEDAVG_ROUNDS}
     return [(way, sent, sent / once) for way, sent in ways.items() if once]
+
+
+def _wire(rows: Sequence[TableRow]) -> list[tuple[str, int, int, float, str]]:
+    """Of every merge its rounds, bytes, these as a multiple of the least, and accuracy; nothing where all had one."""
+    merges = [row for row in rows if row.kind == "merge" and row.bytes and None not in row.cells]
+    if all(row.rounds == 1 for row in merges):
+        return []
+    least = min(row.bytes for row in merges if row.bytes)
+    return [(row.label, row.rounds, round(row.bytes), row.bytes / least, str(row.mean)) for row in merges if row.bytes]
 
 
 def _chance(results: Results, evidence: Evidence | None) -> float | None:

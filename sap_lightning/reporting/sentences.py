@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterable, Sequence
 
 from sap_lightning.functional.outliers import OUTLIER
@@ -57,14 +56,6 @@ def _lead(interval: Interval, reference: str) -> str:
     if high < 0:
         return f"{-points:.1f} points behind {reference} {where}"
     return f"level with {reference} as far as these images can tell, {signed} points {where}"
-
-
-def bytes_text(count: int) -> str:
-    """A number of bytes in decimal units, such as 1.18 MB."""
-    if count < 1000:
-        return f"{count} B"
-    power = min(int(math.log10(count)) // 3, 4)
-    return f"{count / 1000**power:.3g} {' kMGT'[power]}B"
 
 
 def anchor_sentences(clients: Sequence[Client]) -> list[str]:

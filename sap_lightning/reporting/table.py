@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
@@ -34,6 +35,8 @@ class TableRow(NamedTuple):
         ece: expected calibration error, mean over domains and seeds.
         over_average: paired difference to the plain average on the same images, with a 95 % bootstrap interval.
         over_zero_shot: the same to zero-shot.
+        rounds: how often the clients have trained and uploaded.
+        bytes: what has crossed the wire, up and down, mean over unseen domains and seeds; None where it is not known.
     """
 
     label: str
@@ -45,6 +48,8 @@ class TableRow(NamedTuple):
     ece: float
     over_average: Interval | None
     over_zero_shot: Interval | None
+    rounds: int
+    bytes: float | None
 
 
 def tabulate(results: Results, unseen: Sequence[str]) -> list[TableRow]:
@@ -95,6 +100,8 @@ def _table_row(results: Results, row: list[Result], every: Sequence[Result], uns
         sum(result.metrics["ece"] for result in row) / len(row),
         difference(results, row, [r for r in every if r.model == AVERAGE and r.condition == row[0].condition]),
         difference(results, row, [r for r in every if r.kind == "zero-shot"]),
+        max(result.rounds for result in row),
+        _mean_bytes(row),
     )
 
 
@@ -105,6 +112,11 @@ def _over_seeds(row: Iterable[Result], metric: str) -> Spread | None:
         if metric in result.metrics:
             by_seed[result.seed].append(result.metrics[metric])
     return _spread([sum(values) / len(values) for values in by_seed.values()])
+
+
+def _mean_bytes(row: Sequence[Result]) -> float | None:
+    counted = [result.bytes for result in row if result.bytes is not None]
+    return sum(counted) / len(counted) if len(counted) == len(row) else None
 
 
 def difference(results: Results, row: Sequence[Result], reference: Sequence[Result]) -> Interval | None:
@@ -161,16 +173,22 @@ def metrics_table(metrics: Mapping[str, float]) -> Table:
 
 
 def markdown_table(rows: Sequence[TableRow], unseen: Sequence[str]) -> str:
-    """The table for TensorBoard's text tab and for documents, with calibration and paired differences."""
+    """The table for TensorBoard's text tab and for documents, with calibration and paired differences.
+
+    Where there were several rounds it says how many, and what has crossed the wire.
+    """
     personal = [PERSONAL_COLUMN] if has_personal(rows) else []
     head = ["model", *map(for_markdown, unseen), "mean", *personal]
     head += ["ECE", "over average [95 %]", "over zero-shot [95 %]"]
+    several = any(row.rounds > 1 for row in rows)
+    head += ["rounds", "bytes"] if several else []
     lines = [head, ["---"] + ["---:"] * (len(head) - 1)]
     best = best_cells(rows)
     for row in rows:
         cells = [_marked(cell, top, "**{}**") for cell, top in zip(cells_of(row, rows), best, strict=True)]
         differences = [interval_text(value) for value in (row.over_average, row.over_zero_shot)]
-        lines.append([for_markdown(row.label), *cells, f"{row.ece:.3f}", *differences])
+        wire = [str(row.rounds), "–" if row.bytes is None else bytes_text(round(row.bytes))] if several else []
+        lines.append([for_markdown(row.label), *cells, f"{row.ece:.3f}", *differences, *wire])
     return "\n".join(f"| {' | '.join(line)} |" for line in lines) + "\n"
 
 
@@ -198,6 +216,14 @@ def interval_text(interval: Interval | None) -> str:
     if interval is None:
         return "–"
     return f"{100 * interval.difference:+.1f} [{100 * interval.low:.1f}, {100 * interval.high:.1f}]"
+
+
+def bytes_text(count: int) -> str:
+    """A number of bytes in decimal units, such as 1.18 MB."""
+    if count < 1000:
+        return f"{count} B"
+    power = min(int(math.log10(count)) // 3, 4)
+    return f"{count / 1000**power:.3g} {' kMGT'[power]}B"
 
 
 def _spread(values: Sequence[float]) -> Spread | None:

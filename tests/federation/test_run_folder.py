@@ -97,6 +97,8 @@ def test_a_setting_that_is_new_or_gone_is_a_difference(begun: Path) -> None:
         {"data": {"domain": "photo"}},
         {"merge": {"method": {"class_path": "sap_lightning.merging.ties.TIES", "init_args": {"sparsity": 0.8}}}},
         {"merge": {"reject_outliers": True}},
+        {"federation": {"last_method": "ties"}},
+        {"federation": {"rounds": 1, "share": 1.0, "aggregation": "flexlora", "optimizer": "reset"}},
         {"federation": {"clients": ["photo"]}},
         {"federation": {"poison": {"domain": "photo", "kind": "scale", "fraction": 0.5}}},
     ],
@@ -108,6 +110,12 @@ def test_what_the_folder_does_not_depend_on_may_change(begun: Path, free: dict[s
 
 
 SERVERS = {"anchors": {"num_pairs": 4}, "prune": {"sparsity": 0.5}, "merge": {"weights": "samples"}}
+
+
+def test_rounds_are_held_to(begun: Path) -> None:
+    for name, value in {"rounds": 2, "epochs_per_round": 3, "total_epochs": 4, "ranks": {"photo": 2}}.items():
+        with pytest.raises(InputError, match=rf"federation\.{name}.* was None, is {value if name != 'ranks' else 2}"):
+            require_settings(begun, changed(federation={name: value}), SERVER_SETTINGS)
 
 
 def test_clients_are_held_only_to_what_is_not_free(begun: Path) -> None:

@@ -23,6 +23,7 @@ from places import REPOSITORY
 
 from sap_lightning.cli import SapCLI
 from sap_lightning.errors import InputError
+from sap_lightning.federation.run_folder import SERVER_SETTINGS_OF_ROUNDS
 from sap_lightning.federation.sweep import SEED, Sweep, folder_of, label_of
 from sap_lightning.merging import METHODS, SAP, TIES, Average, CoreSpace, LiNeS, MergeMethod, SAPAuto
 from sap_lightning.results import Predictions, Result, Results
@@ -212,6 +213,9 @@ def test_a_seed_and_settings_of_training_have_a_folder_of_their_own(tmp_path: Pa
     server = {"anchors.num_pairs": 4, "prune.space": "factor", "prune.rescale": "l1", "federation.clients": ["photo"]}
     assert folder_of("run", 3, server) == Path("run/seed_3")
     assert folder_of("run", 3, {"model.rank": 4, **server}) == Path("run/seed_3,model.rank=4")
+    assert folder_of("run", 3, {"federation.rounds": 5}) == Path("run/seed_3,federation.rounds=5")
+    of_rounds = folder_of("run", 3, server, SERVER_SETTINGS_OF_ROUNDS)
+    assert of_rounds == Path("run/seed_3,anchors.num_pairs=4"), "what a round hands over may hang on it"
     targets = [folder_of(tmp_path, 0, {"model.targets": names}) for names in (["q_proj"], ["q_proj", "v_proj"])]
     assert targets[0] != targets[1]
     assert all(folder.parent == tmp_path for folder in targets), "a value is no path"
@@ -277,6 +281,10 @@ def test_a_faulty_option_ends_in_one_line_and_exit_code_1(refusal, tmp_path, opt
     ("config", "refusal"),
     [
         ({"federation": {"unseen": ["photo"]}}, r"^federation\.unseen is for fit; name domains in sweep\.unseen$"),
+        (
+            {"federation": {"last_method": "ties"}},
+            r"^federation\.last_method is for fit; name methods in sweep\.methods$",
+        ),
         ({"merge": {"method": "ties"}}, r"^merge\.method is for fit and merge; name methods in sweep\.methods$"),
     ],
 )

@@ -10,7 +10,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from torch.utils.tensorboard import SummaryWriter
 
 from sap_lightning.callbacks.tensorboard import log_figures
-from sap_lightning.reporting.draw import accuracy_curves, draw
+from sap_lightning.reporting.draw import accuracy_curves, draw, rounds_curves
 from sap_lightning.reporting.table import tabulate
 from sap_lightning.results import Results
 
@@ -69,3 +69,23 @@ def test_tensorboard_has_the_same_figures(tmp_path: Path) -> None:
     tags = EventAccumulator(str(tmp_path / "board")).Reload().Tags()["images"]
     assert len(tags) == len(figures) == 12
     assert set(tags) == set(figures)
+
+
+def test_rows_that_differ_in_rounds_alone_are_a_curve(tmp_path: Path) -> None:
+    results = swept(tmp_path)
+    assert not any("rounds" in name for name in draw(results, tabulate(results, UNSEEN), None))
+    for rounds in (5, 1):
+        for rank in (2, 4):
+            variant = {"federation.rounds": rounds, "model.rank": rank}
+            add(
+                results, "ties", {"photo": 9 + rounds, "sketch": 9}, variant=variant, rounds=rounds, bytes=1000 * rounds
+            )
+    rows = tabulate(results, UNSEEN)
+    curves = rounds_curves(results, rows)
+    assert {name: [row.rounds for row in of] for name, of in curves.items() if "ties" in name} == {
+        "ties, rank=2": [5, 1],
+        "ties, rank=4": [5, 1],
+    }
+    only = results.only(row for row in results.rows if row.model in ("ties", "zero-shot"))
+    assert list(draw(only, tabulate(only, UNSEEN), None)) == ["accuracy_by_rounds", "accuracy_by_bytes"]
+    assert "accuracy_by_bytes" not in draw(results, rows, None), "of some merges no bytes were counted"

@@ -237,3 +237,18 @@ def test_the_same_run_gives_the_same_bytes_in_every_process(tmp_path: Path) -> N
 def test_file_names_are_plain_and_differ() -> None:
     names = ["share/a b", "share/a_b", "share/A_b", "../../x", "ρ=0.8", "<script>"]
     assert file_names(names) == ["share_a_b", "share_a_b_2", "share_a_b_3", "x", "ρ_0_8", "script"]
+
+
+def test_a_report_of_several_rounds_says_what_each_merge_took(tmp_path: Path) -> None:
+    results = swept(tmp_path)
+    add(results, "ties", {"photo": 19, "sketch": 9}, variant={"federation.rounds": 1}, rounds=1, bytes=1000)
+    add(results, "ties", {"photo": 19, "sketch": 15}, variant={"federation.rounds": 5}, rounds=5, bytes=9000)
+    page = Page(write(tmp_path, results, UNSEEN, None, SETTINGS))
+    assert "Accuracy against rounds and bytes on the wire" in page.text
+    assert "sends its adapter, in one round or in several" in page.text
+    assert re.search(r"ties, rounds=5\s*5\s*9 kB\s*9\s*0\.850", page.text)
+    assert {"accuracy_by_rounds.svg", "accuracy_by_rounds.png"} <= {
+        file.name for file in (tmp_path / "figures").iterdir()
+    }
+    before = Page(write(tmp_path, swept(tmp_path / "one"), UNSEEN, None, SETTINGS))
+    assert "sends its adapter once" in before.text and "Accuracy against rounds" not in before.text

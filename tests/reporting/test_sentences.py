@@ -4,11 +4,10 @@ from __future__ import annotations
 
 from pathlib import Path
 
-import pytest
 from reporting.samples import UNSEEN, add, swept
 
 from sap_lightning.reporting.evidence import Client
-from sap_lightning.reporting.sentences import anchor_sentences, bytes_text, summary
+from sap_lightning.reporting.sentences import anchor_sentences, summary
 from sap_lightning.reporting.table import tabulate
 from sap_lightning.results import Results
 
@@ -58,10 +57,3 @@ def test_a_poisoned_client_is_found_or_missed() -> None:
         "Poisoned on purpose: c, d; found: 1 of 2.",
         "Honest clients singled out wrongly: none.",
     ]
-
-
-@pytest.mark.parametrize(
-    ("count", "text"), [(0, "0 B"), (999, "999 B"), (1000, "1 kB"), (1_184_000, "1.18 MB"), (94_400_000_000, "94.4 GB")]
-)
-def test_bytes_are_in_decimal_units(count: int, text: str) -> None:
-    assert bytes_text(count) == text

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
-from reporting.samples import UNSEEN, answers, client, measure, result, two_clients
+from reporting.samples import UNSEEN, add, answers, client, measure, result, two_clients
 from rich.console import Console
 from safetensors.torch import load_file
 
@@ -17,6 +17,7 @@ from sap_lightning.reporting.table import (
     MANY,
     TableRow,
     best_cells,
+    bytes_text,
     difference,
     interval_text,
     left_out,
@@ -233,3 +234,30 @@ def test_the_terminal_s_table_fits_eighty_columns(results: Results) -> None:
     assert "top-1 accuracy on unseen domains" in shown.get()
     assert "client sketch │ 0.625 │      – │ 0.625" in shown.get()
     assert "its mean leaves it out" in shown.get()
+
+
+@pytest.mark.parametrize(
+    ("count", "text"), [(0, "0 B"), (999, "999 B"), (1000, "1 kB"), (1_184_000, "1.18 MB"), (94_400_000_000, "94.4 GB")]
+)
+def test_bytes_are_in_decimal_units(count: int, text: str) -> None:
+    assert bytes_text(count) == text
+
+
+def test_where_there_were_several_rounds_the_table_says_how_many_and_what_they_took(tmp_path: Path) -> None:
+    results = Results(tmp_path)
+    for rounds, sizes in ((1, (1000, 3000)), (5, (9000, 11_000))):
+        for unseen, size in zip(UNSEEN, sizes, strict=True):
+            variant = {"federation.rounds": rounds}
+            add(results, "sap", {unseen: 10 + rounds}, variant=variant, rounds=rounds, bytes=size)
+    head, _, one, five = markdown_table(tabulate(results, UNSEEN), UNSEEN).splitlines()
+    assert head.endswith("| rounds | bytes |")
+    assert one.startswith("| sap, rounds=1 |") and one.endswith("| 1 | 2 kB |")
+    assert five.startswith("| sap, rounds=5 |") and five.endswith("| 5 | 10 kB |")
+
+
+def test_what_was_measured_before_bytes_were_counted_has_none(tmp_path: Path) -> None:
+    results = Results(tmp_path)
+    add(results, "sap", {"photo": 10}, rounds=2)
+    (row,) = tabulate(results, ["photo"])
+    assert row.bytes is None
+    assert markdown_table([row], ["photo"]).splitlines()[-1].endswith("| 2 | – |")
