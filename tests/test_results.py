@@ -363,6 +363,8 @@ def test_the_csv_has_a_line_for_each_point_with_all_that_it_was_made_with(tmp_pa
         "macro_accuracy": "0.250000",
         "ece": "0.040000",
         "personal_accuracy": "",
+        "rounds": "1",
+        "bytes": "",
         "rejected": "cartoon;sketch",
         "settings": '{"space": "delta", "sparsity": 0.5}',
         "sources": "a;b",
