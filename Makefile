@@ -2,7 +2,7 @@
 PYTHON ?= $(shell command -v python3.11 || command -v python3)
 BIN := .venv/bin
 
-.PHONY: quickstart test lint bench fuzz crash clean
+.PHONY: quickstart test lint bench fuzz crash flower-demo clean
 
 quickstart: .venv/installed
 	test -d runs/shapes_world || $(BIN)/python -m sap_lightning.data.shapes runs/shapes_world
@@ -30,6 +30,10 @@ fuzz: .venv/installed
 crash: .venv/installed
 	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/crash.py
 	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/crash.py --rounds 2
+
+# The commands of docs/flower.md: four sites and a server on this machine, with TLS and a key for each.
+flower-demo: .venv/installed
+	$(BIN)/python benchmarks/flower_demo.py
 
 clean:
 	rm -rf .venv build dist *.egg-info runs .mypy_cache .ruff_cache .pytest_cache

@@ -41,13 +41,10 @@ def _interrupt(number: int, frame: FrameType | None) -> NoReturn:
 
 def _run() -> None:
     # Here, as they take seconds in which a command can be interrupted too.
-    from lightning.fabric.utilities.exceptions import MisconfigurationException
-
     from sap_lightning import __version__
     from sap_lightning.commands import COMMANDS
     from sap_lightning.console import quieten
-    from sap_lightning.errors import InputError, first_line
-    from sap_lightning.files import WHAT_TO_CHECK
+    from sap_lightning.errors import SAID, in_one_line
 
     quieten()
     command, *args = sys.argv[1:] or [""]
@@ -62,12 +59,8 @@ def _run() -> None:
         sys.exit(0 if command in ("--help", "-h") else 2)
     try:
         COMMANDS[command](args)
-    except InputError as error:
-        sys.exit(f"error: {error}")
-    except MisconfigurationException as error:  # what a Trainer finds only when it trains
-        sys.exit(f"error: trainer: {first_line(error)}")
-    except OSError as error:  # what no writer or reader of ours has put into words
-        sys.exit(f"error: {error.filename}: {error.strerror or error}; {WHAT_TO_CHECK}")
+    except SAID as error:
+        sys.exit(f"error: {in_one_line(error)}")
 
 
 if __name__ == "__main__":

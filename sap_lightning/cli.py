@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import inspect
+import os
 import re
 from collections.abc import Mapping, Sequence
 from itertools import islice
@@ -21,9 +22,10 @@ from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from sap_lightning.data.anchors import AnchorDataModule
 from sap_lightning.data.domains import DomainDataModule
 from sap_lightning.errors import InputError, first_line
+from sap_lightning.federation.client import train_client
 from sap_lightning.federation.one_shot import OneShotFederation
 from sap_lightning.federation.rounds import RoundsFederation
-from sap_lightning.federation.run_folder import flat
+from sap_lightning.federation.run_folder import SERVER_SETTINGS, RunFolder, flat, is_held_to
 from sap_lightning.federation.sweep import Sweep
 from sap_lightning.io.rules import errors_in
 from sap_lightning.merging import METHODS, SAP, Average
@@ -244,7 +246,7 @@ class SapCLI(LightningCLI):
         parser.add_class_arguments(SAP, "prune")
         parser.add_class_arguments(MergeModule, "merge", skip={"base", "templates"}, instantiate=False)
         parts = {"client", "data", "anchors", "merge", "make_trainer", "plan", "results", "config", "free_settings"}
-        parts.add("method")
+        parts |= {"uploads", "method"}
         parser.add_class_arguments(RoundsFederation, "federation", skip=parts, instantiate=False)
         model = "model.init_args" if self.client else "model"
         if self.client:
@@ -282,6 +284,11 @@ class SapCLI(LightningCLI):
     def _merge_module(self) -> MergeModule:
         settings = {name: value for name, value in self.config_init.merge.items() if name not in MERGE_COMMAND}
         method = settings.pop("method")
+        if not isinstance(settings["weights"], str) and self.command in TRAINING:
+            raise InputError(
+                f"merge.weights {settings['weights']}: numbers are for the uploads that the command merge names; take"
+                " uniform or samples"
+            )
         if isinstance(method, SAP) and self.command in TAKEN_BY["merge.method"]:
             raise InputError(
                 "merge.method: the settings of sap have their place in the group prune, such as --prune.sparsity; name"
@@ -352,6 +359,17 @@ class SapCLI(LightningCLI):
         except (MisconfigurationException, ImportError, RuntimeError, TypeError, ValueError) as error:
             raise InputError(f"trainer: {first_line(error)}") from error
 
+    def train(self) -> Path:
+        """Trains the client of data.domain as configured, unless its upload stands, and returns the upload."""
+        folder, domain, settings = self.run_folder, self.datamodule.require_domain(), self.settings()
+        is_held_to(folder.path, settings, SERVER_SETTINGS)
+        return train_client(self.model, self.datamodule, folder, self.make_trainer, f"client {domain}", settings)
+
+    @property
+    def run_folder(self) -> RunFolder:
+        """Where the run keeps what its clients train and send."""
+        return RunFolder(self.config_init.federation.run_dir).of_kind(self.model.kind)
+
     def federation(self, **others: Any) -> OneShotFederation:
         """The federation as configured, but for the arguments that are given."""
         parts = self.config_init
@@ -363,7 +381,7 @@ class SapCLI(LightningCLI):
             data=self.datamodule,
             anchors=parts.anchors,
             merge=self.merge,
-            make_trainer=self.make_trainer,
+            make_trainer=TrainerMaker(self),
             method=None if parts.merge.method is None else self.merge.method,
             config=self.settings(),
             **{**settings, **others},
@@ -386,6 +404,24 @@ class SapCLI(LightningCLI):
         elif self.client:
             settings["model"]["class_path"] = _path_of(self.client)
         return {name: value for name, value in settings.items() if name != "config"}
+
+
+class TrainerMaker:
+    """`SapCLI.make_trainer`, for other processes too: there it makes the command anew from its settings."""
+
+    def __init__(self, cli: SapCLI) -> None:
+        self.cli = cli
+
+    def __call__(self, **overrides: Any) -> L.Trainer:
+        return self.cli.make_trainer(**overrides)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return trainer_maker, (self.cli.command, yaml.safe_dump(self.cli.settings()))
+
+
+def trainer_maker(command: str, settings: str) -> TrainerMaker:
+    """That of a command with these settings, as YAML."""
+    return TrainerMaker(SapCLI(command, ["--config", settings]))
 
 
 def _first_input_error(error: BaseException | None) -> InputError | None:
@@ -452,8 +488,9 @@ def _client_in(config_file: str) -> str | None:
 
 
 def _config_in(file: str) -> dict[str, Any]:
+    """What a config file says, or the text that stands for one."""
     try:
-        config = yaml.safe_load(Path(file).read_text(encoding="utf-8"))
+        config = yaml.safe_load(Path(file).read_text(encoding="utf-8") if os.path.isfile(file) else file)
     except (OSError, ValueError, yaml.YAMLError):  # which the parser will say
         return {}
     return config if isinstance(config, dict) else {}

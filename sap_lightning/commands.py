@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from argparse import ArgumentParser
 from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
@@ -15,17 +16,12 @@ from sap_lightning.callbacks.prune import SaliencyPruneCallback
 from sap_lightning.cli import SapCLI
 from sap_lightning.data.folder import ImageFolderDataModule
 from sap_lightning.errors import InputError
-from sap_lightning.federation.client import UNTRAINED, train_client
+from sap_lightning.federation.client import UNTRAINED
 from sap_lightning.federation.one_shot import OneShotFederation, chosen_domains, server_logger
-from sap_lightning.federation.run_folder import (
-    SERVER_SETTINGS,
-    SERVER_SETTINGS_OF_ROUNDS,
-    RunFolder,
-    is_held_to,
-    write_settings,
-)
+from sap_lightning.federation.run_folder import SERVER_SETTINGS, SERVER_SETTINGS_OF_ROUNDS, write_settings
 from sap_lightning.federation.sweep import ALL, SEED, check, folder_of, measure
 from sap_lightning.files import locked, refuse_existing, write_csv, writing
+from sap_lightning.flower.app_folder import write_app
 from sap_lightning.merging.merged import Merged, push_to_hub, record_in
 from sap_lightning.merging.selection import check_rejection
 from sap_lightning.modules.merge import MergeModule
@@ -81,12 +77,7 @@ def sweep(args: Sequence[str]) -> None:
 
 def client(args: Sequence[str]) -> None:
     """Train one client (--data.domain) at its own site and write its upload to <federation.run_dir>/uploads."""
-    cli = SapCLI("client", args, client.__doc__)
-    folder, domain = RunFolder(cli.config_init.federation.run_dir), cli.datamodule.require_domain()
-    folder = folder.of_kind(cli.model.kind)
-    is_held_to(folder.path, cli.settings(), SERVER_SETTINGS)
-    upload = train_client(cli.model, cli.datamodule, folder, cli.make_trainer, f"client {domain}", cli.settings())
-    rank_zero_only(print)(f"Upload: {upload}")
+    rank_zero_only(print)(f"Upload: {SapCLI('client', args, client.__doc__).train()}")
 
 
 def merge(args: Sequence[str]) -> None:
@@ -158,6 +149,14 @@ def predict(args: Sequence[str]) -> None:
     print(f"{len(data.names)} images: {options.output}")
 
 
+def flower(args: Sequence[str]) -> None:
+    """Write the app folder with which flwr run asks clients at their own sites (init DIR); see docs/flower.md."""
+    parser = ArgumentParser(prog="python -m sap_lightning flower", description=flower.__doc__)
+    parser.add_argument("action", choices=["init"])
+    parser.add_argument("folder", help="new folder for the app")
+    write_app(parser.parse_args(args).folder)
+
+
 def _model(cli: SapCLI) -> MergeModule:
     """The base, or what --uploads names: an upload, a merged adapter or a merged model."""
     uploads, base, templates = cli.uploads, cli.model.base, cli.model.templates
@@ -174,4 +173,12 @@ def _model(cli: SapCLI) -> MergeModule:
     return module
 
 
-COMMANDS = {"fit": fit, "sweep": sweep, "client": client, "merge": merge, "test": test, "predict": predict}
+COMMANDS = {
+    "fit": fit,
+    "sweep": sweep,
+    "client": client,
+    "merge": merge,
+    "test": test,
+    "predict": predict,
+    "flower": flower,
+}

@@ -32,8 +32,8 @@ NOISE = (
 )
 
 
-def quieten() -> None:
-    """Shows this package's log lines and hides the noise of its libraries."""
+def quieten(handler: logging.Handler | None = None) -> None:
+    """Shows this package's log lines, or gives them to a handler, and hides the noise of its libraries."""
     threading.excepthook = _say_in_one_line
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     for message in NOISE:
@@ -43,7 +43,7 @@ def quieten() -> None:
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
     package = logging.getLogger("sap_lightning")
-    handler = _handler()
+    handler = handler or _handler()
     handler.addFilter(_on_one_line)
     package.addHandler(handler)
     package.setLevel(logging.INFO if os.environ.get("LOCAL_RANK", "0") == "0" else logging.WARNING)

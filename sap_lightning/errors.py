@@ -1,9 +1,13 @@
-"""The one error a person is meant to read, and the checks of settings that raise it."""
+"""The one error a person is meant to read, how others are said, and the checks of settings that raise it."""
 
 from __future__ import annotations
 
 import math
 from reprlib import Repr
+
+from lightning.fabric.utilities.exceptions import MisconfigurationException
+
+WHAT_TO_CHECK = "check path, permission and room on the disk, then run the same command again"
 
 
 class InputError(ValueError):
@@ -14,6 +18,19 @@ class InputError(ValueError):
 
     def __init__(self, message: str) -> None:
         super().__init__(printable(message))
+
+
+SAID = (InputError, MisconfigurationException, OSError)
+"""What ends a command in one line; anything else is a fault of ours."""
+
+
+def in_one_line(error: Exception) -> str:
+    """What a person reads of one of these."""
+    if isinstance(error, MisconfigurationException):  # what a Trainer finds only when it trains
+        return f"trainer: {first_line(error)}"
+    if isinstance(error, OSError):  # what no writer or reader of ours has put into words
+        return f"{error.filename}: {error.strerror or error}; {WHAT_TO_CHECK}"
+    return str(error)
 
 
 def printable(text: str) -> str:

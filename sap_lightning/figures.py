@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -20,7 +20,6 @@ from matplotlib.lines import Line2D
 from matplotlib.ticker import EngFormatter, MaxNLocator
 from torch import Tensor
 
-from sap_lightning.functional.outliers import OUTLIER
 from sap_lightning.functional.statistics import Spread
 
 OKABE_ITO = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000", "#F0E442")
@@ -90,29 +89,28 @@ def _apart(sparsities: Sequence[float], places: Mapping[float, float]) -> tuple[
     return [places[sparsity] for sparsity in chosen], [f"{sparsity:g}" for sparsity in chosen]
 
 
-def anchor_loss_figure(losses: Mapping[str, float], z_scores: Mapping[str, float]) -> Figure:
-    """A bar for each client's anchor loss with its robust z-score; outliers are hatched and say so.
+def margin_figure(margins: Mapping[str, float], outliers: Collection[str]) -> Figure:
+    """A bar for each client's caption margin on the anchors; outliers are hatched and say so.
 
-    A loss that is no finite number has a bar as long as the longest of the others.
+    A margin that is no finite number has a bar as long as the longest of the others.
     """
-    figure = Figure(figsize=(5.0, 0.9 + 0.34 * len(losses)), layout="constrained")
+    figure = Figure(figsize=(5.0, 0.9 + 0.34 * len(margins)), layout="constrained")
     axes = _plain_axes(figure)
-    far = {name: z_scores[name] > OUTLIER for name in losses}
-    colours = [OKABE_ITO[1] if far[name] else OKABE_ITO[5] for name in losses]
-    longest = max((loss for loss in losses.values() if math.isfinite(loss)), default=1.0)
-    lengths = [loss if math.isfinite(loss) else longest for loss in losses.values()]
-    bars = axes.barh(range(len(losses)), lengths, color=colours, edgecolor="black", linewidth=0.6)
+    colours = [OKABE_ITO[1] if name in outliers else OKABE_ITO[5] for name in margins]
+    longest = max((margin for margin in margins.values() if math.isfinite(margin)), default=1.0)
+    lengths = [margin if math.isfinite(margin) else longest for margin in margins.values()]
+    bars = axes.barh(range(len(margins)), lengths, color=colours, edgecolor="black", linewidth=0.6)
     texts = []
-    for name, bar in zip(losses, bars, strict=True):
-        bar.set_hatch("///" if far[name] else "")
-        texts.append(f"z = {z_scores[name]:+.1f}{', outlier' if far[name] else ''}".replace("-", "−"))
+    for (name, margin), bar in zip(margins.items(), bars, strict=True):
+        bar.set_hatch("///" if name in outliers else "")
+        texts.append(f"{margin:.3f}{', outlier' if name in outliers else ''}")
     axes.bar_label(bars, texts, padding=4)
     axes.margins(x=0.3)
-    axes.set_yticks(range(len(losses)), [_plain(name) for name in losses])
+    axes.set_yticks(range(len(margins)), [_plain(name) for name in margins])
     axes.invert_yaxis()
-    axes.set_xlabel("anchor loss of the client alone")
-    said = [f"{name} {loss:.3f} ({text})" for (name, loss), text in zip(losses.items(), texts, strict=True)]
-    figure.set_label(f"Bar chart of anchor losses: {'; '.join(said)}.")
+    axes.set_xlabel("caption margin on the anchors, the client alone")
+    said = [f"{name} {text}" for name, text in zip(margins, texts, strict=True)]
+    figure.set_label(f"Bar chart of caption margins on the anchors: {'; '.join(said)}.")
     return figure
 
 

@@ -21,11 +21,10 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor
 
-from sap_lightning.errors import InputError
+from sap_lightning.errors import WHAT_TO_CHECK, InputError
 
 log = logging.getLogger(__name__)
 LOCK_FILE = ".lock"
-WHAT_TO_CHECK = "check path, permission and room on the disk, then run the same command again"
 UNFINISHED = ".unfinished"
 """How the names of files and folders end that are not whole yet."""
 

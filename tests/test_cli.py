@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import pickle
 import re
 import subprocess
 import sys
@@ -411,7 +412,7 @@ def test_uploads_may_stand_in_a_config_file(tmp_path, given, uploads):
 
 
 def test_every_command_is_in_the_table_of_takers():
-    assert set(cli.ALL) == set(COMMANDS)
+    assert set(cli.ALL) == set(COMMANDS) - {"flower"}, "which has options of its own"
 
 
 def test_a_variation_changes_what_it_names_and_all_that_is_linked_to_it(parsed):
@@ -530,6 +531,20 @@ def test_a_progress_bar_that_is_turned_off_stays_off(parsed):
     fit = parsed("--trainer.enable_progress_bar=false")
     trainer = fit.make_trainer(callbacks=[TitledProgressBar("client")], enable_progress_bar=True)
     assert not any(isinstance(callback, ProgressBar) for callback in trainer.callbacks)
+
+
+def test_another_process_makes_trainers_as_they_were_configured(parsed, tmp_path):
+    file = tmp_path / "trainer.yaml"
+    file.write_text(
+        yaml.safe_dump({"trainer": {"min_epochs": 3, "callbacks": [{"class_path": "LearningRateMonitor"}]}})
+    )
+    given = ["--merge.method=ties", "--trainer.precision=bf16-mixed", "--trainer.limit_train_batches=3"]
+    sent = pickle.dumps(cli.TrainerMaker(parsed(f"--config={file}", *given)))
+    file.unlink()
+    trainer = pickle.loads(sent)(logger=False, limit_train_batches=2)
+    assert (trainer.min_epochs, trainer.precision, trainer.limit_train_batches) == (3, "bf16-mixed", 2)
+    assert trainer.logger is None
+    assert [type(callback).__name__ for callback in trainer.callbacks].count("LearningRateMonitor") == 1
 
 
 def test_a_client_without_a_domain_is_told_which_there_are(run, tmp_path):

@@ -66,6 +66,15 @@ def test_the_package_s_lines_go_above_the_bars_of_a_terminal(package, terminal):
     assert isinstance(handler, RichHandler) and handler.console is rich.get_console()
 
 
+def test_a_process_beside_others_gives_its_lines_to_its_handler(package, capsys):
+    said: list[str] = []
+    handler = logging.Handler()
+    handler.emit = lambda record: said.append(record.getMessage())  # type: ignore[method-assign]
+    quieten(handler)
+    package.info("%s measured", "photo")
+    assert said == ["photo measured"] and capsys.readouterr().err == ""
+
+
 def test_a_name_in_a_line_neither_ends_it_nor_steers_the_terminal(package, capsys):
     quieten()
     package.warning("%s skipped", "a\nb\x1b[2J.png")

@@ -3,8 +3,18 @@
 from __future__ import annotations
 
 import pytest
+from lightning.fabric.utilities.exceptions import MisconfigurationException
 
-from sap_lightning.errors import InputError, check_at_least, check_positive, check_share, first_line, printable, short
+from sap_lightning.errors import (
+    InputError,
+    check_at_least,
+    check_positive,
+    check_share,
+    first_line,
+    in_one_line,
+    printable,
+    short,
+)
 
 
 def test_a_share_in_per_cent_is_told_how_to_write_it():
@@ -44,6 +54,18 @@ def test_what_is_below_the_least_is_refused_by_name(value):
 )
 def test_of_a_library_s_error_the_first_line_is_said_or_its_name(error, line):
     assert first_line(error) == line
+
+
+@pytest.mark.parametrize(
+    ("error", "line"),
+    [
+        (InputError("model.rank is 0"), "model.rank is 0"),
+        (MisconfigurationException("no devices\nand more"), "trainer: no devices"),
+        (OSError(28, "No space left on device", "runs/a"), "runs/a: No space left on device; check path, permission"),
+    ],
+)
+def test_what_ends_a_command_is_one_line(error, line):
+    assert in_one_line(error).startswith(line) and "\n" not in in_one_line(error)
 
 
 def test_an_error_is_one_printable_line_whatever_it_quotes():

@@ -10,11 +10,11 @@ from matplotlib.figure import Figure
 from PIL import Image
 
 from sap_lightning.figures import (
-    anchor_loss_figure,
     conflict_figure,
     confusion_figure,
     drift_figure,
     gallery_figure,
+    margin_figure,
     overlap_figure,
     projection_figure,
     rounds_figure,
@@ -127,9 +127,9 @@ def test_accuracy_is_drawn_against_rounds_or_what_they_take() -> None:
 
 
 def test_only_outliers_are_hatched() -> None:
-    figure = anchor_loss_figure({"photo": 0.7, "sketch": 0.9}, {"photo": -3.5, "sketch": 3.6})
+    figure = margin_figure({"photo": 0.1, "sketch": 0.45}, {"sketch"})
     assert [bool(bar.get_hatch()) for bar in figure.axes[0].patches] == [False, True]
-    assert [text.get_text() for text in figure.axes[0].texts] == ["z = −3.5", "z = +3.6, outlier"]
+    assert [text.get_text() for text in figure.axes[0].texts] == ["0.100", "0.450, outlier"]
 
 
 def test_the_overlap_of_a_client_with_itself_is_left_empty() -> None:
@@ -196,7 +196,7 @@ def test_names_are_no_formulas() -> None:
     pictures = [(torch.zeros(3, 8, 8, dtype=torch.uint8), name)]
     for figure in (
         sparsity_figure({name: CURVES["sap"]}, {name: Spread(0.5, 0.0, 1)}),
-        anchor_loss_figure({name: 0.5}, {name: 0.0}),
+        margin_figure({name: 0.5}, ()),
         share_kept_figure({f"a.{name}": 0.5}, name),
         overlap_figure([name, "photo"], torch.eye(2)),
         conflict_figure({f"a.{name}": (0.5, 0.1)}),

@@ -24,6 +24,7 @@ ORDER = (
     ("reporting",),
     ("option_errors",),
     ("cli",),
+    ("flower",),
     ("commands",),
     ("__main__",),
 )

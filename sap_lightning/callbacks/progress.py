@@ -4,15 +4,41 @@ from __future__ import annotations
 
 import logging
 import time
-from typing import Any
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import lightning as L
-from lightning.pytorch.callbacks import RichProgressBar
-from rich.progress import BarColumn, MofNCompleteColumn, ProgressColumn, TextColumn, TimeRemainingColumn
+from lightning.pytorch.callbacks import ProgressBar, RichProgressBar
+from rich import get_console
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    ProgressColumn,
+    TaskID,
+    TextColumn,
+    TimeRemainingColumn,
+)
 
 from sap_lightning.console import on_terminal
 
 log = logging.getLogger(__name__)
+
+
+class Row(NamedTuple):
+    """How far one of several clients is.
+
+    Attributes:
+        title: which client this is.
+        text: its title, epoch and what it measured last.
+        steps: that it has trained.
+        all_steps: that it will have.
+    """
+
+    title: str
+    text: str
+    steps: int
+    all_steps: float
 
 
 def training_progress(title: str) -> L.Callback:
@@ -36,6 +62,53 @@ class TitledProgressBar(RichProgressBar):
 
     def _get_train_description(self, current_epoch: int) -> str:
         return f"{self.title} · {_epoch(self.trainer)}"
+
+
+class RowBar(ProgressBar):
+    """Shows every step on a row among those of other clients.
+
+    Args:
+        title: which client this is.
+        show: draws the row.
+    """
+
+    def __init__(self, title: str, show: Callable[[Row], None]) -> None:
+        super().__init__()
+        self.title = title
+        self.show = show
+
+    def on_train_batch_end(self, trainer: L.Trainer, *args: Any) -> None:
+        measured = "".join(f", {name} {value:.3f}" for name, value in _measured(trainer).items())
+        text = f"{self.title} · {_epoch(trainer)}{measured}"
+        self.show(Row(self.title, text, trainer.global_step, trainer.estimated_stepping_batches))
+
+
+class Rows:
+    """A bar for each of several clients on a terminal, nothing elsewhere; a context manager."""
+
+    def __init__(self) -> None:
+        columns = (TextColumn("{task.description}"), BarColumn(10), MofNCompleteColumn(), TimeRemainingColumn())
+        # The console of the log lines, so that they go above the bars.
+        self._bars = Progress(*columns, console=get_console(), transient=True, disable=not on_terminal())
+        self._tasks: dict[str, TaskID] = {}
+
+    def __enter__(self) -> Rows:
+        self._bars.start()
+        return self
+
+    def __exit__(self, *args: object) -> None:
+        self._bars.stop()
+
+    def show(self, row: Row) -> None:
+        """Draws a client's row anew, or its first."""
+        if row.title not in self._tasks:
+            self._tasks[row.title] = self._bars.add_task(row.text, total=row.all_steps)
+        self._bars.update(self._tasks[row.title], description=row.text, completed=row.steps, total=row.all_steps)
+
+    def remove(self, title: str) -> None:
+        """Takes away a client's row, if it has one."""
+        if title in self._tasks:
+            self._bars.remove_task(self._tasks.pop(title))
 
 
 class EpochLog(L.Callback):

@@ -8,13 +8,12 @@ from pathlib import Path
 from typing import Any
 
 import lightning as L
-from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.callbacks import ModelCheckpoint, ProgressBar
 
 from sap_lightning.callbacks.epochs import KeepEpochs
 from sap_lightning.callbacks.progress import training_progress
 from sap_lightning.callbacks.reach import ReachCallback
 from sap_lightning.callbacks.tensorboard import EventLogger
-from sap_lightning.console import on_terminal
 from sap_lightning.data.domains import DomainDataModule
 from sap_lightning.errors import InputError
 from sap_lightning.federation.checkpoints import LAST, WholeCheckpoints, last_checkpoint
@@ -33,6 +32,8 @@ from sap_lightning.modules.client import ClientModule
 log = logging.getLogger(__name__)
 TrainerFactory = Callable[..., L.Trainer]
 """Gives a Lightning Trainer for keyword arguments that override its own."""
+ShowProgress = Callable[[str], L.Callback]
+"""Gives the callback that shows how far a client is, for what the log calls it."""
 UNTRAINED: dict[str, Any] = {
     "enable_checkpointing": False,
     "enable_progress_bar": False,
@@ -66,6 +67,7 @@ def train_client(
     make_trainer: TrainerFactory,
     title: str,
     config: Mapping[str, Any],
+    progress: ShowProgress = training_progress,
 ) -> Path:
     """Trains a client on its domain, from its last checkpoint if it was interrupted, and writes its upload.
 
@@ -78,6 +80,7 @@ def train_client(
         make_trainer: gives the trainer.
         title: what the log calls the client.
         config: settings that the client is held to; a client of other settings is refused.
+        progress: gives the callback that shows how far it is.
 
     Raises:
         InputError: when the data names no domain, one that it lacks or an upload cannot name, or one that another
@@ -94,23 +97,28 @@ def train_client(
         clear_unfinished(upload.parent, upload.name)
         if config:
             require_settings(home, config, SERVER_SETTINGS)
-        _train(module, data, folder, make_trainer, title)
+        _train(module, data, folder, make_trainer, title, progress)
     return upload
 
 
 def _train(
-    module: ClientModule, data: DomainDataModule, folder: RunFolder, make_trainer: TrainerFactory, title: str
+    module: ClientModule,
+    data: DomainDataModule,
+    folder: RunFolder,
+    make_trainer: TrainerFactory,
+    title: str,
+    progress: ShowProgress,
 ) -> None:
     domain = data.require_domain()
-    home, reach = folder.client(domain), ReachCallback()
+    home, reach, shown = folder.client(domain), ReachCallback(), progress(title)
     measured = [reach] if module.reach else []
     kept = [KeepEpochs(folder.epochs(domain))] if module.keeps_epochs else []
     trainer = make_trainer(
         logger=EventLogger(home.parent, home.name),
-        callbacks=[_every_epoch(home), training_progress(title), *measured, *kept],
+        callbacks=[_every_epoch(home), shown, *measured, *kept],
         default_root_dir=home,
         enable_checkpointing=True,
-        enable_progress_bar=on_terminal(),
+        enable_progress_bar=isinstance(shown, ProgressBar),
     )
     trainer.strategy.checkpoint_io = WholeCheckpoints()
     trainer.fit(module, datamodule=data, ckpt_path=last_checkpoint(home), weights_only=True)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import lightning as L
 from lightning.pytorch.utilities import rank_zero_only
@@ -14,10 +14,11 @@ from sap_lightning.callbacks.prune import SaliencyPruneCallback
 from sap_lightning.callbacks.tensorboard import EventLogger
 from sap_lightning.data.anchors import AnchorDataModule
 from sap_lightning.data.domains import DomainDataModule
-from sap_lightning.errors import InputError
-from sap_lightning.federation.client import UNTRAINED, TrainerFactory, require_client, train_client
+from sap_lightning.errors import InputError, check_at_least
+from sap_lightning.federation.client import UNTRAINED, TrainerFactory, require_client
 from sap_lightning.federation.evaluation import Evaluation
 from sap_lightning.federation.homes import Homes
+from sap_lightning.federation.parallel import Training, require_parallel, train_all
 from sap_lightning.federation.points import Plan, Point, Points, Sent
 from sap_lightning.federation.poison import HONEST, Poison
 from sap_lightning.federation.provenance import provenance
@@ -41,15 +42,6 @@ def server_logger(run_dir: str | Path) -> EventLogger:
     return EventLogger(run_dir, "server")
 
 
-class Training(NamedTuple):
-    """What a client is trained with; see ``train_client``."""
-
-    client: ClientModule
-    data: DomainDataModule
-    folder: RunFolder
-    title: str
-
-
 class OneShotFederation:
     """Runs the whole protocol in a run folder, and continues there what was interrupted.
 
@@ -62,7 +54,10 @@ class OneShotFederation:
         run_dir: folder of the run: config.yaml, clients, uploads, merged, results and report.
         unseen: domains to hold out in turn; all of them if not given, but for the poisoned client's.
         clients: domains whose clients take part; all of them if not given.
+        uploads: what clients sent that trained elsewhere, folders in the run folder; no others take part then. If not
+            given, clients are trained here.
         poison: a client that does harm; merges are then measured with and without it.
+        parallel: how many clients are trained at once, each in a process of its own.
         plan: which merges are measured; if not given the plain average, and the merge module's method or SAP.
         results: where points are kept, if not in the run folder.
         config: settings that the run folder is held to; a folder of other settings is refused.
@@ -72,7 +67,8 @@ class OneShotFederation:
         sent: what the clients sent, once it was gathered.
 
     Raises:
-        InputError: for fewer than two domains, or domains that there are not.
+        InputError: for fewer than two domains where clients are trained here, domains that there are not, or clients
+            that cannot be trained at once.
     """
 
     sent: Sent
@@ -88,13 +84,15 @@ class OneShotFederation:
         run_dir: str = "runs/federation",
         unseen: list[str] | str | None = None,
         clients: list[str] | None = None,
+        uploads: Sequence[Path] | None = None,
         poison: Poison = HONEST,
+        parallel: int = 1,
         plan: Plan | None = None,
         results: Results | None = None,
         config: Mapping[str, Any] | None = None,
         free_settings: Sequence[str] = FREE_SETTINGS,
     ) -> None:
-        if len(data.domains) < 2:
+        if uploads is None and len(data.domains) < 2:
             raise InputError(
                 f"data.root holds the one domain {', '.join(data.domains)}; a federation needs at least two"
             )
@@ -104,7 +102,15 @@ class OneShotFederation:
         self.merge = merge
         self.make_trainer = make_trainer
         self.folder = RunFolder(run_dir).of_kind(client.kind)
-        self.clients = chosen_domains("federation.clients", clients, data.domains)
+        if uploads is not None and poison.domain:
+            raise InputError("federation.poison.domain: a poisoned client is one that is trained here; leave it out")
+        if uploads is not None and client.kind == "prompt":
+            raise InputError("model: prompts are measured at their clients' sites too, so these train here; use fit")
+        self.uploads = uploads
+        if uploads is None:
+            self.clients = chosen_domains("federation.clients", clients, data.domains)
+        else:
+            self.clients = [upload.name for upload in uploads]
         self.poison = poison if poison.domain else None
         self.unseen = self._unseen(unseen)
         self.plan = plan or Plan({method.name: method for method in (Average(), merge.method or SAP())})
@@ -116,6 +122,10 @@ class OneShotFederation:
         self.homes = Homes(client, data, self.evaluator) if isinstance(client, CLIPPromptModule) else None
         kept = self.folder if self.plan.keeps_models else None
         self.evaluation = Evaluation(merge, anchors, self.server, self.evaluator, self.results, kept, self.homes)
+        check_at_least("federation.parallel", parallel, 1)
+        if parallel > 1:
+            require_parallel(parallel, self.evaluator, client, data, make_trainer)
+        self.parallel = parallel
 
     def _unseen(self, unseen: Sequence[str] | str | None) -> list[str]:
         chosen = chosen_domains("federation.unseen", unseen, self.data.domains)
@@ -131,9 +141,10 @@ class OneShotFederation:
 
     @property
     def settings(self) -> dict[str, Any]:
-        """All that was configured but the run folder."""
-        federation = {name: value for name, value in self.config.get("federation", {}).items() if name != "run_dir"}
-        return {**self.config, "federation": federation}
+        """All that was configured, but for where and how many clients at once."""
+        federation = self.config.get("federation", {})
+        kept = {name: value for name, value in federation.items() if name not in ("run_dir", "parallel")}
+        return {**self.config, "federation": kept}
 
     @property
     def domains(self) -> list[str]:
@@ -147,7 +158,7 @@ class OneShotFederation:
             InputError: when the settings differ from the run folder's, or an upload is faulty.
         """
         self.check()
-        for domain in self.domains:
+        for domain in self.domains if self.uploads is None else ():
             require_client(self.first_client(domain), self.data.for_domain(domain), self.folder, self.config)
         if self.config:
             require_settings(self.folder.path, self.config, self.free_settings)
@@ -160,7 +171,7 @@ class OneShotFederation:
 
     def gather(self) -> None:
         """Trains what is not trained yet, and takes in what is to be merged and measured."""
-        honest = self.collect(self.train())
+        honest = self.collect(self.train() if self.uploads is None else self.uploads)
         self.sent = Sent.of(honest, self._poisoned(), self.poison.label if self.poison else "")
         self.points = self.points_of(self.sent)
 
@@ -240,10 +251,19 @@ class OneShotFederation:
             InputError: for the first of them.
         """
         self._check_number_of_clients()
+        for domain in self.domains:
+            check_domain(domain)
+        self.check_server()
+
+    def check_server(self) -> None:
+        """Finds a faulty base, faulty anchors or a domain that is to be unseen and is not, whoever the clients are.
+
+        Raises:
+            InputError: for the first of them.
+        """
         for unseen in self.unseen:
             self._keep_from_anchors(unseen)
-        for domain in (*self.domains, *self.unseen):
-            check_domain(domain)
+            check_domain(unseen)
         self.merge.configure_model()
         if self.client.kind == "prompt":
             self._check_prompts()
@@ -283,28 +303,38 @@ class OneShotFederation:
             )
 
     def train(self) -> list[Path]:
-        """Trains every client that has not uploaded yet, and returns all uploads."""
+        """Trains every client that has not uploaded yet, and returns all honest uploads."""
+        self.train_each(self._trainings())
+        return [self.folder.upload(domain) for domain in self.domains]
+
+    def _trainings(self) -> list[Training]:
+        """The clients, and at the end the poisoned one that trains on wrong labels."""
         trainings = []
         for number, domain in enumerate(self.domains, start=1):
-            title = f"client {number} of {len(self.domains)} ({domain})"
-            client, data = self.first_client(domain), self.data.for_domain(domain)
-            trainings.append(Training(client, data, self.folder, title))
-        return self.train_each(trainings)
+            data, title = self.data.for_domain(domain), f"client {number} of {len(self.domains)} ({domain})"
+            trainings.append(self.training(self.first_client(domain), data, self.folder, title))
+        if self.poison and self.poison.poisons_labels and self.poison.domain in self.domains:
+            domain, folder = self.poison.domain, self.folder.poisoned(self.poison.name)
+            data = self.poison.relabelled(self.data.for_domain(domain))
+            trainings.append(self.training(self.first_client(domain), data, folder, f"poisoned client {domain}"))
+        return trainings
 
     def first_client(self, domain: str) -> ClientModule:
         """The module that a client trains first, and only once in one shot."""
         return self.client.for_turn(ONE_SHOT)
 
-    def train_each(self, trainings: Sequence[Training]) -> list[Path]:
-        """Trains clients that start from the same, and returns their uploads in this order."""
-        return [
-            train_client(client, data, folder, self.client_trainer, title, self.config)
-            for client, data, folder, title in trainings
-        ]
+    def training(self, client: ClientModule, data: DomainDataModule, folder: RunFolder, title: str) -> Training:
+        """What a client is trained with."""
+        return Training(client, data, folder, self.client_trainer, title, self.config)
 
-    def client_trainer(self, **overrides: Any) -> L.Trainer:
-        """A trainer for a client."""
-        return self.make_trainer(**overrides)
+    def train_each(self, trainings: Sequence[Training]) -> None:
+        """Trains clients that start from the same."""
+        train_all(trainings, self.parallel, self.evaluator)
+
+    @property
+    def client_trainer(self) -> TrainerFactory:
+        """Gives a trainer for a client."""
+        return self.make_trainer
 
     def collect(self, uploads: Sequence[Path], number: int = 0, expected: Expected = WHOLE) -> list[Adapter]:
         """Reads the uploads of a round, each of which must come from its own domain.
@@ -334,11 +364,7 @@ class OneShotFederation:
         if self.poison is None or self.poison.domain not in self.domains:
             return []
         domain, folder = self.poison.domain, self.folder.poisoned(self.poison.name)
-        if self.poison.poisons_labels:
-            data = self.poison.relabelled(self.data.for_domain(domain))
-            client, title = self.first_client(domain), f"poisoned client {domain}"
-            self.train_each([Training(client, data, folder, title)])
-        elif self.server.is_global_zero and not folder.upload(domain).exists():
+        if self.server.is_global_zero and not folder.upload(domain).exists():
             self.poison.rewrite(self.folder.upload(domain), folder.upload(domain))
         self.server.strategy.barrier()
         return self.collect([folder.upload(domain)])

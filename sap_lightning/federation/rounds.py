@@ -5,18 +5,18 @@ from __future__ import annotations
 import logging
 import shutil
 from collections.abc import Mapping, Sequence
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
-import lightning as L
 import torch
 
 from sap_lightning.errors import InputError, check_at_least, check_share
 from sap_lightning.federation.aggregation import AGGREGATIONS, PromptFL, Way, joined, next_start, on_the_base
 from sap_lightning.federation.checkpoints import last_checkpoint, optimizer_state
+from sap_lightning.federation.client import TrainerFactory
 from sap_lightning.federation.handed import Handed, hand_over, handed_in
-from sap_lightning.federation.one_shot import OneShotFederation, Training, chosen_domains
+from sap_lightning.federation.one_shot import OneShotFederation, chosen_domains
 from sap_lightning.federation.points import Plan, Point, Points, Sent, settings_of
 from sap_lightning.functional.lora import LoRALayer, Update
 from sap_lightning.functional.rescaling import relative_error
@@ -125,6 +125,8 @@ class RoundsFederation(OneShotFederation):
             fault = f"federation.ranks: {way} takes clients of one rank; use --federation.aggregation flexlora"
         elif self.merge.reject_outliers and (of.folds or of.sent == "A"):
             fault = f"merge.reject_outliers: anchors cannot judge what clients of {way} send; use flexlora"
+        elif self.uploads is not None:
+            fault = "federation.rounds: clients that train elsewhere are asked once; set --federation.rounds 1"
         elif self.poison is not None:
             fault = "federation.poison is for one round; leave it out, or set --federation.rounds 1"
         elif self.epochs < 1:
@@ -137,9 +139,11 @@ class RoundsFederation(OneShotFederation):
         """Epochs of a client in a round."""
         return self.epochs_per_round or self.server.max_epochs or 0
 
-    def client_trainer(self, **overrides: Any) -> L.Trainer:
-        epochs = {} if self.epochs_per_round is None else {"max_epochs": self.epochs_per_round}
-        return super().client_trainer(**epochs, **overrides)
+    @property
+    def client_trainer(self) -> TrainerFactory:
+        if self.epochs_per_round is None:
+            return super().client_trainer
+        return partial(super().client_trainer, max_epochs=self.epochs_per_round)
 
     @property
     def merging(self) -> Mapping[str, MergeMethod]:
@@ -235,7 +239,7 @@ class RoundsFederation(OneShotFederation):
             start = self._start(handed[-1].start, home)
             turn = self._turn(number, domain, start=start, folded=folded, optimizer=self._gathered(home))
             data = self.data.for_domain(domain, first_epoch=number * self.epochs)
-            trainings.append(Training(self.client.for_turn(turn), data, folder, title))
+            trainings.append(self.training(self.client.for_turn(turn), data, folder, title))
         self.train_each(trainings)
 
     # What a client keeps from one of its rounds to the next

@@ -24,6 +24,7 @@ FREE_SETTINGS = (
     "federation.poison",
     "federation.report",
     "federation.last_method",
+    "federation.parallel",
     "data.domain",
     "merge.method",
     "merge.reject_outliers",
@@ -73,6 +74,11 @@ class RunFolder:
     def upload(self, domain: str) -> Path:
         """What a client sent."""
         return self._of("uploads", domain)
+
+    @property
+    def uploads(self) -> list[Path]:
+        """All that stands of what clients sent, in the order of their domains."""
+        return sorted(self.path.glob("uploads/[!.]*"))
 
     def poisoned(self, name: str) -> RunFolder:
         """Training and upload of a poisoned client."""

@@ -31,6 +31,28 @@ def alignment_loss(image_features: Tensor, caption_features: Tensor) -> Tensor:
     return 1 - cosine_similarity(image_features, caption_features, dim=-1)
 
 
+def caption_margin(image_features: Tensor, captions: Tensor, indices: Tensor) -> Tensor:
+    """How much closer every anchor's image is to its own caption than, on average, to the others, shape (n,).
+
+    cos(image_i, its caption) less the mean of its cosines with the other captions; 0 on average by chance.
+
+    Args:
+        image_features: normalised, shape (n, d).
+        captions: normalised features of all m ≥ 2 captions, shape (m, d).
+        indices: for each image the index of its caption, shape (n,).
+
+    Example:
+        >>> import torch
+        >>> from sap_lightning.functional.saliency import caption_margin
+        >>> images, captions = torch.eye(3)[[0, 2]], torch.eye(3)
+        >>> caption_margin(images, captions, torch.tensor([0, 1])).tolist()  # the second image is of another caption
+        [1.0, -0.5]
+    """
+    similarities = image_features @ captions.T
+    own = similarities.gather(1, indices[:, None]).squeeze(1)
+    return own - (similarities.sum(1) - own) / (len(captions) - 1)
+
+
 def contrastive_loss(image_features: Tensor, captions: Tensor, indices: Tensor, logit_scale: float) -> Tensor:
     """InfoNCE from image to text of every anchor (van den Oord et al. 2018, arXiv:1807.03748), shape (n,).
 

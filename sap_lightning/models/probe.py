@@ -20,6 +20,7 @@ from sap_lightning.functional.saliency import (
     GradientSum,
     Reduction,
     alignment_loss,
+    caption_margin,
     contrastive_loss,
     entropy_loss,
     symmetric_contrastive_loss,
@@ -35,6 +36,8 @@ Memory = dict[tuple[str, str, str], Any]
 Hook = Callable[[nn.Module, tuple[Tensor], Tensor], None]
 LOSS = "loss"
 """The question for the mean alignment loss with an adapter alone."""
+MARGIN = "margin"
+"""The question for the mean caption margin with an adapter alone."""
 
 
 class Answer(NamedTuple):
@@ -218,6 +221,13 @@ class AnchorProbe:
         indices = torch.tensor(list(self.pairs), device=self.device)
         features = self.features(update)
         return float(self._losses(features, indices, loss, self.patched.changes_text).mean())
+
+    @torch.inference_mode(False)
+    @torch.no_grad()
+    def caption_margin(self, update: Mapping[str, Update]) -> float:
+        """How much closer an image is to its own caption than to the others, on average, at base + update."""
+        features, captions = self.features(update), self.caption_features(self._all)
+        return float(caption_margin(features, captions, torch.tensor(list(self.pairs), device=self.device)).mean())
 
     def _image_features(self, images: Tensor) -> Tensor:
         with self.precision():

@@ -17,8 +17,8 @@ from sap_lightning.data.anchors import AnchorBatch
 from sap_lightning.errors import InputError, check_positive
 from sap_lightning.functional.outliers import LEAST_VALUES
 from sap_lightning.functional.saliency import alignment_loss
-from sap_lightning.io.adapter import WHOLE, Adapter, Expected
-from sap_lightning.io.factors import Beside
+from sap_lightning.io.adapter import WHOLE, Adapter, Expected, adapter_from_bytes
+from sap_lightning.io.factors import Beside, Shapes
 from sap_lightning.io.peft_config import in_text_tower
 from sap_lightning.io.uploads import read_uploads
 from sap_lightning.merging import METHODS, MergeMethod, method_named
@@ -51,8 +51,8 @@ class MergeModule(CLIPEvaluator):
             upload in their order, by which its ΔW is multiplied whatever the sum.
         max_share: the most that a client may count by its images; the others share what is above that.
         drop_heads: merge adapters that have layers trained whole, such as a classifier's head, and leave these out.
-        reject_outliers: leave out clients whose adapter, alone, has an anchor loss that stands out from the others'
-            (robust z-score above 3.5), and say so; of fewer than three clients none stands out.
+        reject_outliers: leave out clients with whose adapter, alone, the anchors' images are much less close to their
+            captions than with the others', and say so; of fewer than three clients none stands out.
         format: write a PEFT adapter, a full CLIPModel, or (``auto``) an adapter whenever that is exact or a rank is
             given.
         rank: recompress the adapter that is written to this rank; the error is reported. What is measured in the
@@ -104,6 +104,7 @@ class MergeModule(CLIPEvaluator):
         self._captions: list[str] = []
         self._memory: Memory = {}
         self._own_weights: dict[str, float] = {}
+        self._said: set[str] = set()
 
     # Adapters and their merge
 
@@ -137,11 +138,21 @@ class MergeModule(CLIPEvaluator):
         beside = Beside(self.drop_heads, partial(base_weight, self.base))
         if self.base_type != "clip":
             return read_uploads(uploads, base_shapes=linear_shapes(self.base), beside=beside)
+        shapes, room = self._layer_shapes(), room_in(self.texts)
+        return read_uploads(uploads, shapes, self._fingerprint_for, beside=beside, expected=expected, room=room)
+
+    def read_upload(self, files: Mapping[str, bytes], sender: str) -> Adapter:
+        """Reads and validates an upload that came over a network, as `adapter_from_bytes` does.
+
+        Raises:
+            InputError: when it is faulty.
+        """
+        return adapter_from_bytes(files, sender, self._layer_shapes(), self._fingerprint_for)
+
+    def _layer_shapes(self) -> Shapes:
         self.configure_model()
         assert self.tower is not None
-        shapes = layer_shapes(self.tower) | layer_shapes(self.texts.tower)
-        room = room_in(self.texts)
-        return read_uploads(uploads, shapes, self._fingerprint_for, beside=beside, expected=expected, room=room)
+        return layer_shapes(self.tower) | layer_shapes(self.texts.tower)
 
     def _fingerprint_for(self, layers: Iterable[str]) -> str:
         return self._both_fingerprint if any(map(in_text_tower, layers)) else self.base_fingerprint
@@ -235,7 +246,9 @@ class MergeModule(CLIPEvaluator):
         if anchors is not None and not self.reject_outliers and len(adapters) >= LEAST_VALUES:
             doubts += doubts_on_anchors(adapters, anchors)
         for doubt in doubts:
-            log.warning("%s", doubt)
+            if doubt not in self._said:  # once, however many methods merge the same uploads
+                log.warning("%s", doubt)
+        self._said.update(doubts)
         self.merged = Merged(self.base, method, adapters, weights, prepared, update, self._sparsity, rejected, doubts)
         if self.base_type == "clip":
             self.set_update(self.merged.update)

@@ -8,11 +8,11 @@ from dataclasses import replace
 from matplotlib.figure import Figure
 
 from sap_lightning.figures import (
-    anchor_loss_figure,
     conflict_figure,
     confusion_figure,
     drift_figure,
     gallery_figure,
+    margin_figure,
     overlap_figure,
     projection_figure,
     rounds_figure,
@@ -53,8 +53,8 @@ def _draw_rounds(results: Results, rows: Sequence[TableRow]) -> dict[str, Figure
 def _draw_evidence(evidence: Evidence) -> dict[str, Figure]:
     figures: dict[str, Figure] = {}
     if evidence.clients:
-        losses = {client.name: client.anchor_loss for client in evidence.clients}
-        figures["anchor_loss"] = anchor_loss_figure(losses, {c.name: c.z_score for c in evidence.clients})
+        margins = {client.name: client.margin for client in evidence.clients}
+        figures["caption_margin"] = margin_figure(margins, {one.name for one in evidence.clients if one.stands_out})
     if evidence.drift:
         figures["tower_drift"] = drift_figure(evidence.drift)
     for client, figure in shares_figures(evidence.share_kept).items():

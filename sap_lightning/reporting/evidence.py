@@ -23,14 +23,13 @@ from sap_lightning.files import read_tensors, write_tensors
 from sap_lightning.fingerprints import digest
 from sap_lightning.functional.agreement import overlap, principal_components, share_kept, sign_conflict
 from sap_lightning.functional.lora import dense
-from sap_lightning.functional.outliers import robust_z_scores
 from sap_lightning.functional.traffic import sparse_upload, triplets_upload
 from sap_lightning.io.adapter import Adapter
 from sap_lightning.merging import SAP, Pruning
 from sap_lightning.merging.clients import client_layers, client_weights
 from sap_lightning.merging.on_top import pruning_in
 from sap_lightning.merging.pruning import masked
-from sap_lightning.merging.selection import losses_alone
+from sap_lightning.merging.selection import losses_alone, standings
 from sap_lightning.models.probe import AnchorProbe
 from sap_lightning.reporting.drift import Drift, drift_of
 from sap_lightning.results import Predictions
@@ -67,7 +66,8 @@ class Client(NamedTuple):
         upload_bytes: of the adapter that it sent.
         sparse_bytes: of the adapter had the client pruned it; None where the merge prunes nothing of it.
         anchor_loss: mean loss of the base with this adapter on the anchors; not finite if the adapter breaks the base.
-        z_score: robust z-score of the anchor loss among the clients.
+        margin: how much closer the anchors' images are to their own captions than to the others, with it alone.
+        stands_out: whether that is far below the median of the clients.
         poison: what was done to it on purpose; empty if it is honest.
     """
 
@@ -75,7 +75,8 @@ class Client(NamedTuple):
     upload_bytes: int
     sparse_bytes: int | None
     anchor_loss: float
-    z_score: float
+    margin: float
+    stands_out: bool
     poison: str
 
 
@@ -239,7 +240,7 @@ class Inspection:
         share_kept, overlap, conflict = evidence_of_masks(pruning, self.sparsity) if pruning else NO_MASKS
         return Evidence(
             merged=self.point(shown).result.label,
-            clients=self.clients(losses, pruning),
+            clients=self.clients(losses, anchors, pruning),
             share_kept=share_kept,
             overlap=overlap,
             conflict=conflict,
@@ -287,19 +288,19 @@ class Inspection:
             return None
         return pruning_in(prepared)
 
-    def clients(self, losses: Sequence[float], pruning: Pruning | None) -> list[Client]:
-        """What each client sent, and how it stands out on the anchors."""
-        scores = robust_z_scores(torch.tensor(losses)).tolist()
+    def clients(self, losses: Sequence[float], anchors: AnchorProbe, pruning: Pruning | None) -> list[Client]:
+        """What each client sent, and how it stands on the anchors."""
         return [
             Client(
                 adapter.name,
                 adapter.size,
                 pruned_bytes(pruning, adapter, self.sparsity) if pruning and adapter in pruning.adapters else None,
                 loss,
-                z_score,
+                one.margin,
+                one.stands_out,
                 self.federation.sent.label_of(adapter),
             )
-            for adapter, loss, z_score in zip(self.sent, losses, scores, strict=True)
+            for adapter, loss, one in zip(self.sent, losses, standings(self.sent, anchors), strict=True)
         ]
 
     def projection(self, unseen: str) -> Projection:

@@ -19,7 +19,6 @@ from torch import Tensor
 
 from sap_lightning.federation.run_folder import config_file
 from sap_lightning.files import as_json, write_bytes, write_text
-from sap_lightning.functional.outliers import OUTLIER
 from sap_lightning.functional.statistics import Spread
 from sap_lightning.functional.traffic import fedavg_bytes, one_shot_bytes
 from sap_lightning.reporting.evidence import Client, Evidence
@@ -97,7 +96,6 @@ def write_report(
         traffic=_traffic(evidence.clients) if evidence else [],
         anchors=anchor_sentences(evidence.clients) if evidence and evidence.clients else [],
         chance=_chance(results, evidence),
-        outlier=OUTLIER,
         provenance=_provenance(results),
         settings=yaml.safe_dump(as_json(dict(settings)), allow_unicode=True) if settings else "",
         command=_command(folder, settings),

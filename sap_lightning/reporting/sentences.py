@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 
-from sap_lightning.functional.outliers import OUTLIER
 from sap_lightning.functional.statistics import Interval
 from sap_lightning.reporting.evidence import Client
 from sap_lightning.reporting.table import TableRow
@@ -62,7 +61,7 @@ def anchor_sentences(clients: Sequence[Client]) -> list[str]:
     """Which clients the anchors single out, and whether those are the poisoned ones."""
     if len(clients) < 3:
         return ["Of fewer than three clients none can be called the odd one."]
-    flagged = {client.name for client in clients if client.z_score > OUTLIER}
+    flagged = {client.name for client in clients if client.stands_out}
     poisoned = {client.name for client in clients if client.poison}
     said = [f"The anchors single out {_listed(flagged)}." if flagged else "The anchors single out no client."]
     if poisoned:

@@ -7,22 +7,26 @@ import re
 from pathlib import Path
 from typing import Any
 
+import lightning as L
 import pytest
 import rich
+from lightning.pytorch.callbacks import ProgressBar
 from places import SHAPES_CLIP
 from references import quiet_trainer
 
-from sap_lightning.callbacks.progress import EpochLog, TitledProgressBar, training_progress
-from sap_lightning.console import on_terminal
+from sap_lightning.callbacks.progress import EpochLog, Row, RowBar, Rows, TitledProgressBar, training_progress
 from sap_lightning.data import DomainDataModule
 from sap_lightning.modules import CLIPLoRAModule
 
 
-def fit(world: Path, epochs: int, val_fraction: float = 0.2, **options: Any) -> None:
+def fit(
+    world: Path, epochs: int, val_fraction: float = 0.2, progress: L.Callback | None = None, **options: Any
+) -> None:
+    shown = progress or training_progress("client 1 of 4 (photo)")
     trainer = quiet_trainer(
-        training_progress("client 1 of 4 (photo)"),
+        shown,
         max_epochs=epochs,
-        enable_progress_bar=on_terminal(),
+        enable_progress_bar=isinstance(shown, ProgressBar),
         num_sanity_val_steps=2,
         **options,
     )
@@ -73,3 +77,35 @@ def test_a_bar_on_a_terminal_and_a_log_elsewhere(terminal):
     assert isinstance(training_progress("client"), TitledProgressBar)
     rich.reconfigure(force_terminal=False)
     assert isinstance(training_progress("client"), EpochLog)
+
+
+def test_a_client_among_others_says_every_step_that_it_has_trained(world):
+    rows: list[Row] = []
+    fit(world, epochs=2, progress=RowBar("client 1 of 4 (photo)", rows.append))
+    assert [(row.steps, row.all_steps) for row in rows] == [(1, 4), (2, 4), (3, 4), (4, 4)]
+    assert {row.title for row in rows} == {"client 1 of 4 (photo)"}
+    assert re.fullmatch(
+        r"client 1 of 4 \(photo\) · epoch 2 of 2, loss \d\.\d{3}, val accuracy \d\.\d{3}", rows[-1].text
+    )
+
+
+def test_on_a_terminal_each_client_has_a_row_until_it_is_done(terminal, capsys):
+    with Rows() as rows:
+        rows.show(Row("a", "a · epoch 1 of 2", 3, 8))
+        rows.show(Row("b", "b · epoch 1", 5, 8))
+        rows.show(Row("a", "a · epoch 2 of 2", 7, 8))
+        rows._bars.refresh()
+        shown = re.sub(r"\x1b\[[\d;?]*[a-zA-Z]", "", capsys.readouterr().out)
+        rows.remove("a")
+        rows.remove("one without a row")
+        rows._bars.refresh()
+        later = re.sub(r"\x1b\[[\d;?]*[a-zA-Z]", "", capsys.readouterr().out)
+    assert re.search(r"a · epoch 2 of 2 [━╸╺]+ 7/8 .*\nb · epoch 1 +[━╸╺]+ 5/8", shown)
+    assert "b · epoch 1" in later and "a · " not in later
+
+
+def test_elsewhere_rows_show_nothing(capsys):
+    with Rows() as rows:
+        rows.show(Row("a", "a · epoch 1 of 2", 3, 8))
+        rows.remove("a")
+    assert capsys.readouterr().out == ""

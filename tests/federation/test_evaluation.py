@@ -18,6 +18,7 @@ from safetensors.torch import load_file
 
 from sap_lightning.data.anchors import AnchorDataModule
 from sap_lightning.data.domains import DomainDataModule
+from sap_lightning.federation import poison
 from sap_lightning.federation.one_shot import OneShotFederation
 from sap_lightning.federation.points import Plan
 from sap_lightning.federation.poison import Poison
@@ -217,7 +218,8 @@ def test_the_merged_model_of_poisoned_clients_is_not_kept(copy, finished, run):
     assert contents(copy, "merged/**/*") == contents(finished, "merged/**/*")
 
 
-def test_a_rejected_client_has_no_part_in_the_merge(copy, run):
+def test_a_rejected_client_has_no_part_in_the_merge(copy, run, monkeypatch):
+    monkeypatch.setattr(poison, "SCALE", 1000.0)  # ten times what one short epoch learned does little harm
     rejecting = [
         *SCALED,
         "--federation.poison.domain=painting",

@@ -100,6 +100,7 @@ def test_a_setting_that_is_new_or_gone_is_a_difference(begun: Path) -> None:
         {"federation": {"last_method": "ties"}},
         {"federation": {"rounds": 1, "share": 1.0, "aggregation": "flexlora", "optimizer": "reset"}},
         {"federation": {"clients": ["photo"]}},
+        {"federation": {"parallel": 4}},
         {"federation": {"poison": {"domain": "photo", "kind": "scale", "fraction": 0.5}}},
     ],
     ids=str,

@@ -5,16 +5,27 @@ from __future__ import annotations
 import logging
 from dataclasses import replace
 
+import probes
 import pytest
-import torch
 from adapters import adapter_of
-from probes import probe, random_adapter
+from probes import exact_features, images, random_adapter
 
 from sap_lightning.errors import InputError
-from sap_lightning.functional.outliers import LEAST_VALUES, OUTLIER, robust_z_scores
+from sap_lightning.functional.outliers import LEAST_VALUES
 from sap_lightning.io.adapter import Adapter
-from sap_lightning.merging.selection import check_rejection, doubts_on_anchors, losses_alone, without_outliers
+from sap_lightning.merging.selection import (
+    check_rejection,
+    doubts_on_anchors,
+    losses_alone,
+    standings,
+    without_outliers,
+)
 from sap_lightning.models.probe import AnchorProbe
+
+
+def probe() -> AnchorProbe:
+    """Anchors whose images the base finds the captions of."""
+    return probes.probe(captions=exact_features({}, images(8)).float())
 
 
 def small(seed: int) -> Adapter:
@@ -36,19 +47,29 @@ def clients() -> list[Adapter]:
 
 def test_the_client_that_stands_out_is_left_out_and_said(caplog):
     caplog.set_level(logging.WARNING, logger="sap_lightning")
-    losses = losses_alone(clients(), probe())
-    assert max(losses) == losses[2], "or this is no test of the one that stands out"
+    margins = [one.margin for one in standings(clients(), probe())]
     adapters, rejected = without_outliers(clients(), probe())
     assert [one.name for one in adapters] == ["client 1", "client 2", "client 3", "client 4"]
     assert rejected == ["client 9"]
     (said,) = [record.getMessage() for record in caplog.records]
-    z = float(robust_z_scores(torch.tensor(losses))[2])
-    assert said == f"client 9 left out: anchor loss {losses[2]:.4f}, robust z-score {z:.1f}" and z > OUTLIER
+    typical = sorted(margins)[2]
+    assert said == (
+        f"client 9 left out: it stands out on the anchors, caption margin {margins[2]:.3f} where {typical:.3f} is the"
+        " clients' median"
+    )
+
+
+def test_a_margin_is_the_distance_of_the_own_caption_from_the_mean_of_the_others():
+    (one,) = standings([random_adapter(9)], probe())
+    found, captions = exact_features(random_adapter(9).layers, images(8)), exact_features({}, images(8))
+    cosines = [[float(image @ caption) for caption in captions] for image in found]
+    margins = [row[i] - (sum(row) - row[i]) / 7 for i, row in enumerate(cosines)]
+    assert one.margin == pytest.approx(sum(margins) / 8, abs=1e-6) and not one.stands_out
 
 
 def test_the_client_that_stands_out_is_doubted_with_the_way_to_leave_it_out():
     (doubt,) = doubts_on_anchors(clients(), probe())
-    assert doubt.startswith("upload 'client 9': its anchor loss of ")
+    assert doubt.startswith("upload 'client 9': it stands out on the anchors, caption margin ")
     assert doubt.endswith("--merge.reject_outliers true leaves it out")
     assert doubts_on_anchors([small(seed) for seed in range(1, 5)], probe()) == []
 
@@ -75,7 +96,7 @@ def test_a_client_whose_loss_is_no_number_is_left_out():
 
 
 def test_clients_that_are_all_broken_are_refused():
-    with pytest.raises(InputError, match="no upload has a finite anchor loss"):
+    with pytest.raises(InputError, match="no upload gives finite features"):
         without_outliers([broken(1), broken(2)], probe())
 
 

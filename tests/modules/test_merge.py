@@ -19,7 +19,8 @@ from transformers import CLIPModel, CLIPVisionModelWithProjection
 
 from sap_lightning.data import AnchorDataModule
 from sap_lightning.errors import InputError
-from sap_lightning.federation.poison import Poison, boosted
+from sap_lightning.federation import poison
+from sap_lightning.federation.poison import Poison
 from sap_lightning.functional.lora import dense
 from sap_lightning.io.adapter import Adapter, read_adapter, sha256_of
 from sap_lightning.io.manifest import DIGEST
@@ -342,9 +343,10 @@ def test_validation_merges_anew_and_measures_what_it_merged(module, anchors):
     assert losses[0] != losses[1]
 
 
-def with_boosted_painting(adapters: Sequence[Adapter]) -> list[Adapter]:
-    """The clients, one of which sends ten times its update."""
-    layers = {name: boosted(layer) for name, layer in next(a for a in adapters if a.name == "painting").layers.items()}
+def with_harmful_painting(adapters: Sequence[Adapter]) -> list[Adapter]:
+    """The clients, one of which sends a thousand times its update."""
+    painting = next(adapter for adapter in adapters if adapter.name == "painting")
+    layers = {name: layer._replace(B=1000 * layer.B) for name, layer in painting.layers.items()}
     harmful = Adapter("painting", layers, sha256_of(layers))
     return [harmful if adapter.name == "painting" else adapter for adapter in adapters]
 
@@ -352,11 +354,11 @@ def with_boosted_painting(adapters: Sequence[Adapter]) -> list[Adapter]:
 def test_an_outlier_is_rejected_and_the_merge_is_that_of_the_others(module, uploads, anchors, caplog):
     caplog.set_level("WARNING", logger="sap_lightning")
     module.reject_outliers = True
-    clients = with_boosted_painting(module.adapters)
+    clients = with_harmful_painting(module.adapters)
     module.use(clients)
     quiet_trainer().validate(module, anchors, verbose=False)
     assert module.merged.rejected == ["painting"]
-    assert [record.getMessage().split(":")[0] for record in caplog.records] == ["painting left out"]
+    assert "painting left out" in [record.getMessage().split(":")[0] for record in caplog.records]
     others = MergeModule(SHAPES_CLIP, method=Average())
     others.use(a for a in others.read_uploads(uploads) if a.name != "painting")
     others.merge()
@@ -369,17 +371,17 @@ def test_an_outlier_is_rejected_and_the_merge_is_that_of_the_others(module, uplo
 
 def test_without_rejection_an_outlier_is_merged_with_a_warning(module, anchors, caplog):
     caplog.set_level("WARNING", logger="sap_lightning")
-    for clients, doubted in ((with_boosted_painting(module.adapters), ["painting"]), (module.adapters, [])):
+    for clients, doubted in ((with_harmful_painting(module.adapters), ["painting"]), (module.adapters, [])):
         caplog.clear()
         module.use(clients)
         quiet_trainer().validate(module, anchors, verbose=False)
-        assert [doubt.split("'")[1] for doubt in module.merged.doubts] == doubted
+        assert [doubt.split("'")[1] for doubt in module.merged.doubts if "anchors" in doubt] == doubted
         assert [record.getMessage() for record in caplog.records] == list(module.merged.doubts)
         assert len(module.merged.adapters) == len(clients)
 
 
 def test_without_rejection_or_an_outlier_nobody_is_left_out(module, anchors):
-    honest, clients = module.adapters, with_boosted_painting(module.adapters)
+    honest, clients = module.adapters, with_harmful_painting(module.adapters)
     of_two = [adapter for adapter in clients if adapter.name != "photo"]
     for rejects, adapters in ((False, clients), (True, honest), (True, of_two)):
         module.reject_outliers = rejects
@@ -395,7 +397,7 @@ def test_adapters_that_all_break_the_base_are_refused(module, anchors):
         layers = {name: layer._replace(B=1e22 * layer.B) for name, layer in adapter.layers.items()}
         broken.append(Adapter(str(number), layers, sha256_of(layers)))
     module.use(broken)
-    with pytest.raises(InputError, match="no upload has a finite anchor loss"):
+    with pytest.raises(InputError, match="no upload gives finite features on the anchors"):
         quiet_trainer().validate(module, anchors, verbose=False)
 
 
@@ -416,7 +418,8 @@ def test_rejection_without_anchors_is_refused(module):
         module.merge()
 
 
-def test_the_command_merge_rejects_too_and_says_whom(merge, uploads, tmp_path, caplog):
+def test_the_command_merge_rejects_too_and_says_whom(merge, uploads, tmp_path, caplog, monkeypatch):
+    monkeypatch.setattr(poison, "SCALE", 1000.0)  # ten times what one short epoch learned does little harm
     caplog.set_level("WARNING", logger="sap_lightning")
     harmful = Poison("painting", "scale").rewrite(Path(uploads[1]), tmp_path / "painting")
     others = [uploads[0], uploads[2]]

@@ -89,7 +89,10 @@ def evidence(client: str = "sketch") -> Evidence:
     pixels = torch.full((3, 8, 8), 200, dtype=torch.uint8)
     return Evidence(
         merged="sap ρ=0.8",
-        clients=[Client("photo", 1000, 400, 0.7, 0.1, ""), Client(client, 1000, 400, 0.9, 9.0, "labels flipped")],
+        clients=[
+            Client("photo", 1000, 400, 0.7, 0.1, False, ""),
+            Client(client, 1000, 400, 0.9, 0.5, True, "labels flipped"),
+        ],
         share_kept={"photo": layers, client: layers},
         overlap=torch.tensor([[1.0, 0.3], [0.3, 1.0]]),
         conflict=dict.fromkeys(layers, (0.4, 0.2)),

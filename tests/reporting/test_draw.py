@@ -15,7 +15,7 @@ from sap_lightning.reporting.table import tabulate
 from sap_lightning.results import Results
 
 OF_EVIDENCE = [
-    "anchor_loss",
+    "caption_margin",
     "share_kept/photo",
     "share_kept/sketch",
     "mask_overlap",

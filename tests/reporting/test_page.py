@@ -118,7 +118,7 @@ def test_every_figure_has_an_alternative_and_most_a_caption(written: Path) -> No
 
 def test_the_figures_stand_in_the_folder_in_both_forms(written: Path) -> None:
     names = {file.stem for file in (written.parent / "figures").iterdir()}
-    assert {"accuracy_by_sparsity", "anchor_loss", "share_kept_photo", "mask_overlap", "sign_conflict"} < names
+    assert {"accuracy_by_sparsity", "caption_margin", "share_kept_photo", "mask_overlap", "sign_conflict"} < names
     assert {"projection_before", "projection_after", "confusion_photo_before", "gallery_broken"} < names
     assert len(list((written.parent / "figures").iterdir())) == 2 * len(names)
     for name in names:
@@ -180,7 +180,7 @@ def test_sections_without_data_are_left_out(tmp_path: Path) -> None:
 
 
 def test_a_merge_that_prunes_nothing_has_no_masks_and_no_pruned_bytes(tmp_path: Path) -> None:
-    clients = [Client(name, 1000, None, 0.5, 0.0, "") for name in ("photo", "sketch", "cartoon")]
+    clients = [Client(name, 1000, None, 0.5, 0.1, False, "") for name in ("photo", "sketch", "cartoon")]
     bare = Evidence("krum", clients, *NO_MASKS, None, "", {}, [], [], [])
     page = Page(write(tmp_path, swept(tmp_path), UNSEEN, bare, {}))
     assert [section["id"] for section in page.all("section")] == [
@@ -194,12 +194,12 @@ def test_a_merge_that_prunes_nothing_has_no_masks_and_no_pruned_bytes(tmp_path: 
 
 
 def test_a_client_that_breaks_the_base_stands_out_in_the_report(tmp_path: Path) -> None:
-    honest = [Client(name, 1000, 400, 0.5, 0.0, "") for name in ("photo", "sketch")]
-    broken = Client("cartoon", 1000, None, math.nan, math.inf, "")
+    honest = [Client(name, 1000, 400, 0.5, 0.1, False, "") for name in ("photo", "sketch")]
+    broken = Client("cartoon", 1000, None, math.nan, math.nan, True, "")
     page = Page(write(tmp_path, swept(tmp_path), UNSEEN, replace(evidence(), clients=[*honest, broken]), {}))
     assert "The anchors single out cartoon." in page.text
-    (bars,) = [image["alt"] for image in page.all("img") if str(image["alt"]).startswith("Bar chart of anchor")]
-    assert "cartoon nan (z = +inf, outlier)" in str(bars)
+    (bars,) = [image["alt"] for image in page.all("img") if str(image["alt"]).startswith("Bar chart of caption")]
+    assert "cartoon nan, outlier" in str(bars)
 
 
 def test_clients_that_were_left_out_are_named(tmp_path: Path) -> None:

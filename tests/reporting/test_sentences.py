@@ -49,9 +49,11 @@ def test_clients_alone_make_no_summary(tmp_path: Path) -> None:
 
 
 def test_a_poisoned_client_is_found_or_missed() -> None:
-    honest = [Client(name, 1, 1, 0.5, 0.0, "") for name in "ab"]
+    honest = [Client(name, 1, 1, 0.5, 0.1, False, "") for name in "ab"]
     assert anchor_sentences(honest) == ["Of fewer than three clients none can be called the odd one."]
-    found = anchor_sentences([*honest, Client("c", 1, 1, 0.9, 9.0, "noise"), Client("d", 1, 1, 0.5, 0.1, "noise")])
+    found = anchor_sentences(
+        [*honest, Client("c", 1, 1, 0.9, 0.5, True, "noise"), Client("d", 1, 1, 0.5, 0.1, False, "noise")]
+    )
     assert found == [
         "The anchors single out c.",
         "Poisoned on purpose: c, d; found: 1 of 2.",

@@ -97,4 +97,4 @@ def test_the_report_s_masks_are_those_of_the_method_it_is_about(copy, run):
 def test_the_report_of_a_method_that_prunes_nothing_has_no_masks(copy, run):
     run("fit", "--merge.method=median", "--federation.unseen=sketch", f"--federation.run_dir={copy}")
     assert set(bytes_of_pruned(copy).values()) == {""}
-    assert not list((copy / "figures").glob("share_kept*")) and (copy / "figures" / "anchor_loss.svg").is_file()
+    assert not list((copy / "figures").glob("share_kept*")) and (copy / "figures" / "caption_margin.svg").is_file()
