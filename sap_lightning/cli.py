@@ -122,6 +122,7 @@ CLIENTS: dict[str, type[ClientModule]] = {made.__name__: made for made in (CLIPL
 OF_ALL_CLIENTS = {"base", "templates", "seed"}
 """Settings in the group model that clients of every class have."""
 CLASS_PATH = re.compile(r"[A-Za-z_][\w.]*(?<!\.yaml)(?<!\.yml)")
+"""What ``--model`` names a class by, and not a file of its settings."""
 
 
 class Predict:

@@ -14,6 +14,7 @@ from places import REPOSITORY, SHAPES_CLIP
 from references import quiet_trainer
 from safetensors.torch import load_file
 
+from sap_lightning.cli import SapCLI
 from sap_lightning.data import DomainDataModule
 from sap_lightning.errors import InputError
 from sap_lightning.federation.run_folder import RunFolder
@@ -158,6 +159,12 @@ def test_what_prompts_cannot_is_refused_before_any_upload_is_written(run, tmp_pa
     with pytest.raises(InputError, match=reason):
         run("fit", *PROMPTS, *line, f"--federation.run_dir={tmp_path}")
     assert not list(tmp_path.glob("prompts/uploads/*"))
+
+
+def test_prompts_that_come_from_elsewhere_are_refused_as_their_clients_are_not_here(options, joint):
+    command = SapCLI("fit", [*options, *PROMPTS, f"--federation.run_dir={joint}"])
+    with pytest.raises(InputError, match="prompts are measured at their clients' sites too, so these train here"):
+        command.federation(uploads=[])
 
 
 def test_settings_that_a_client_was_not_trained_with_are_refused(joint, run):
