@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import copy
+import inspect
+import os
 import re
 from collections.abc import Mapping, Sequence
 from itertools import islice
 from pathlib import Path
+from pydoc import ErrorDuringImport, locate
 from typing import Any, NoReturn
 
 import lightning as L
@@ -25,8 +28,10 @@ from sap_lightning.federation.rounds import RoundsFederation
 from sap_lightning.federation.run_folder import SERVER_SETTINGS, RunFolder, flat, is_held_to
 from sap_lightning.federation.sweep import Sweep
 from sap_lightning.io.rules import errors_in
-from sap_lightning.merging import METHODS, SAP
+from sap_lightning.merging import METHODS, SAP, Average
+from sap_lightning.modules.client import ClientModule
 from sap_lightning.modules.clip_lora import CLIPLoRAModule
+from sap_lightning.modules.clip_prompt import CLIPPromptModule
 from sap_lightning.modules.merge import MergeModule
 from sap_lightning.option_errors import option_error
 
@@ -112,6 +117,14 @@ REPORT: dict[str, Any] = {"type": bool, "default": True, "help": "write report.h
 UPLOADS = "PEFT folders, hub ids or our own checkpoints; for test and predict one, or a folder that merge wrote"
 
 
+CLIENTS: dict[str, type[ClientModule]] = {made.__name__: made for made in (CLIPLoRAModule, CLIPPromptModule)}
+"""The classes of clients, the usual one first."""
+OF_ALL_CLIENTS = {"base", "templates", "seed"}
+"""Settings in the group model that clients of every class have."""
+CLASS_PATH = re.compile(r"[A-Za-z_][\w.]*(?<!\.yaml)(?<!\.yml)")
+"""What ``--model`` names a class by, and not a file of its settings."""
+
+
 class Predict:
     """What predict classifies.
 
@@ -126,19 +139,36 @@ class Predict:
 
 
 class ConfigFile(ActionConfigFile):
-    """A config file, which is named before what is wrong in it."""
+    """A config file, which is named before what is wrong in it.
+
+    One that names no class of clients has the settings of the usual one, and clients of another class pass them over.
+    """
 
     def __call__(self, parser: Any, cfg: Any, values: Any, option_string: str | None = None) -> None:
         with errors_in(values):
-            super().__call__(parser, cfg, values, option_string)
+            super().__call__(parser, cfg, self._for_clients_of(parser.client, values), option_string)
+
+    def _for_clients_of(self, client: type[ClientModule] | None, file: str) -> str:
+        """The file, or its text without what other clients have no use for."""
+        config = _config_in(file)
+        model = config.pop("model", None)
+        usual = client is None or issubclass(client, CLIPLoRAModule)
+        if usual or not isinstance(model, dict) or "class_path" in model:
+            return file
+        others = inspect.signature(CLIPLoRAModule).parameters.keys() - OF_ALL_CLIENTS
+        kept = {name: value for name, value in model.items() if name not in others}
+        return yaml.safe_dump({**config, **({"model": kept} if kept else {})})
 
 
 class CommandParser(LightningArgumentParser):
     """A parser that knows every setting, since a config file may hold it, and whose help shows what a command takes."""
 
-    def __init__(self, *args: Any, command: str | None = None, **kwargs: Any) -> None:
+    def __init__(
+        self, *args: Any, command: str | None = None, client: type[ClientModule] | None = None, **kwargs: Any
+    ) -> None:
         super().__init__(*args, **kwargs)
         self.command = command
+        self.client = client
 
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
         if self.command is None:  # jsonargparse tries this parser, and says itself what comes of it
@@ -191,9 +221,11 @@ class SapCLI(LightningCLI):
         refuse_others(command, args)
         if sum(bool(re.match(r"--uploads(=|$)", arg)) for arg in args) > 1:
             raise InputError("--uploads is given twice, and the last would count alone; name all uploads after one")
+        self.client = client_named(args)
         super().__init__(
-            CLIPLoRAModule,
+            ClientModule if self.client else CLIPLoRAModule,
             DomainDataModule,
+            subclass_mode_model=self.client is not None,
             save_config_callback=None,
             seed_everything_default=0,
             trainer_defaults=TRAINER_DEFAULTS,
@@ -205,7 +237,7 @@ class SapCLI(LightningCLI):
         )
 
     def init_parser(self, **kwargs: Any) -> LightningArgumentParser:
-        parser = CommandParser(command=self.command, **kwargs)
+        parser = CommandParser(command=self.command, client=self.client, **kwargs)
         parser.allow_abbrev = False  # what a short form stands for is not looked up in TAKEN_BY
         parser.add_argument("-c", "--config", action=ConfigFile, help="configuration file, or several in turn")
         return parser
@@ -214,23 +246,15 @@ class SapCLI(LightningCLI):
         parser.add_class_arguments(AnchorDataModule, "anchors")
         parser.add_class_arguments(SAP, "prune")
         parser.add_class_arguments(MergeModule, "merge", skip={"base", "templates"}, instantiate=False)
-        parts = {
-            "client",
-            "data",
-            "anchors",
-            "merge",
-            "make_trainer",
-            "plan",
-            "results",
-            "config",
-            "free_settings",
-            "uploads",
-            "method",
-        }
+        parts = {"client", "data", "anchors", "merge", "make_trainer", "plan", "results", "config", "free_settings"}
+        parts |= {"uploads", "method"}
         parser.add_class_arguments(RoundsFederation, "federation", skip=parts, instantiate=False)
+        model = "model.init_args" if self.client else "model"
+        if self.client:
+            parser.set_defaults({"model": {"class_path": _path_of(self.client)}})
         for target in ("data.base", "anchors.base"):
-            parser.link_arguments("model.base", target)
-        for target in ("model.seed", "data.seed"):
+            parser.link_arguments(f"{model}.base", target)
+        for target in (f"{model}.seed", "data.seed"):
             parser.link_arguments("seed_everything", target)
         if self.command == "sweep":
             parser.add_class_arguments(Sweep, "sweep")
@@ -271,6 +295,8 @@ class SapCLI(LightningCLI):
                 "merge.method: the settings of sap have their place in the group prune, such as --prune.sparsity; name"
                 " it --merge.method sap, or leave it out"
             )
+        if method is None and isinstance(self.model, CLIPPromptModule):
+            method = Average()
         last = self.config_init.federation.last_method if self.command == "fit" else None
         if method in (None, SAP.name):
             method = self.config_init.prune
@@ -342,8 +368,8 @@ class SapCLI(LightningCLI):
 
     @property
     def run_folder(self) -> RunFolder:
-        """Where the run keeps its things."""
-        return RunFolder(self.config_init.federation.run_dir)
+        """Where the run keeps what its clients train and send."""
+        return RunFolder(self.config_init.federation.run_dir).of_kind(self.model.kind)
 
     def federation(self, **others: Any) -> OneShotFederation:
         """The federation as configured, but for the arguments that are given."""
@@ -374,6 +400,10 @@ class SapCLI(LightningCLI):
     def settings(self) -> dict[str, Any]:
         """Everything that was configured, as plain values."""
         settings = yaml.safe_load(self.parser.dump(self.config, skip_none=False, skip_link_targets=True))
+        if self.client is CLIPLoRAModule:
+            settings["model"] = settings["model"]["init_args"]  # as where no class is named
+        elif self.client:
+            settings["model"]["class_path"] = _path_of(self.client)
         return {name: value for name, value in settings.items() if name != "config"}
 
 
@@ -413,6 +443,58 @@ def is_taken(option: str, command: str) -> bool:
     """Whether a command takes an option, or any of a group."""
     below = [commands for name, commands in TAKEN_BY.items() if name.startswith(f"{option}.")]
     return any(command in commands for commands in (takers(option) or (), *below))
+
+
+def client_named(args: Sequence[str]) -> type[ClientModule] | None:
+    """The class of the clients that a command line names, or else the last of its config files that does.
+
+    Raises:
+        InputError: there is no such class.
+    """
+    named = None
+    line = config_files_first(args)
+    for arg, following in zip(line, [*line[1:], ""], strict=True):
+        option, equals, value = arg.partition("=")
+        value = value if equals else following
+        if option in ("--config", "-c"):
+            named = _client_in(value) or named
+        elif option.startswith("-c"):
+            named = _client_in(option.removeprefix("-c")) or named
+        elif option == "--model.class_path" or (option == "--model" and CLASS_PATH.fullmatch(value)):
+            named = value
+    return None if named is None else client_class(named)
+
+
+def client_class(name: str) -> type[ClientModule]:
+    """A class of clients by its name, or one of a person's own by its path.
+
+    Raises:
+        InputError: there is none.
+    """
+    try:
+        found = CLIENTS.get(name) or locate(name)
+    except ErrorDuringImport as error:
+        raise InputError(f"model {name}: cannot be imported: {first_line(error)}") from error
+    if not (isinstance(found, type) and issubclass(found, ClientModule)):
+        raise InputError(
+            f"model {name}: no such class of clients; there are {', '.join(CLIENTS)}, or name your own by its path"
+        )
+    return found
+
+
+def _client_in(config_file: str) -> str | None:
+    """The class of the clients that a config file names."""
+    model = _config_in(config_file).get("model")
+    return str(model["class_path"]) if isinstance(model, dict) and "class_path" in model else None
+
+
+def _config_in(file: str) -> dict[str, Any]:
+    """What a config file says, or the text that stands for one."""
+    try:
+        config = yaml.safe_load(Path(file).read_text(encoding="utf-8") if os.path.isfile(file) else file)
+    except (OSError, ValueError, yaml.YAMLError):  # which the parser will say
+        return {}
+    return config if isinstance(config, dict) else {}
 
 
 def config_files_first(args: Sequence[str]) -> list[str]:
@@ -488,4 +570,9 @@ def _class_path(option: str, name: str, has_settings: bool) -> str:
     # Without settings of its own sap is what the group prune says, and a method under another is recorded by its name.
     if name not in METHODS or (not has_settings and (name == SAP.name or option != METHOD_OPTION)):
         return name
-    return f"{METHODS[name].__module__}.{METHODS[name].__qualname__}"
+    return _path_of(METHODS[name])
+
+
+def _path_of(named: type) -> str:
+    """The class_path of a class."""
+    return f"{named.__module__}.{named.__qualname__}"

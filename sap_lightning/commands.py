@@ -60,7 +60,7 @@ def sweep(args: Sequence[str]) -> None:
         unseen = None if wanted.unseen == ALL else chosen_domains("sweep.unseen", wanted.unseen, one.datamodule.domains)
         server = SERVER_SETTINGS if one.config_init.federation.rounds == 1 else SERVER_SETTINGS_OF_ROUNDS
         return one.federation(
-            run_dir=str(folder_of(run_dir, seed, variant, server)),
+            run_dir=str(folder_of(run_dir, seed, variant, server, one.model.kind)),
             unseen=unseen,
             plan=wanted.plan_of(variant, one.config_init.prune),
             results=results,

@@ -21,7 +21,8 @@ log = logging.getLogger(__name__)
 Kind = Literal["zero-shot", "client", "merge"]
 ZERO_SHOT = "zero-shot"
 AVERAGE = "average"
-CSV_METRICS = ("accuracy", "macro_accuracy", "ece")
+PERSONAL = "personal_accuracy"
+CSV_METRICS = ("accuracy", "macro_accuracy", "ece", PERSONAL)
 ANOTHER_FOLDER = "use another --federation.run_dir (with a copy of its uploads in it, no client is trained again)"
 EARLIER_FILE = "results.json"
 """Where versions before 0.2 kept their points."""
@@ -53,7 +54,8 @@ class Result:
         seed: of the clients' training.
         condition: that the merge was done under, such as a poisoned client.
         variant: the settings that a sweep changed for this point, by name.
-        metrics: accuracy, macro_accuracy, ece and accuracy/<class>, as shares of 1.
+        metrics: accuracy, macro_accuracy, ece and accuracy/<class>, as shares of 1; of prompts personal_accuracy too,
+            on what its clients held back of their own domains.
         settings: those of the merge.
         sources: hashes of the adapters it was made from.
         rejected: names of clients that the server left out.
@@ -276,7 +278,7 @@ def _line(row: Result) -> str:
 
 
 def _csv_row(row: Result) -> list[object]:
-    metrics = [f"{row.metrics[name]:.6f}" for name in CSV_METRICS]
+    metrics = [f"{row.metrics[name]:.6f}" if name in row.metrics else "" for name in CSV_METRICS]
     point = [row.label, row.model, "" if row.sparsity is None else row.sparsity, row.unseen, row.seed, row.condition]
     wire = [row.rounds, "" if row.bytes is None else row.bytes]
     made = [";".join(row.rejected), _json(row.settings), ";".join(row.sources), row.measurement]

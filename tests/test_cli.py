@@ -27,7 +27,8 @@ from sap_lightning.callbacks.progress import TitledProgressBar
 from sap_lightning.commands import COMMANDS
 from sap_lightning.errors import InputError
 from sap_lightning.federation.client import UNTRAINED
-from sap_lightning.merging import METHODS, SAP, MergeMethod
+from sap_lightning.merging import METHODS, SAP, Average, MergeMethod
+from sap_lightning.modules import CLIPPromptModule
 
 GROUPS = ("model", "data", "anchors", "prune", "merge", "federation")
 EVERYWHERE = {"--config", "--print_config", "--model.base", "--trainer.precision", "--trainer.accelerator"}
@@ -298,6 +299,69 @@ def test_settings_of_the_group_prune_beside_another_method_are_refused(run, tmp_
 def test_settings_of_the_group_prune_in_a_sweep_without_sap_are_refused(run, tmp_path, line):
     with pytest.raises(InputError, match=r"prune\.space: sweep\.methods does not name sap"):
         run("sweep", "--sweep.methods=[average,ties]", *line, f"--federation.run_dir={tmp_path}/run")
+
+
+# The class of the clients
+
+
+@pytest.mark.parametrize("line", [["--model", "CLIPPromptModule"], ["--model=sap_lightning.modules.CLIPPromptModule"]])
+def test_a_class_of_clients_is_named_as_in_lightning_s_subclass_mode(parsed, line):
+    fit = parsed(*line, "--model.tokens=4", "--model.memory.alpha=2", "--seed_everything=7")
+    assert type(fit.model) is CLIPPromptModule and type(fit.merge.method) is Average
+    assert (fit.model.tokens, fit.model.memory.alpha, fit.model.seed) == (4, 2.0, 7)
+    assert fit.model.base == fit.datamodule.base == fit.merge.base
+    assert fit.model.learning_rate == 0.002 and fit.model.weight_decay == 5e-4, "its own, not those of the LoRA's file"
+    settings = fit.settings()["model"]
+    assert settings["class_path"] == "sap_lightning.modules.clip_prompt.CLIPPromptModule"
+    assert settings["init_args"]["tokens"] == 4 and "seed" not in settings["init_args"]
+
+
+@pytest.mark.parametrize("command", ["fit", "client", "merge", "test"])
+def test_what_a_config_file_says_of_other_clients_is_passed_over(command, tmp_path):
+    prompts = tmp_path / "prompts.yaml"
+    prompts.write_text("model: {class_path: CLIPPromptModule, init_args: {tokens: 3}}")
+    pacs = REPOSITORY / "configs" / "pacs.yaml"
+    for line in ([f"-c{prompts}", "--config", f"{pacs}"], [f"--config={pacs}", "-c", f"{prompts}"]):
+        command_line = cli.SapCLI(command, line)
+        assert type(command_line.model) is CLIPPromptModule and command_line.model.tokens == 3
+        assert command_line.model.base == command_line.datamodule.base == "openai/clip-vit-base-patch16"
+
+
+def test_settings_that_no_class_of_clients_has_are_not_passed_over(tmp_path):
+    (tmp_path / "faulty.yaml").write_text("model: {rnak: 3}")
+    with pytest.raises(InputError, match=r"model\.rnak: CLIPPromptModule has no such setting; it has base"):
+        cli.SapCLI("fit", [f"--config={tmp_path / 'faulty.yaml'}", "--model=CLIPPromptModule"])
+
+
+def test_the_settings_of_other_clients_are_a_config_file_of_theirs(parsed, tmp_path):
+    fit = parsed("--model=CLIPPromptModule", "--model.class_position=front")
+    (tmp_path / "again.yaml").write_text(yaml.safe_dump(fit.settings()))
+    again = cli.SapCLI("fit", [f"--config={tmp_path / 'again.yaml'}"])
+    assert again.settings() == fit.settings() and again.model.class_position == "front"
+
+
+def test_the_usual_class_may_be_named_and_nothing_changes(parsed):
+    assert parsed("--model=CLIPLoRAModule", "--model.rank=4").settings() == parsed("--model.rank=4").settings()
+
+
+@pytest.mark.parametrize("name", ["CLIPPromtModule", "MergeModule", "lightning.Trainer", "no.such.Module"])
+def test_an_unknown_class_of_clients_is_refused_with_those_there_are(main, options, name):
+    said = (
+        f"error: model {name}: no such class of clients; there are CLIPLoRAModule, CLIPPromptModule, or name your own"
+    )
+    assert main("fit", *options, f"--model={name}") == f"{said} by its path"
+
+
+def test_settings_of_other_clients_are_checked_as_theirs(main, options):
+    line = [*options, "--model=CLIPPromptModule"]
+    assert main("fit", *line, "--model.tokens=x") == "error: model.tokens: takes int or null, got 'x'"
+    assert main("fit", *line, "--model.rank=4").startswith("error: model.rank: CLIPPromptModule has no such setting")
+    assert main("fit", *line, "--prune.sparsity=0.5").startswith("error: --prune.sparsity: merge.method is not sap")
+
+
+def test_a_sweep_varies_settings_of_other_clients(parsed):
+    other = parsed("--model=CLIPPromptModule", command="sweep").varied({"model.init_args.tokens": 2})
+    assert type(other.model) is CLIPPromptModule and other.model.tokens == 2
 
 
 @pytest.mark.parametrize("name", ["merge.rank", "data.domain", "trainer.enable_checkpointing"])

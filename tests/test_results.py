@@ -364,6 +364,7 @@ def test_the_csv_has_a_line_for_each_point_with_all_that_it_was_made_with(tmp_pa
         "accuracy": "0.500000",
         "macro_accuracy": "0.250000",
         "ece": "0.040000",
+        "personal_accuracy": "",
         "rejected": "cartoon;sketch",
         "settings": '{"space": "delta", "sparsity": 0.5}',
         "sources": "a;b",

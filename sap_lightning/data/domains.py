@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import cached_property
 
 import numpy as np
@@ -143,6 +143,19 @@ class DomainDataModule(PixelDataModule):
         """All images of the domain as they are decoded, uint8 (n, 3, h, w); zeros where one could not be."""
         self._load()
         return self._pixels.images
+
+    def inputs(self, at_once: int, device: torch.device) -> Iterator[Tensor]:
+        """All images of the domain in order, as the tower's normalised input (at_once, 3, h, w) on a device."""
+        self._load()
+        images = self._part(torch.arange(len(self._labels)))
+        for part in images.rows.split(at_once):
+            batch = images[part.tolist()]
+            yield self.normalised(batch._replace(images=batch.images.to(device))).images
+
+    @property
+    def training_part(self) -> PixelDataset:
+        """The images that are trained on, as pixels; known after `setup`."""
+        return self._train
 
     def prepare_data(self) -> None:
         """Decode the domain into the cache, in one process."""

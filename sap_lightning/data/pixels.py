@@ -34,6 +34,11 @@ class PixelDataModule(LightningDataModule):
     def _preprocess(self) -> Preprocess:
         return Preprocess(self.base)
 
+    @property
+    def preprocessing(self) -> dict[str, Any]:
+        """All that the checkpoint says of it, plain enough for JSON."""
+        return self._preprocess.settings
+
     def _in_order(self, images: Dataset, source: str) -> DataLoader:
         """Every image once, in order, over all processes."""
         world_size, rank = process_of(self.trainer)

@@ -23,7 +23,8 @@ class Preprocess:
 
     Attributes:
         shape: (3, H, W) of every preprocessed image.
-        geometry: the settings that decide the pixels, plain enough for JSON.
+        settings: all that the config says, plain enough for JSON.
+        geometry: those of the settings that decide the pixels.
 
     Raises:
         InputError: the checkpoint has no readable preprocessor config, or one that gives images of differing size.
@@ -37,7 +38,7 @@ class Preprocess:
             raise InputError(
                 f"{base}: cannot load the checkpoint's preprocessor config: {first_line(error)}"
             ) from error
-        settings = self._processor.to_dict()
+        self.settings = settings = self._processor.to_dict()
         self.geometry = {key: value for key, value in settings.items() if key not in _NORMALISATION}
         self.shape = self._one_shape(base)
         self._scale = settings["rescale_factor"] if settings["do_rescale"] else 1.0

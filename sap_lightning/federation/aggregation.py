@@ -1,4 +1,4 @@
-"""What a round's uploads become before the next one: the ways of the field to bring LoRA back down to its rank."""
+"""What a round's uploads become before the next one: LoRA is brought back down to its rank, a prompt is one already."""
 
 from __future__ import annotations
 
@@ -7,9 +7,10 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Literal, NamedTuple
 
-from sap_lightning.functional.lora import LoRALayer, Update, stack
+from sap_lightning.functional.lora import LoRALayer, Update, dense, stack
 from sap_lightning.functional.rounds import added, brought_down, corrected_mean, mean_factors, mean_residual
 from sap_lightning.io.adapter import Adapter, sha256_of
+from sap_lightning.io.context import as_layer
 from sap_lightning.io.factors import Factors
 
 Layers = dict[str, LoRALayer]
@@ -150,6 +151,20 @@ class LoRAFAIR(Aggregation):
 
     def layer(self, layers: Sequence[LoRALayer], weights: Sequence[float], merged: Update | None, rank: int) -> Next:
         return Next(corrected_mean(layers, weights))
+
+
+class PromptFL(Aggregation):
+    """The merge of the contexts, whole: Guo et al. 2023, arXiv:2208.11625.
+
+    Reference code: PEILab-Federated-Learning/PromptFL, federated_main.py, whose mean is the last client's prompt, as it
+    keeps references to one module's tensors and never empties their list; and is of buffers of class names too.
+    """
+
+    takes_methods = True
+
+    def layer(self, layers: Sequence[LoRALayer], weights: Sequence[float], merged: Update | None, rank: int) -> Next:
+        assert merged is not None
+        return Next(as_layer(dense(merged)))
 
 
 Way = Literal["fedit", "flexlora", "flora", "fedex_lora", "ffa_lora", "fedsa_lora", "lora_fair"]

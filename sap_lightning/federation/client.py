@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -26,9 +26,8 @@ from sap_lightning.federation.run_folder import (
 )
 from sap_lightning.files import clear_unfinished, locked
 from sap_lightning.io.adapter import manifest_in
-from sap_lightning.io.manifest import Manifest
 from sap_lightning.io.upload_files import FilesInFolder
-from sap_lightning.modules.clip_lora import CLIPLoRAModule
+from sap_lightning.modules.client import ClientModule
 
 log = logging.getLogger(__name__)
 TrainerFactory = Callable[..., L.Trainer]
@@ -45,31 +44,24 @@ UNTRAINED: dict[str, Any] = {
 """Trainer arguments where nothing is trained: a merge looks at all anchors, and a result is of all images."""
 
 
-def require_client(
-    module: CLIPLoRAModule, data: DomainDataModule, folder: RunFolder, config: Mapping[str, Any]
-) -> None:
+def require_client(module: ClientModule, data: DomainDataModule, folder: RunFolder, config: Mapping[str, Any]) -> None:
     """Raises InputError that names every setting that what stands of a client was not trained with."""
     assert data.domain is not None
     if config:
         is_held_to(folder.client(data.domain), config, SERVER_SETTINGS)
     upload = folder.upload(data.domain)
     if manifest := manifest_in(FilesInFolder(upload)):
-        refuse_other_settings(upload, _stated(manifest, manifest.class_names), _stated(module, data.class_names))
-
-
-def _stated(adapter: Manifest | CLIPLoRAModule, class_names: Sequence[str]) -> dict[str, Any]:
-    """The settings that an upload says itself it was trained with."""
-    return {
-        "data.class_names": list(class_names),
-        "model.alpha": adapter.alpha,
-        "model.rank": adapter.rank,
-        "model.targets": list(adapter.targets),
-        "seed_everything": adapter.seed,
-    }
+        stated = {
+            "data.class_names": (list(manifest.class_names), data.class_names),
+            "seed_everything": (manifest.seed, module.seed),
+            **module.stated(manifest),
+        }
+        before, now = ({name: pair[which] for name, pair in stated.items()} for which in (0, 1))
+        refuse_other_settings(upload, before, now)
 
 
 def train_client(
-    module: CLIPLoRAModule,
+    module: ClientModule,
     data: DomainDataModule,
     folder: RunFolder,
     make_trainer: TrainerFactory,
@@ -110,7 +102,7 @@ def train_client(
 
 
 def _train(
-    module: CLIPLoRAModule,
+    module: ClientModule,
     data: DomainDataModule,
     folder: RunFolder,
     make_trainer: TrainerFactory,
@@ -120,7 +112,7 @@ def _train(
     domain = data.require_domain()
     home, reach, shown = folder.client(domain), ReachCallback(), progress(title)
     measured = [reach] if module.reach else []
-    kept = [KeepEpochs(folder.epochs(domain))] if len(module.towers) > 1 else []
+    kept = [KeepEpochs(folder.epochs(domain))] if module.keeps_epochs else []
     trainer = make_trainer(
         logger=EventLogger(home.parent, home.name),
         callbacks=[_every_epoch(home), shown, *measured, *kept],

@@ -14,13 +14,14 @@ import lightning as L
 from sap_lightning.console import track
 from sap_lightning.data.anchors import AnchorDataModule
 from sap_lightning.data.domains import DomainDataModule
+from sap_lightning.federation.homes import Homes
 from sap_lightning.federation.points import Point
 from sap_lightning.federation.run_folder import RunFolder
 from sap_lightning.io.adapter import Adapter
 from sap_lightning.merging.merged import Merged, holds
 from sap_lightning.merging.method import MergeMethod
 from sap_lightning.modules.merge import MergeModule
-from sap_lightning.results import Result, Results
+from sap_lightning.results import PERSONAL, Result, Results
 
 log = logging.getLogger(__name__)
 
@@ -43,6 +44,7 @@ class Evaluation:
         evaluator: the trainer that tests.
         results: where points are kept.
         models: the run folder that merged models are written to; nowhere if not given.
+        homes: where prompts are measured too; None for clients that send adapters.
     """
 
     def __init__(
@@ -53,6 +55,7 @@ class Evaluation:
         evaluator: L.Trainer,
         results: Results,
         models: RunFolder | None = None,
+        homes: Homes | None = None,
     ) -> None:
         self.merge = merge
         self.anchors = anchors
@@ -60,6 +63,7 @@ class Evaluation:
         self.evaluator = evaluator
         self.results = results
         self.models = models
+        self.homes = homes
         self._prepared: Preparation | None = None
 
     def measure(self, points: Sequence[Point], data: DomainDataModule) -> None:
@@ -113,6 +117,9 @@ class Evaluation:
         merged = self.become(point)
         (metrics,) = self.evaluator.test(self.merge, datamodule=data, verbose=False)
         result, accuracy = point.result, metrics["accuracy"]
+        if self.homes and point.adapters:
+            prompt = merged.update if merged else point.adapters[0].layers
+            metrics = {**metrics, PERSONAL: self.homes.accuracy(point.adapters, prompt, point.remembers)}
         log.info("%s on unseen %s, seed %d: accuracy %.3f", result.label, result.unseen, result.seed, accuracy)
         self.results.keep_predictions(result.measurement, self.merge.predictions)
         if merged is not None and (folder := self._model_folder(point)):
@@ -121,7 +128,7 @@ class Evaluation:
 
     def _model_folder(self, point: Point) -> Path | None:
         """Where the merged model of a point is kept; nowhere that of other points."""
-        if point.method is None or self.models is None or point.poisoned:
+        if point.method is None or self.models is None or point.poisoned or point.remembers:
             return None
         rejecting = "-rejecting" if self.merge.reject_outliers else ""
         return self.models.merged(point.result.unseen, f"{point.method.name}{rejecting}")

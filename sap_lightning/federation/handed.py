@@ -12,7 +12,8 @@ from sap_lightning.errors import InputError
 from sap_lightning.files import as_json, new_folder, write_files, write_json
 from sap_lightning.fingerprints import sealed, unsealed
 from sap_lightning.functional.lora import LoRALayer
-from sap_lightning.io.adapter import Adapter, Expected, adapter_files, read_adapter, sha256_of
+from sap_lightning.io.adapter import WHOLE, Adapter, Expected, sha256_of
+from sap_lightning.io.uploads import files_of, read_folder
 
 log = logging.getLogger(__name__)
 START, FOLDED = "start", "folded"
@@ -23,7 +24,7 @@ class Handed(NamedTuple):
     """What a round hands to the clients of the next one.
 
     Attributes:
-        start: the adapter that they go on from; they draw a new one if there is none.
+        start: the adapter or prompt that they go on from; they draw a new one if there is none.
         folded: what they add to the base.
     """
 
@@ -56,7 +57,7 @@ def hand_over(
     with new_folder(folder) as staging:
         for part, (layers, sent) in parts.items():
             (staging / part).mkdir()
-            write_files(staging / part, adapter_files(layers, base, sent=sent))
+            write_files(staging / part, files_of(layers, base, sent))
         write_json(staging / RECORD_FILE, sealed(as_json({**record, "adapters": adapters})))
 
 
@@ -75,10 +76,7 @@ def handed_in(folder: Path, expected: Expected, record: Mapping[str, Any]) -> Ha
         return None
     try:
         written = unsealed(json.loads((folder / RECORD_FILE).read_bytes()))
-        parts = {
-            name: read_adapter(folder / name, expected=expected if name == START else Expected())
-            for name in written["adapters"]
-        }
+        parts = {name: read_folder(folder / name, expected if name == START else WHOLE) for name in written["adapters"]}
     except (OSError, ValueError) as error:
         log.warning("%s: is not what was written (%s): made anew", folder, error)
         return None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,7 @@ from sap_lightning.data.domains import DomainDataModule
 from sap_lightning.errors import InputError, check_at_least
 from sap_lightning.federation.client import UNTRAINED, TrainerFactory, require_client
 from sap_lightning.federation.evaluation import Evaluation
+from sap_lightning.federation.homes import Homes
 from sap_lightning.federation.parallel import Training, require_parallel, train_all
 from sap_lightning.federation.points import Plan, Point, Points, Sent
 from sap_lightning.federation.poison import HONEST, Poison
@@ -26,10 +28,13 @@ from sap_lightning.io.adapter import WHOLE, Adapter, Expected
 from sap_lightning.io.manifest import check_domain
 from sap_lightning.merging import SAP, Average, MergeMethod
 from sap_lightning.merging.selection import check_rejection
-from sap_lightning.modules.clip_lora import CLIPLoRAModule
+from sap_lightning.modules.client import ClientModule
+from sap_lightning.modules.clip_prompt import CLIPPromptModule
 from sap_lightning.modules.merge import MergeModule
 from sap_lightning.modules.turn import ONE_SHOT
 from sap_lightning.results import Result, Results
+
+log = logging.getLogger(__name__)
 
 
 def server_logger(run_dir: str | Path) -> EventLogger:
@@ -71,7 +76,7 @@ class OneShotFederation:
 
     def __init__(
         self,
-        client: CLIPLoRAModule,
+        client: ClientModule,
         data: DomainDataModule,
         anchors: AnchorDataModule,
         merge: MergeModule,
@@ -96,9 +101,11 @@ class OneShotFederation:
         self.anchors = anchors
         self.merge = merge
         self.make_trainer = make_trainer
-        self.folder = RunFolder(run_dir)
+        self.folder = RunFolder(run_dir).of_kind(client.kind)
         if uploads is not None and poison.domain:
             raise InputError("federation.poison.domain: a poisoned client is one that is trained here; leave it out")
+        if uploads is not None and client.kind == "prompt":
+            raise InputError("model: prompts are measured at their clients' sites too, so these train here; use fit")
         self.uploads = uploads
         if uploads is None:
             self.clients = chosen_domains("federation.clients", clients, data.domains)
@@ -107,14 +114,14 @@ class OneShotFederation:
         self.poison = poison if poison.domain else None
         self.unseen = self._unseen(unseen)
         self.plan = plan or Plan({method.name: method for method in (Average(), merge.method or SAP())})
-        self.results = results or Results(self.folder.path)
+        self.results = results or Results(Path(run_dir))
         self.config = dict(config or {})
         self.free_settings = free_settings
         self.server = make_trainer(callbacks=[SaliencyPruneCallback()], logger=server_logger(run_dir), **UNTRAINED)
         self.evaluator = make_trainer(logger=False, **UNTRAINED)
-        self.evaluation = Evaluation(
-            merge, anchors, self.server, self.evaluator, self.results, self.folder if self.plan.keeps_models else None
-        )
+        self.homes = Homes(client, data, self.evaluator) if isinstance(client, CLIPPromptModule) else None
+        kept = self.folder if self.plan.keeps_models else None
+        self.evaluation = Evaluation(merge, anchors, self.server, self.evaluator, self.results, kept, self.homes)
         check_at_least("federation.parallel", parallel, 1)
         if parallel > 1:
             require_parallel(parallel, self.evaluator, client, data, make_trainer)
@@ -171,7 +178,8 @@ class OneShotFederation:
     def points_of(self, sent: Sent) -> Points:
         """What is measured of what was sent."""
         made_with = provenance(self.settings)
-        return Points(self.plan, sent, self.data, self.anchors, self.merge, self.evaluator.precision, made_with)
+        precision = self.evaluator.precision
+        return Points(self.plan, sent, self.data, self.anchors, self.merge, precision, made_with, self.homes)
 
     def sent_for(self, unseen: str) -> Sent:
         """What the clients sent for a model of an unseen domain; the domain's own client may be among them."""
@@ -195,10 +203,13 @@ class OneShotFederation:
         return [point.result for unseen in self.unseen for point in self.points_on(unseen)]
 
     def comparable(self) -> Results:
-        """The points of this run and, to stand beside them, earlier merges of the same clients for the same domains."""
+        """The points of this run and, to stand beside them, earlier merges of the same clients for the same domains.
+
+        Clients that sent prompts count as the same as those that sent adapters, in a run that has both.
+        """
         wanted = self.wanted()
         places = {point.place for point in wanted}
-        clients = {(point.unseen, *point.sources) for point in wanted}
+        clients = {(point.unseen, *point.sources) for point in wanted} | self._of_the_other_kind()
         earlier = [
             row
             for row in self.results.rows
@@ -209,6 +220,24 @@ class OneShotFederation:
         ]
         latest = {row.label: row.settings for row in earlier}
         return self.results.only([*wanted, *(row for row in earlier if row.settings == latest[row.label])])
+
+    def _of_the_other_kind(self) -> set[tuple[str, ...]]:
+        """What clients of the same domains sent of the other kind in this run: each one's, and all but an unseen one's.
+
+        Each begins with the unseen domain that it is for.
+        """
+        other = RunFolder(self.results.folder).of_kind("lora" if self.client.kind == "prompt" else "prompt")
+        found: set[tuple[str, ...]] = set()
+        for unseen in self.unseen:
+            folder = other.last_round(unseen)
+            uploads = [folder.upload(domain) for domain in self.clients if domain != unseen]
+            try:
+                sent = [one.sha256 for one in self.merge.read_uploads([path for path in uploads if path.exists()])]
+            except InputError as error:
+                log.warning("not beside these in the table: %s", error)
+                return set()
+            found |= {(unseen, *sent), *((unseen, one) for one in sent)}
+        return found
 
     @property
     def merging(self) -> Mapping[str, MergeMethod]:
@@ -236,7 +265,19 @@ class OneShotFederation:
             self._keep_from_anchors(unseen)
             check_domain(unseen)
         self.merge.configure_model()
-        self.merge.encode_captions(self.anchors.captions)
+        if self.client.kind == "prompt":
+            self._check_prompts()
+        else:
+            self.merge.encode_captions(self.anchors.captions)
+
+    def _check_prompts(self) -> None:
+        for method in self.merging.values():
+            self.merge.check_prompts(method)
+        if self.poison and not self.poison.poisons_labels:
+            raise InputError(
+                f"federation.poison.kind {self.poison.kind} is for adapters; of prompt clients label_flip and"
+                " label_shuffle poison the labels"
+            )
 
     def _check_number_of_clients(self) -> None:
         clients = min(len(self.senders(unseen)) for unseen in self.unseen)
@@ -278,11 +319,11 @@ class OneShotFederation:
             trainings.append(self.training(self.first_client(domain), data, folder, f"poisoned client {domain}"))
         return trainings
 
-    def first_client(self, domain: str) -> CLIPLoRAModule:
+    def first_client(self, domain: str) -> ClientModule:
         """The module that a client trains first, and only once in one shot."""
         return self.client.for_turn(ONE_SHOT)
 
-    def training(self, client: CLIPLoRAModule, data: DomainDataModule, folder: RunFolder, title: str) -> Training:
+    def training(self, client: ClientModule, data: DomainDataModule, folder: RunFolder, title: str) -> Training:
         """What a client is trained with."""
         return Training(client, data, folder, self.client_trainer, title, self.config)
 

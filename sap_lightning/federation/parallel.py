@@ -31,7 +31,7 @@ from sap_lightning.data.domains import DomainDataModule
 from sap_lightning.errors import SAID, InputError, in_one_line
 from sap_lightning.federation.client import ShowProgress, TrainerFactory, train_client
 from sap_lightning.federation.run_folder import RunFolder
-from sap_lightning.modules.clip_lora import CLIPLoRAModule
+from sap_lightning.modules.client import ClientModule
 
 log = logging.getLogger(__name__)
 SPAWN = get_context("spawn")
@@ -43,7 +43,7 @@ PATIENCE = 30.0
 class Training:
     """What a client is trained with; see `train_client`."""
 
-    module: CLIPLoRAModule
+    module: ClientModule
     data: DomainDataModule
     folder: RunFolder
     make_trainer: TrainerFactory

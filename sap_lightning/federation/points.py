@@ -11,12 +11,16 @@ from torch import nn
 
 from sap_lightning.data.anchors import AnchorDataModule
 from sap_lightning.data.domains import DomainDataModule
+from sap_lightning.federation.homes import Homes
 from sap_lightning.files import as_json
 from sap_lightning.fingerprints import digest, fingerprint
 from sap_lightning.io.adapter import Adapter
 from sap_lightning.merging.method import MergeMethod
 from sap_lightning.modules.merge import MergeModule
-from sap_lightning.results import ZERO_SHOT, Kind, Result
+from sap_lightning.results import AVERAGE, ZERO_SHOT, Kind, Result
+
+COOP, PROMPTFL, PFEDPROMPT = "coop", "promptfl", "pfedprompt"
+"""What the table calls a prompt client alone, a merge of prompts, and that where clients remember their images."""
 
 
 class Point(NamedTuple):
@@ -27,12 +31,14 @@ class Point(NamedTuple):
         adapters: what it is made of; nothing for zero-shot.
         method: how; None for zero-shot and a client alone.
         poisoned: whether one of the adapters is poisoned.
+        remembers: whether its clients add to it, each at home, what they remember of their images.
     """
 
     result: Result
     adapters: Sequence[Adapter]
     method: MergeMethod | None = None
     poisoned: bool = False
+    remembers: bool = False
 
 
 @dataclass(frozen=True)
@@ -110,6 +116,7 @@ class Points:
         merge: the module that is measured, with its base loaded.
         precision: that it is evaluated in.
         provenance: what every row was made with.
+        homes: where prompts are measured too; None for clients that send adapters.
     """
 
     def __init__(
@@ -121,7 +128,9 @@ class Points:
         merge: MergeModule,
         precision: str,
         provenance: dict[str, str],
+        homes: Homes | None = None,
     ) -> None:
+        self.homes = homes
         self.plan = plan
         self.sent = sent
         self.data = data
@@ -139,9 +148,9 @@ class Points:
         )
         yield self._point("zero-shot", ZERO_SHOT, unseen, ())
         for adapter in sorted(honest, key=lambda adapter: adapter.name):
-            yield self._point("client", f"client {adapter.name}", unseen, [adapter])
+            yield self._point("client", self._client_row(adapter), unseen, [adapter])
         for adapter in poisoned:
-            yield self._point("client", f"client {adapter.name}", unseen, [adapter], condition=self.sent.label)
+            yield self._point("client", self._client_row(adapter), unseen, [adapter], condition=self.sent.label)
         for name, method in self.plan.methods.items():
             yield from self._merges(name, unseen, honest, method)
             if poisoned:
@@ -153,7 +162,17 @@ class Points:
         rejecting = "rejecting outliers" if self.merge.reject_outliers else ""
         condition = ", ".join(filter(None, [poison, rejecting]))
         for sparsity in self.plan.sparsities_of(method):
-            yield self._point("merge", model, unseen, adapters, method, sparsity, condition)
+            yield self._point("merge", self._merge_row(model), unseen, adapters, method, sparsity, condition)
+        if self.homes and method.name == AVERAGE:
+            yield self._point("merge", PFEDPROMPT, unseen, adapters, method, None, condition, remembers=True)
+
+    def _client_row(self, adapter: Adapter) -> str:
+        return f"{COOP if self.homes else 'client'} {adapter.name}"
+
+    def _merge_row(self, model: str) -> str:
+        if self.homes is None:
+            return model
+        return PROMPTFL if model == AVERAGE else f"{PROMPTFL} {model}"
 
     def _point(
         self,
@@ -164,14 +183,17 @@ class Points:
         method: MergeMethod | None = None,
         sparsity: float | None = None,
         condition: str = "",
+        remembers: bool = False,
     ) -> Point:
         settings = settings_of(method, sparsity, self.merge, self.anchors) if method else {}
+        if self.homes and remembers:
+            settings["memory"] = self.homes.memory
         sources = [adapter.sha256 for adapter in adapters]
         result = Result(
             kind=kind,
             model=model,
             unseen=unseen,
-            measurement=self._measurement(unseen, sources, settings),
+            measurement=self._measurement(unseen, adapters, settings),
             sparsity=sparsity,
             swept=method is not None and self.plan.sweeps(method),
             seed=self.data.seed,
@@ -183,14 +205,17 @@ class Points:
             rounds=self.sent.rounds if adapters else 0,
             bytes=self.sent.bytes_before + sum(adapter.size for adapter in adapters) if adapters else 0,
         )
-        return Point(result, adapters, method, any(adapter in self.sent.poisoned for adapter in adapters))
+        poisoned = any(adapter in self.sent.poisoned for adapter in adapters)
+        return Point(result, adapters, method, poisoned, remembers)
 
-    def _measurement(self, unseen: str, sources: Sequence[str], settings: Mapping[str, Any]) -> str:
+    def _measurement(self, unseen: str, adapters: Sequence[Adapter], settings: Mapping[str, Any]) -> str:
         """A digest of all that the metrics of a model depend on."""
         images = [self.data.class_names, unseen, self._images_of(unseen)]
         prompts = [list(self.merge.templates), self._texts, self.merge.logit_scale]
         base = [self.merge.base, self.merge.base_fingerprint, self.precision]
-        return digest(images, base, prompts, sources, settings)
+        sources = [adapter.sha256 for adapter in adapters]
+        at_home = [self.homes.images(adapters)] if self.homes and adapters else []
+        return digest(images, base, prompts, sources, settings, *at_home)
 
     def _images_of(self, unseen: str) -> str:
         """Changes whenever an image of the domain does; looked up once, as the points of a run are of one state."""

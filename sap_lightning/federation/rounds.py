@@ -12,7 +12,7 @@ from typing import Any, Literal, NamedTuple
 import torch
 
 from sap_lightning.errors import InputError, check_at_least, check_share
-from sap_lightning.federation.aggregation import AGGREGATIONS, Way, joined, next_start, on_the_base
+from sap_lightning.federation.aggregation import AGGREGATIONS, PromptFL, Way, joined, next_start, on_the_base
 from sap_lightning.federation.checkpoints import last_checkpoint, optimizer_state
 from sap_lightning.federation.client import TrainerFactory
 from sap_lightning.federation.handed import Handed, hand_over, handed_in
@@ -24,6 +24,7 @@ from sap_lightning.io.adapter import Adapter, Expected
 from sap_lightning.io.uploads import read_uploads
 from sap_lightning.merging import Average, MergeMethod, method_named
 from sap_lightning.merging.clients import client_layers
+from sap_lightning.modules.client import ClientModule
 from sap_lightning.modules.clip_lora import CLIPLoRAModule
 from sap_lightning.modules.turn import Span, Turn
 
@@ -51,7 +52,8 @@ class RoundsFederation(OneShotFederation):
             as few.
         share: share of the clients that take part in a round, at least one, drawn by the seed.
         ranks: LoRA ranks of clients that train another than model.rank, by domain.
-        aggregation: what the uploads become before the next round, see :mod:`sap_lightning.federation.aggregation`.
+        aggregation: what adapters become before the next round, see :mod:`sap_lightning.federation.aggregation`; of
+            prompts it starts from their merge.
         optimizer: clients start each round with a new one (reset), or with what theirs has gathered (keep).
         schedule: the learning rate falls once over all rounds (whole), or in each (round).
         last_method: merges the last round: a method, or the name of one at its own settings; merge.method if not given.
@@ -89,8 +91,9 @@ class RoundsFederation(OneShotFederation):
         self.epochs_per_round = _shared_out(total_epochs, rounds) if total_epochs is not None else epochs_per_round
         self.share = share
         self.ranks = ranks or {}
-        self.way = aggregation
-        self.aggregation = AGGREGATIONS[aggregation]
+        prompts = self.client.kind == "prompt"
+        self.way = "promptfl" if prompts else aggregation
+        self.aggregation = PromptFL() if prompts else AGGREGATIONS[aggregation]
         self.optimizer = optimizer
         self.schedule = schedule
         self.method = method if method and self.aggregation.takes_methods else Average()
@@ -106,6 +109,8 @@ class RoundsFederation(OneShotFederation):
         if self.epochs_per_round is not None:
             check_at_least("federation.epochs_per_round", self.epochs_per_round, 1)
         check_share("federation.share", self.share)
+        if self.ranks and self.client.kind == "prompt":
+            raise InputError("federation.ranks is for clients that train LoRA; leave it out")
         if self.ranks:
             chosen_domains("federation.ranks", list(self.ranks), self.data.domains)
         for domain, rank in self.ranks.items():
@@ -179,7 +184,7 @@ class RoundsFederation(OneShotFederation):
     def points_on(self, unseen: str) -> list[Point]:
         return list(self._played[unseen].on(unseen)) if self._played else super().points_on(unseen)
 
-    def first_client(self, domain: str) -> CLIPLoRAModule:
+    def first_client(self, domain: str) -> ClientModule:
         return self.client.for_turn(self._turn(0, domain))
 
     def _turn(self, number: int, domain: str, **start: Any) -> Turn:
@@ -218,6 +223,7 @@ class RoundsFederation(OneShotFederation):
     @cached_property
     def _drawn(self) -> dict[str, LoRALayer]:
         """What all clients start from in the first round, which the seed gives the server too."""
+        assert isinstance(self.client, CLIPLoRAModule)  # of a prompt all is sent
         return self.client.drawn()
 
     def _train_round(self, unseen: str, number: int, handed: Sequence[Handed]) -> None:

@@ -13,7 +13,7 @@ import yaml
 from sap_lightning.errors import InputError
 from sap_lightning.files import write_text
 from sap_lightning.fingerprints import config_hash
-from sap_lightning.io.manifest import check_domain
+from sap_lightning.io.manifest import Kind, check_domain
 from sap_lightning.results import earlier_version, refuse_earlier
 
 log = logging.getLogger(__name__)
@@ -28,6 +28,7 @@ FREE_SETTINGS = (
     "data.domain",
     "merge.method",
     "merge.reject_outliers",
+    "model.init_args.memory",
     "sweep",
 )
 """Settings, and groups of them, that may change from one start to the next: what is in the folder does not depend on
@@ -48,7 +49,8 @@ _OF_ROUNDS = tuple(f"federation.{name}" for name in ("rounds", "share", "aggrega
 class RunFolder:
     """config.yaml, clients/<domain>, uploads/<domain>, merged/<unseen>/<method>, results, report; poisoned/<what>.
 
-    Of several rounds the first stands there, the others in rounds/<unseen>/<number>.
+    Of several rounds the first stands there, the others in rounds/<unseen>/<number>. What prompt clients train and send
+    stands in prompts/, beside what others do in the same run.
 
     Raises:
         InputError: on use, for a domain whose name would lead elsewhere.
@@ -56,6 +58,10 @@ class RunFolder:
 
     def __init__(self, path: str | Path) -> None:
         self.path = Path(path)
+
+    def of_kind(self, kind: Kind) -> RunFolder:
+        """Where clients of a kind have all but the results."""
+        return RunFolder(self.path / "prompts") if kind == "prompt" else self
 
     def client(self, domain: str) -> Path:
         """A client's checkpoint and TensorBoard events."""
@@ -81,6 +87,11 @@ class RunFolder:
     def round(self, unseen: str, number: int) -> RunFolder:
         """Training and uploads of a round, from 0; the first is the same for every unseen domain."""
         return RunFolder(self._of("rounds", unseen) / str(number)) if number else self
+
+    def last_round(self, unseen: str) -> RunFolder:
+        """The last round that has uploads for an unseen domain."""
+        numbers = [int(uploads.parent.name) for uploads in self._of("rounds", unseen).glob("*/uploads")]
+        return self.round(unseen, max(numbers, default=0))
 
     def handed(self, unseen: str, number: int) -> Path:
         """What a round hands to the clients of the next one."""

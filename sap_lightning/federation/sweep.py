@@ -12,8 +12,9 @@ from typing import Any
 from sap_lightning.errors import InputError, check_share
 from sap_lightning.federation.one_shot import OneShotFederation
 from sap_lightning.federation.points import Plan
-from sap_lightning.federation.run_folder import CONFIG_FILE, SERVER_SETTINGS, belongs_to, read_settings
+from sap_lightning.federation.run_folder import CONFIG_FILE, SERVER_SETTINGS, RunFolder, belongs_to, read_settings
 from sap_lightning.fingerprints import digest
+from sap_lightning.io.manifest import Kind
 from sap_lightning.merging import METHODS, SAP, MergeMethod
 from sap_lightning.results import Result
 
@@ -188,7 +189,11 @@ def label_of(method: MergeMethod, sap: SAP, with_sparsity: bool = False) -> str:
 
 
 def folder_of(
-    run_dir: str | Path, seed: int, variant: Mapping[str, Any], server: Sequence[str] = SERVER_SETTINGS
+    run_dir: str | Path,
+    seed: int,
+    variant: Mapping[str, Any],
+    server: Sequence[str] = SERVER_SETTINGS,
+    kind: Kind = "lora",
 ) -> Path:
     """Where clients of a seed and of settings that their training depends on are kept.
 
@@ -199,9 +204,10 @@ def folder_of(
         seed: of the clients' training.
         variant: the settings that the sweep changes, by name.
         server: settings that no client's training depends on.
+        kind: of the clients.
     """
     training = {name: value for name, value in variant.items() if not belongs_to(name, server)}
-    if not training and _seed_of(Path(run_dir)) == seed:
+    if not training and _seed_of(RunFolder(run_dir).of_kind(kind).path) == seed:
         return Path(run_dir)
     name = ",".join([f"seed_{seed}", *(f"{name}={value}" for name, value in training.items())])
     plain = re.sub(r"[^\w.,=+-]+", "_", name)

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 from flwr.app import Array, ArrayRecord, ConfigRecord, RecordDict
 
 from sap_lightning.errors import InputError, short
-from sap_lightning.io.upload_files import UPLOAD_FILES
+from sap_lightning.io.upload_files import ADAPTER_FILES
 
 MESSAGE_TYPE = "train.upload"
 MOST_BYTES = 2**28
@@ -50,7 +50,7 @@ def question_in(content: RecordDict) -> Question:
 
 def upload_record(folder: Path) -> RecordDict:
     """The files of an upload as they are sent, with the sha256 of each."""
-    files = {name: (folder / name).read_bytes() for name in UPLOAD_FILES}
+    files = {name: (folder / name).read_bytes() for name in ADAPTER_FILES}
     digests = {name: sha256(content).hexdigest() for name, content in files.items()}
     arrays = {name: Array("uint8", (len(content),), "bytes", content) for name, content in files.items()}
     return RecordDict({_FILES: ArrayRecord(arrays), _DIGESTS: ConfigRecord(dict(digests))})
@@ -64,8 +64,8 @@ def files_in(content: RecordDict) -> dict[str, bytes]:
     """
     files: dict[str, Array] = dict(content.array_records.get(_FILES, {}))
     digests = dict(content.config_records.get(_DIGESTS, {}))
-    if set(files) != set(UPLOAD_FILES):
-        raise InputError(f"sent the files {short(sorted(files))}, expected {', '.join(UPLOAD_FILES)}")
+    if set(files) != set(ADAPTER_FILES):
+        raise InputError(f"sent the files {short(sorted(files))}, expected {', '.join(ADAPTER_FILES)}")
     if (size := sum(len(array.data) for array in files.values())) > MOST_BYTES:
         raise InputError(f"sent {size} bytes, more than {MOST_BYTES}; train with a lower rank")
     for name, array in files.items():

@@ -19,6 +19,7 @@ from sap_lightning.files import new_folder, write_files
 from sap_lightning.fingerprints import hash_tensor
 from sap_lightning.functional.lora import LoRALayer
 from sap_lightning.functional.rescaling import length_of
+from sap_lightning.io.context import class_position_of
 from sap_lightning.io.factors import (
     NOTHING_BESIDE,
     Beside,
@@ -32,6 +33,7 @@ from sap_lightning.io.factors import (
 from sap_lightning.io.manifest import (
     FACTORS,
     BaseFingerprint,
+    Kind,
     Manifest,
     base_with,
     manifest_bytes,
@@ -58,7 +60,7 @@ from sap_lightning.io.weights import CompletedWeights, Weights
 
 @dataclass(frozen=True)
 class Adapter:
-    """One client's LoRA, checked against the base. Two adapters are equal when their sha256 are.
+    """One client's LoRA, or its prompt, checked against the base. Two adapters are equal when their sha256 are.
 
     Attributes:
         name: the manifest's domain, else the folder's name.
@@ -87,6 +89,11 @@ class Adapter:
     def length(self) -> float:
         """Frobenius norm of ΔW over all layers, for which they are read once."""
         return length_of(self.layers)
+
+    @property
+    def kind(self) -> Kind:
+        """What was trained: a LoRA, or a prompt, whose one layer is its context."""
+        return "prompt" if any(map(class_position_of, self.layers)) else "lora"
 
     @property
     def num_samples(self) -> int | None:
@@ -205,7 +212,7 @@ def _read(
     adapter = adapter_from(weights, config, name, manifest, shapes, beside, files.size())
     if manifest:
         with errors_in(files.place(MANIFEST_FILE)):
-            _require_agreement(manifest, adapter)
+            require_agreement(manifest, adapter)
     return adapter
 
 
@@ -219,7 +226,7 @@ def _require_parts(manifest: Manifest, expected: Expected) -> None:
         )
 
 
-def _require_agreement(manifest: Manifest, adapter: Adapter) -> None:
+def require_agreement(manifest: Manifest, adapter: Adapter) -> None:
     """Raises InputError when a manifest says what is not so."""
     if manifest.tensors_sha256 != adapter.sha256:
         raise InputError(

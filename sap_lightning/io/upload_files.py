@@ -13,8 +13,11 @@ from sap_lightning.io.rules import errors_in, object_from
 from sap_lightning.io.weights import SafetensorsFile, Weights
 
 WEIGHTS_FILE = "adapter_model.safetensors"
+PROMPT_FILE = "prompt.safetensors"
 MANIFEST_FILE = "manifest.json"
-UPLOAD_FILES = (WEIGHTS_FILE, CONFIG_FILE, MANIFEST_FILE)
+ADAPTER_FILES = (WEIGHTS_FILE, CONFIG_FILE, MANIFEST_FILE)
+UPLOAD_FILES = (*ADAPTER_FILES, PROMPT_FILE)
+"""Of an upload of any kind, which has some of them."""
 
 _MAX_JSON_BYTES = 2**20
 
@@ -31,8 +34,8 @@ class UploadFiles(Protocol):
     def json(self, name: str) -> dict[str, Any]:
         """The object in a JSON file."""
 
-    def weights(self) -> Weights:
-        """The tensors of the weights file."""
+    def weights(self, name: str = WEIGHTS_FILE) -> Weights:
+        """The tensors of a weights file."""
 
     def size(self) -> int:
         """Bytes of all files of the upload, which is what it takes on the wire."""
@@ -56,8 +59,8 @@ class FilesInFolder:
             _require_size(path.stat().st_size)
             return object_from(path.read_bytes())
 
-    def weights(self) -> Weights:
-        return SafetensorsFile.at(self._regular_file(WEIGHTS_FILE))
+    def weights(self, name: str = WEIGHTS_FILE) -> Weights:
+        return SafetensorsFile.at(self._regular_file(name))
 
     def size(self) -> int:
         return sum((self.folder / name).stat().st_size for name in UPLOAD_FILES if self.has(name))
@@ -65,14 +68,15 @@ class FilesInFolder:
     def _regular_file(self, name: str) -> Path:
         folder, path = self.folder, self.folder / name
         if not folder.is_dir():
-            raise InputError(f"{folder}: no such folder; expected one with {WEIGHTS_FILE} and {CONFIG_FILE}")
+            raise InputError(
+                f"{folder}: no such folder; expected one with {WEIGHTS_FILE} and {CONFIG_FILE}, or {PROMPT_FILE}"
+            )
         if not os.path.lexists(path):
             if name == WEIGHTS_FILE and os.path.lexists(folder / "adapter_model.bin"):
                 raise InputError(f"{folder}: adapter_model.bin is a pickle, never read; save as {WEIGHTS_FILE}")
             below = sorted(found.parent.name for found in folder.glob(f"*/{name}"))
-            advice = (
-                f"there is one in {below[0]!r} below it" if below else "save the adapter with PEFT's save_pretrained"
-            )
+            kept = "it holds no prompt" if name == PROMPT_FILE else "save the adapter with PEFT's save_pretrained"
+            advice = f"there is one in {below[0]!r} below it" if below else kept
             raise InputError(f"{path}: no such file; {advice}")
         real = Path(os.path.realpath(path))
         if not any(map(real.is_relative_to, _own_folders(folder))):
@@ -111,10 +115,10 @@ class FilesInMemory:
             _require_size(len(self._content(name)))
             return object_from(self._content(name))
 
-    def weights(self) -> Weights:
-        place = self.place(WEIGHTS_FILE)
+    def weights(self, name: str = WEIGHTS_FILE) -> Weights:
+        place = self.place(name)
         with errors_in(place):
-            return SafetensorsFile.of(self._content(WEIGHTS_FILE), place)
+            return SafetensorsFile.of(self._content(name), place)
 
     def size(self) -> int:
         return sum(len(self.files[name]) for name in UPLOAD_FILES if self.has(name))

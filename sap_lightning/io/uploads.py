@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
 import torch
@@ -12,12 +12,24 @@ from huggingface_hub import snapshot_download
 from sap_lightning.console import track
 from sap_lightning.errors import InputError, first_line
 from sap_lightning.files import cache_folder
-from sap_lightning.io.adapter import WHOLE, Adapter, Expected, PeftConfig, adapter_from, expected_base, read_adapter
-from sap_lightning.io.factors import NOTHING_BESIDE, Beside, Shapes
+from sap_lightning.functional.lora import LoRALayer
+from sap_lightning.io.adapter import (
+    WHOLE,
+    Adapter,
+    Expected,
+    PeftConfig,
+    adapter_files,
+    adapter_from,
+    expected_base,
+    read_adapter,
+)
+from sap_lightning.io.context import class_position_of
+from sap_lightning.io.factors import NOTHING_BESIDE, Beside, Factors, Shapes
 from sap_lightning.io.manifest import BaseFingerprint, require_base
-from sap_lightning.io.peft_config import CONFIG_FILE, HUB_ID
+from sap_lightning.io.peft_config import HUB_ID
+from sap_lightning.io.prompt import Room, prompt_files, read_prompt
 from sap_lightning.io.rules import errors_in
-from sap_lightning.io.upload_files import MANIFEST_FILE, WEIGHTS_FILE
+from sap_lightning.io.upload_files import PROMPT_FILE, UPLOAD_FILES, WEIGHTS_FILE, FilesInFolder
 from sap_lightning.io.weights import WeightsInMemory
 
 
@@ -28,33 +40,37 @@ def read_uploads(
     base_shapes: Shapes | None = None,
     beside: Beside = NOTHING_BESIDE,
     expected: Expected = WHOLE,
+    room: Room | None = None,
 ) -> list[Adapter]:
     """Reads and validates uploads.
 
     Args:
-        uploads: PEFT folders, hub ids (user/name), or checkpoints (.ckpt) of this package's clients.
+        uploads: PEFT folders, folders of prompts, hub ids (user/name) of either, or checkpoints (.ckpt) of this
+            package's clients.
         shapes: as for `read_adapter`.
         base_fingerprint: as for `read_adapter`.
         base_shapes: without `shapes`: of a base whose layers the adapters may name with a prefix more or less, as PEFT
             does for models with a head; layers that it lacks are left alone if it has others of the same adapter.
         beside: as for `read_adapter`.
         expected: as for `read_adapter`.
+        room: of the base's text tower for prompts; where there is none, a prompt is refused.
 
     Returns:
         The adapters in the order of the uploads.
 
     Raises:
-        InputError: when one is faulty, two are the same, or they are of different bases.
+        InputError: when one is faulty, two are the same, or they are of different bases or kinds.
     """
     found: dict[str, str] = {}
     adapters = []
     for upload in track(uploads, "reading uploads"):
-        adapter = _read(upload, shapes, base_fingerprint, beside, expected)
+        adapter = _read(upload, shapes, base_fingerprint, beside, expected, room)
         # A alone stays as the common seed drew it until B has moved.
         if adapter.sha256 in found and expected.sent != "A":
             raise InputError(f"{upload}: the same adapter as {found[adapter.sha256]}; give each upload once")
         found[adapter.sha256] = str(upload)
         adapters.append(adapter)
+    _require_one_kind(adapters)
     if shapes is None:
         found_shapes = [(one.name, {name: layer.shape for name, layer in one.layers.items()}) for one in adapters]
         _require_one_base(found_shapes)
@@ -63,22 +79,68 @@ def read_uploads(
     return adapters
 
 
+def read_folder(folder: Path, expected: Expected = WHOLE) -> Adapter:
+    """Reads what `files_of` gave, of whatever base.
+
+    Raises:
+        InputError: as `read_adapter` and `read_prompt` do.
+    """
+    if FilesInFolder(folder).has(PROMPT_FILE):
+        return read_prompt(folder)
+    return read_adapter(folder, expected=expected)
+
+
+def files_of(layers: Mapping[str, LoRALayer], base: str, sent: Factors = "AB") -> dict[str, bytes]:
+    """The files of an adapter, or of the prompt whose context is the one layer, by name.
+
+    Raises:
+        InputError: as `adapter_files` and `prompt_files` do.
+    """
+    if any(map(class_position_of, layers)):
+        return prompt_files(layers)
+    return adapter_files(layers, base, sent=sent)
+
+
 def _read(
-    upload: str | Path, shapes: Shapes | None, base_fingerprint: BaseFingerprint, beside: Beside, expected: Expected
+    upload: str | Path,
+    shapes: Shapes | None,
+    base_fingerprint: BaseFingerprint,
+    beside: Beside,
+    expected: Expected,
+    room: Room | None,
 ) -> Adapter:
     path = Path(upload)
     if path.suffix == ".ckpt" and path.is_file():
         return _read_checkpoint(path, shapes, base_fingerprint)
     if not path.exists() and HUB_ID.fullmatch(str(upload)):
         path = _download(str(upload))
+    if FilesInFolder(path).has(PROMPT_FILE):
+        return _read_prompt(path, base_fingerprint, room)
     return read_adapter(path, shapes, base_fingerprint, beside, expected)
+
+
+def _read_prompt(path: Path, base_fingerprint: BaseFingerprint, room: Room | None) -> Adapter:
+    if room is None:
+        raise InputError(f"{path}: holds a prompt, which only a CLIP base reads; set --model.base to the one it is for")
+    if FilesInFolder(path).has(WEIGHTS_FILE):
+        raise InputError(f"{path}: holds {PROMPT_FILE} and {WEIGHTS_FILE}; send one upload a folder")
+    return read_prompt(path, room, base_fingerprint)
+
+
+def _require_one_kind(adapters: Sequence[Adapter]) -> None:
+    """Adapters and prompts change different parts of the base; so do prompts with the class's name elsewhere."""
+    for adapter in adapters:
+        first = adapters[0]
+        if "prompt" in (adapter.kind, first.kind) and {*adapter.layers} != {*first.layers}:
+            said = ", ".join(f"{one.name!r} of {min(one.layers)}" for one in (first, adapter))
+            raise InputError(f"uploads are {said}; merge adapters alone, or prompts with the class's name at one place")
 
 
 def _download(hub_id: str) -> Path:
     folder = cache_folder() / "uploads" / hub_id.replace("/", "--")
     try:
         # Into a folder of its own: the hub's cache is made of links, and an upload may not lead outside its folder.
-        snapshot_download(hub_id, local_dir=folder, allow_patterns=[WEIGHTS_FILE, CONFIG_FILE, MANIFEST_FILE])
+        snapshot_download(hub_id, local_dir=folder, allow_patterns=list(UPLOAD_FILES))
     except Exception as error:  # the hub's client raises many kinds
         raise InputError(f"{hub_id}: no such folder, and not to be had from the hub: {first_line(error)}") from error
     return folder

@@ -19,6 +19,7 @@ class Average(LayerwiseMethod):
 
     name = "average"
     takes_any_weights = True
+    merges_prompts = True
 
     def merge_layer(self, layers: Sequence[LoRALayer], weights: Sequence[float]) -> Update:
         return weighted_sum(layers, weights)

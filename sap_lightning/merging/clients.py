@@ -122,4 +122,11 @@ def doubts_about(adapters: Sequence[Adapter]) -> list[str]:
     if len(bases) > 1:
         said = ", ".join(f"{client!r} on {base}" for base, client in sorted(bases.items()))
         doubts.append(f"uploads say that they were trained on different bases: {said}")
+    seeds = {one.manifest.seed: one.name for one in reversed(adapters) if one.manifest and one.kind == "prompt"}
+    if len(seeds) > 1:
+        said = ", ".join(f"{client!r} from {seed}" for seed, client in sorted(seeds.items()))
+        doubts.append(
+            f"prompts say that they were trained from different seeds: {said}; if their contexts started apart, an"
+            " average of them mixes what does not belong together"
+        )
     return doubts

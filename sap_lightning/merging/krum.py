@@ -30,6 +30,7 @@ class Krum(MergeMethod):
     """
 
     name = "krum"
+    merges_prompts = True
 
     byzantine: int = 0
     multi: int = 1

@@ -21,6 +21,7 @@ class Median(LayerwiseMethod):
 
     name = "median"
     uses_weights = False
+    merges_prompts = True
 
     def merge_layer(self, layers: Sequence[LoRALayer], weights: Sequence[float]) -> Tensor:
         return coordinatewise(median, layers)

@@ -1,4 +1,4 @@
-"""What a merge leaves behind: a PEFT adapter or a CLIPModel folder, its record, its model card, a copy on the hub."""
+"""What a merge leaves behind: a PEFT adapter, a CLIPModel or a prompt; its record, its card, a copy on the hub."""
 
 from __future__ import annotations
 
@@ -22,13 +22,19 @@ from sap_lightning.fingerprints import sealed, unsealed
 from sap_lightning.functional.lora import LoRALayer, Update, dense, recompress
 from sap_lightning.functional.rescaling import relative_error
 from sap_lightning.io.adapter import Adapter, adapter_files
+from sap_lightning.io.context import as_layer
+from sap_lightning.io.manifest import Kind
 from sap_lightning.io.peft_config import HUB_ID, public_name
+from sap_lightning.io.prompt import prompt_files
 from sap_lightning.merging.method import MergeMethod, Prepared
 from sap_lightning.models.clip import load_clip
 from sap_lightning.models.layers import linear_weight, model_type
 
 log = logging.getLogger(__name__)
 Format = Literal["auto", "adapter", "model"]
+Form = Literal["adapter", "model", "prompt"]
+LIBRARIES: dict[Form, str] = {"adapter": "peft", "model": "transformers", "prompt": "sap_lightning"}
+"""What loads each form of a merge."""
 RECORD_FILE = "merge.json"
 CARD_FILE = "README.md"
 EXACT = 1e-5
@@ -67,6 +73,11 @@ class Merged:
             return self
         return replace(self, update=self.prepared.apply(sparsity), sparsity=sparsity)
 
+    @property
+    def kind(self) -> Kind:
+        """What was merged: LoRA adapters, or prompts."""
+        return self.adapters[0].kind
+
     @cached_property
     def base_type(self) -> str:
         """What the base's config says it is: clip, bert, …"""
@@ -93,14 +104,14 @@ class Merged:
         """
         if not all(dense(layer).isfinite().all() for layer in self.update.values()):
             raise InputError(f"the merge by {self.method.name} is not finite: {self.record()['settings']}; check these")
-        as_adapter = self._writes_adapter(format, rank)
+        form = self._form(format, rank)
         with new_folder(folder) as staging:
-            error = self._save_adapter(staging, rank) if as_adapter else self._save_model(staging)
-            card = self.card("peft" if as_adapter else "transformers", metrics or {})
+            error = self._save(form, staging, rank)
+            card = self.card(LIBRARIES[form], metrics or {})
             write_text(staging / CARD_FILE, f"{card}\n")
             files = {"files": {file.name: _sha256_of(file) for file in staging.iterdir()}}
             write_json(staging / RECORD_FILE, sealed(self.record() | self._outcome(error, metrics or {}) | files))
-        log.info("merged %s written to %s", "adapter" if as_adapter else "model", folder)
+        log.info("merged %s written to %s", form, folder)
         return Path(folder)
 
     def stands_in(self, folder: Path) -> bool:
@@ -137,11 +148,12 @@ class Merged:
         data = ModelCardData(
             base_model=self.base if HUB_ID.fullmatch(self.base) and not Path(self.base).exists() else None,
             library_name=library,
-            tags=["merge", "lora", "sap_lightning", self.method.name],
+            tags=["merge", self.kind, "sap_lightning", self.method.name],
         )
         return ModelCard.from_template(
             data,
             template_path=str(Path(__file__).with_name("card.md.j2")),
+            sources="LoRA adapters" if self.kind == "lora" else "prompts",
             method=self.method.name,
             base=public_name(self.base),
             record=self.record(),
@@ -151,15 +163,28 @@ class Merged:
             metrics=metrics,
         )
 
-    def _writes_adapter(self, format: str, rank: int | None) -> bool:
+    def _form(self, format: Format, rank: int | None) -> Form:
+        if self.kind == "prompt":
+            return "prompt"
         if self.base_type != "clip":
             if format == "model":
                 raise InputError(
                     f"merge.format model: {self.base} is a {self.base_type} model; only a CLIPModel can be written"
                 )
-            return True
+            return "adapter"
         exact = all(isinstance(layer, LoRALayer) for layer in self.update.values())
-        return format == "adapter" or (format == "auto" and (exact or rank is not None))
+        return "adapter" if format == "adapter" or (format == "auto" and (exact or rank is not None)) else "model"
+
+    def _save(self, form: Form, folder: Path, rank: int | None) -> float:
+        """Writes the model, and returns its relative error."""
+        if form == "prompt":
+            return self._save_prompt(folder)
+        return self._save_adapter(folder, rank) if form == "adapter" else self._save_model(folder)
+
+    def _save_prompt(self, folder: Path) -> float:
+        layers = {name: as_layer(dense(layer)) for name, layer in self.update.items()}
+        write_files(folder, prompt_files(layers))
+        return 0.0
 
     def _save_adapter(self, folder: Path, rank: int | None) -> float:
         names = track(list(self.update), "writing: layers")

@@ -54,6 +54,8 @@ class MergeMethod(ABC):
         asks_by_batch: whether what ``prepare`` is told depends on how the anchors are batched.
         uses_weights: whether clients' weights have a say.
         takes_any_weights: whether they may also be negative.
+        merges_prompts: whether its result moves as all updates are moved. A context needs that, whose numbers are no
+            changes of a base's, of which nothing would be 0.
     """
 
     name = ""
@@ -61,6 +63,7 @@ class MergeMethod(ABC):
     asks_by_batch = False
     uses_weights = True
     takes_any_weights = False
+    merges_prompts = False
     has_masks = False
     sparsity: float | None = None
 

@@ -30,6 +30,7 @@ class TrimmedMean(LayerwiseMethod):
 
     name = "trimmed_mean"
     uses_weights = False
+    merges_prompts = True
 
     trim: float = 0.1
 

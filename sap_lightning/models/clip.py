@@ -35,7 +35,7 @@ class TextEncoder:
         config = cast(CLIPTextConfig, clip.config.text_config)
         self.model = clip.text_model
         self.projection = clip.text_projection
-        self.tower = nn.ModuleDict({"text_model": clip.text_model, "text_projection": clip.text_projection})
+        self.tower = nn.ModuleDict({"text_model": clip.text_model, "text_projection": clip.text_projection}).eval()
         self.tokenizer = _load_tokenizer(base, config.vocab_size)
         self.max_length = config.max_position_embeddings
 
@@ -50,7 +50,21 @@ class TextEncoder:
         tokens = self.tokenizer(
             list(texts), padding=True, truncation=True, max_length=self.max_length, return_tensors="pt"
         ).to(self.model.device)
-        return normalize(self.projection(self.model(**tokens).pooler_output), dim=-1)
+        return self.features_of(**tokens)
+
+    def features_of(self, input_ids: Tensor, attention_mask: Tensor | None = None) -> Tensor:
+        """Normalised features, shape (n, d), of token ids (n, length) from their start to their end, and padding."""
+        pooled = self.model(input_ids=input_ids, attention_mask=attention_mask).pooler_output
+        return normalize(self.projection(pooled), dim=-1)
+
+    def tokens(self, text: str) -> list[int]:
+        """The ids of a text's tokens, without those of its start and end."""
+        return list(self.tokenizer(text, add_special_tokens=False).input_ids)
+
+    @property
+    def token_embedding(self) -> nn.Embedding:
+        """The table of token embeddings, of as many columns as the tower is wide."""
+        return cast(nn.Embedding, self.model.get_input_embeddings())
 
     def class_features(
         self, class_names: Sequence[str], templates: Sequence[str], with_gradients: bool = False

@@ -1,4 +1,4 @@
-"""A model that wears an update: base + ΔW, and the base again, bit for bit."""
+"""A model that wears an update: base + ΔW or a context of prompts, and the base again, bit for bit."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from sap_lightning.functional.lora import Update, dense
+from sap_lightning.io.context import class_position_of
 from sap_lightning.io.peft_config import in_text_tower
 from sap_lightning.models.layers import linear_weight
 
@@ -40,13 +41,17 @@ class Patched:
     @torch.inference_mode(False)
     @torch.no_grad()
     def set_update(self, update: Mapping[str, Update]) -> None:
-        """The weights become base + ΔW; an empty update gives the base back."""
+        """The weights become base + ΔW; an empty update gives the base back.
+
+        A context is no weight of the towers: whoever writes class prompts finds it in the update.
+        """
         if self.changes_text or any(map(in_text_tower, update)):
             self.text_version += 1
         for name, weight in self._base.items():
             self.weight(name).copy_(weight)
-        self._base = {name: self.weight(name).cpu().clone() for name in update}
-        for name, layer in update.items():
+        weights = {name: layer for name, layer in update.items() if class_position_of(name) is None}
+        self._base = {name: self.weight(name).cpu().clone() for name in weights}
+        for name, layer in weights.items():
             weight = self.weight(name)
             weight.add_(dense(layer).to(weight.device))
         self.update = dict(update)

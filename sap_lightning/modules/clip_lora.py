@@ -2,19 +2,18 @@
 
 from __future__ import annotations
 
-import copy
 import math
 from collections.abc import Sequence
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any, Literal, Self, get_args
 
 import torch
 from lightning.pytorch.utilities.types import OptimizerLRSchedulerConfig
 from peft import LoraConfig, get_peft_model
 from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
-from torch.nn.functional import cross_entropy, normalize
+from torch.nn.functional import normalize
 from torch.optim.lr_scheduler import LambdaLR
 from transformers import get_constant_schedule_with_warmup, get_cosine_schedule_with_warmup
 
@@ -27,13 +26,14 @@ from sap_lightning.io.manifest import Manifest, base_with
 from sap_lightning.io.peft_config import in_text_tower, public_name
 from sap_lightning.models.clip import Base, TextEncoder, load_base
 from sap_lightning.models.layers import layer_shapes, linear_weight
-from sap_lightning.modules.classifier import CLIPClassifier, data_of
-from sap_lightning.modules.turn import ONE_SHOT, Turn
+from sap_lightning.modules.classifier import data_of
+from sap_lightning.modules.client import ClientModule
+from sap_lightning.modules.turn import Turn
 
 Tower = Literal["vision", "text"]
 
 
-class CLIPLoRAModule(CLIPClassifier):
+class CLIPLoRAModule(ClientModule):
     """Fine-tunes LoRA on CLIP with cross-entropy of images against class prompts.
 
     The features of the prompts are computed once, but for a client that adapts the text tower: there they follow the
@@ -76,25 +76,19 @@ class CLIPLoRAModule(CLIPClassifier):
         reach: bool = True,
         seed: int = 0,
     ) -> None:
-        super().__init__()
+        super().__init__(base, templates, seed)
         self.save_hyperparameters()
-        self.base = base
         self.rank = rank
         self.alpha = alpha
         self.dropout = dropout
         self.targets = targets
         self.towers = towers
-        self.templates = templates
         self.learning_rate = learning_rate
         self.weight_decay = weight_decay
         self.warmup = warmup
         self.schedule = schedule
         self.label_smoothing = label_smoothing
         self.reach = reach
-        self.seed = seed
-        # Checkpoints hold the adapter without the frozen base (on_save_checkpoint).
-        self.strict_loading = False
-        self._turn = ONE_SHOT
         self._first_step = 0
         self._trained_texts: TextEncoder | None = None
         self._check_settings()
@@ -111,15 +105,9 @@ class CLIPLoRAModule(CLIPClassifier):
         for name in ("dropout", "warmup", "label_smoothing"):
             check_share(f"model.{name}", getattr(self, name))
 
-    def for_turn(self, turn: Turn) -> CLIPLoRAModule:
-        """An untrained module of the same settings, for a turn in one of several rounds.
-
-        Before the last round nobody asks how far the adapter reaches, so it is not measured.
-        """
-        other = copy.deepcopy(self)
-        other._turn = turn
+    def for_turn(self, turn: Turn) -> Self:
+        other = super().for_turn(turn)
         other.rank = other.hparams["rank"] = turn.rank or self.rank
-        other.reach = self.reach and turn.is_last
         return other
 
     def configure_model(self) -> None:
@@ -194,24 +182,6 @@ class CLIPLoRAModule(CLIPClassifier):
         # Dropout draws the same values whether or not training was interrupted before this step.
         torch.manual_seed(self.seed + self._first_step + self.global_step)
 
-    def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
-        logits = self(batch.images)
-        loss = cross_entropy(logits, batch.labels, label_smoothing=self.label_smoothing)
-        self.log("train/loss", loss, prog_bar=True)
-        self.log("train/accuracy", (logits.detach().argmax(1) == batch.labels).float().mean())
-        return loss
-
-    def validation_step(self, batch: Batch, batch_idx: int) -> None:
-        logits = self(batch.images)
-        self.metrics.update(logits, batch.labels)
-        loss = cross_entropy(logits, batch.labels)
-        self.log("val/loss", loss, batch_size=len(batch.labels), sync_dist=True)
-        # What Lightning's own examples have callbacks monitor.
-        self.log("val_loss", loss, batch_size=len(batch.labels), sync_dist=True, logger=False)
-
-    def on_validation_epoch_end(self) -> None:
-        self.log_accuracy("val/")
-
     def configure_optimizers(self) -> OptimizerLRSchedulerConfig:
         trainable = [parameter for parameter in self.parameters() if parameter.requires_grad]
         # With its initial rate, as a schedule that does not begin here needs it.
@@ -234,22 +204,24 @@ class CLIPLoRAModule(CLIPClassifier):
             return get_constant_schedule_with_warmup(optimizer, rising, last_epoch=done - 1)
         return get_cosine_schedule_with_warmup(optimizer, rising, steps, last_epoch=done - 1)
 
-    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        trained = {name for name, parameter in self.named_parameters() if parameter.requires_grad}
-        checkpoint["state_dict"] = {k: v for k, v in checkpoint["state_dict"].items() if k in trained}
-        checkpoint["base_fingerprint"] = self.base_fingerprint
-
     def layers(self) -> dict[str, LoRALayer]:
         """The trained adapter by layer name in CLIPModel, float32 on the CPU."""
         assert self.tower is not None
         return _lora_layers(self.tower)
 
-    def write_upload(self, folder: str | Path, domain: str, num_samples: int, reach: Reach | None = None) -> Path:
-        """Writes what the client sends: the adapter in PEFT format and its manifest, which says how far it reaches.
+    @property
+    def keeps_epochs(self) -> bool:  # type: ignore[override]  # by its settings
+        return len(self.towers) > 1
 
-        Raises:
-            InputError: when the folder already exists.
-        """
+    def stated(self, manifest: Manifest) -> dict[str, tuple[Any, Any]]:
+        return {
+            "model.alpha": (manifest.alpha, self.alpha),
+            "model.rank": (manifest.rank, self.rank),
+            "model.targets": (list(manifest.targets), list(self.targets)),
+        }
+
+    def write_upload(self, folder: str | Path, domain: str, num_samples: int, reach: Reach | None = None) -> Path:
+        """Writes the adapter in PEFT format, and its manifest."""
         layers, sent = self.layers(), self._turn.sent
         if sent == "A":  # what stays at home counts as nothing
             layers = {name: layer._replace(B=torch.zeros_like(layer.B)) for name, layer in layers.items()}

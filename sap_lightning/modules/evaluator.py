@@ -13,6 +13,7 @@ from sap_lightning.functional.lora import Update
 from sap_lightning.io.adapter import Adapter
 from sap_lightning.models.clip import TextEncoder, load_base
 from sap_lightning.models.patched import Patched
+from sap_lightning.models.prompt import prompted_features
 from sap_lightning.models.stem import StemCache, first_changed
 from sap_lightning.modules.classifier import CLIPClassifier, data_of
 from sap_lightning.results import Predictions
@@ -53,7 +54,7 @@ class CLIPEvaluator(CLIPClassifier):
             self._patched = Patched(self.tower, self.texts.tower)
 
     def set_update(self, update: Mapping[str, Update]) -> None:
-        """The towers' weights become base + ΔW; an empty update gives the base back, bit for bit."""
+        """The towers' weights become base + ΔW, or class prompts get a context; an empty one gives the base back."""
         self.configure_model()
         self._patched.set_update(update)
 
@@ -68,7 +69,9 @@ class CLIPEvaluator(CLIPClassifier):
         names = data_of(self.trainer).class_names
         if (self.class_names, self._classes_by) != (names, self._patched.text_version):
             self._classes_by = self._patched.text_version
-            self.use_classes(names, self.texts.class_features(names, self.templates))
+            prompted = prompted_features(self.texts, names, self._patched.update)
+            plain = self.texts.class_features(names, self.templates) if prompted is None else prompted
+            self.use_classes(names, plain)
 
     def predict_step(self, batch: Batch, batch_idx: int) -> Tensor:
         """Probability of every class, shape (n, classes), float32 on the CPU."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from functools import cached_property, partial
@@ -20,13 +21,14 @@ from sap_lightning.io.adapter import WHOLE, Adapter, Expected, adapter_from_byte
 from sap_lightning.io.factors import Beside, Shapes
 from sap_lightning.io.peft_config import in_text_tower
 from sap_lightning.io.uploads import read_uploads
-from sap_lightning.merging import MergeMethod, method_named
+from sap_lightning.merging import METHODS, MergeMethod, method_named
 from sap_lightning.merging.clients import Weights, client_weights, doubts_about
 from sap_lightning.merging.merged import Format, Merged
 from sap_lightning.merging.method import check_weights, required
 from sap_lightning.merging.selection import Selection, doubts_on_anchors, without_outliers
 from sap_lightning.models.layers import base_weight, layer_shapes, linear_shapes, model_type
 from sap_lightning.models.probe import AnchorProbe, Memory
+from sap_lightning.models.prompt import room_in
 from sap_lightning.modules.classifier import data_of
 from sap_lightning.modules.evaluator import CLIPEvaluator
 
@@ -136,7 +138,8 @@ class MergeModule(CLIPEvaluator):
         beside = Beside(self.drop_heads, partial(base_weight, self.base))
         if self.base_type != "clip":
             return read_uploads(uploads, base_shapes=linear_shapes(self.base), beside=beside)
-        return read_uploads(uploads, self._layer_shapes(), self._fingerprint_for, beside=beside, expected=expected)
+        shapes, room = self._layer_shapes(), room_in(self.texts)
+        return read_uploads(uploads, shapes, self._fingerprint_for, beside=beside, expected=expected, room=room)
 
     def read_upload(self, files: Mapping[str, bytes], sender: str) -> Adapter:
         """Reads and validates an upload that came over a network, as `adapter_from_bytes` does.
@@ -206,6 +209,20 @@ class MergeModule(CLIPEvaluator):
                 f" {self.base_type} model; use one that needs none, such as --merge.method average or ties"
             )
 
+    def check_prompts(self, method: MergeMethod) -> None:
+        """Raises InputError when prompts cannot be merged by a method, or as this module is set."""
+        if not method.merges_prompts:
+            able = ", ".join(name for name, other in METHODS.items() if other.merges_prompts)
+            raise InputError(f"merge.method {method.name} does not merge prompts, only adapters; prompts have {able}")
+        if self.reject_outliers:
+            raise InputError(
+                "merge.reject_outliers is for adapters: prompts change nothing that anchors are asked about"
+            )
+        if self.format != "auto" or self.rank is not None:
+            raise InputError("merge.format and merge.rank are for adapters; what a merge of prompts writes is a prompt")
+        if not isinstance(self.weights, str) and not math.isclose(sum(self.weights), 1):
+            raise InputError(f"merge.weights {self.weights}: those of prompts must add up to 1")
+
     def merge(self, anchors: AnchorProbe | None = None) -> Merged:
         """Merges the adapters and, of a CLIP base, wears the result.
 
@@ -215,6 +232,8 @@ class MergeModule(CLIPEvaluator):
         if not self.adapters:
             raise InputError("nothing to merge: give at least one upload")
         method = self.merge_method
+        if self.adapters[0].kind == "prompt":
+            self.check_prompts(method)
         if not isinstance(self.weights, str):
             check_weights(method, self.weights)
         doubts = doubts_about(self.adapters)

@@ -23,7 +23,16 @@ from sap_lightning.functional.statistics import Spread
 from sap_lightning.functional.traffic import fedavg_bytes, one_shot_bytes
 from sap_lightning.reporting.evidence import Client, Evidence
 from sap_lightning.reporting.sentences import anchor_sentences, summary
-from sap_lightning.reporting.table import TableRow, best_cells, bytes_text, interval_text, left_out
+from sap_lightning.reporting.table import (
+    PERSONAL_COLUMN,
+    TableRow,
+    best_cells,
+    bytes_text,
+    cells_of,
+    has_personal,
+    interval_text,
+    left_out,
+)
 from sap_lightning.results import Results
 
 REPORT_FILE = "report.html"
@@ -76,6 +85,7 @@ def write_report(
         summary=summary(rows),
         unseen=list(unseen),
         table=_html_rows(rows),
+        personal=PERSONAL_COLUMN if has_personal(rows) else "",
         clients=any(row.kind == "client" for row in rows),
         left_out=left_out(results),
         wire=_wire(rows),
@@ -164,7 +174,7 @@ def _html_rows(rows: Sequence[TableRow]) -> list[_Row]:
     return [
         _Row(
             row.label,
-            [_parts(cell, top) for cell, top in zip([*row.cells, row.mean], best, strict=True)],
+            [_parts(cell, top) for cell, top in zip(cells_of(row, rows), best, strict=True)],
             f"{row.ece:.3f}",
             [interval_text(value).replace("-", "−") for value in (row.over_average, row.over_zero_shot)],
         )

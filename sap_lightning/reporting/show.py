@@ -29,7 +29,7 @@ def show(federation: OneShotFederation, results: Results, report: bool = True) -
     rows = tabulate(results, unseen)
     if federation.server.is_global_zero:
         print_table(rows, unseen, left_out(results))
-    if report:
+    if report and federation.client.kind == "lora":  # it is about adapters: layers, masks, anchors
         _report(federation, results, rows)
     if federation.server.is_global_zero:
         table = markdown_table(rows, unseen)

@@ -14,9 +14,9 @@ from torch import Tensor
 
 from sap_lightning.escapes import for_markdown, for_terminal
 from sap_lightning.functional.statistics import Interval, Spread, bootstrap_difference, mean_and_std
-from sap_lightning.results import AVERAGE, Kind, Result, Results
+from sap_lightning.results import AVERAGE, PERSONAL, Kind, Result, Results
 
-BEST_CLIENT = "best client"
+PERSONAL_COLUMN = "personal"
 MANY = 12
 """With more merge methods than that a table is a ranking."""
 
@@ -30,6 +30,8 @@ class TableRow(NamedTuple):
         model: what the model is called.
         cells: top-1 accuracy on each unseen domain; None where the model has none.
         mean: over the unseen domains, its spread over seeds.
+        personal: of prompts, accuracy on what the clients held back of their own domains, mean over the unseen domains
+            and its spread over seeds.
         ece: expected calibration error, mean over domains and seeds.
         over_average: paired difference to the plain average on the same images, with a 95 % bootstrap interval.
         over_zero_shot: the same to zero-shot.
@@ -42,6 +44,7 @@ class TableRow(NamedTuple):
     model: str
     cells: list[Spread | None]
     mean: Spread
+    personal: Spread | None
     ece: float
     over_average: Interval | None
     over_zero_shot: Interval | None
@@ -52,8 +55,8 @@ class TableRow(NamedTuple):
 def tabulate(results: Results, unseen: Sequence[str]) -> list[TableRow]:
     """The table's rows in the order of the labels, best client after the clients; many methods by their means.
 
-    The best client is for each unseen domain the client that does best there: an upper bound on choosing one, since
-    the choice takes labels of the unseen domain.
+    The best client is for each unseen domain the client that does best there, of those that sent the same kind of
+    thing: an upper bound on choosing one, since the choice takes labels of the unseen domain.
     """
     rows = [[row for row in results.of(label) if row.unseen in unseen] for label in results.labels]
     clients = [row for of in rows for row in of if row.kind == "client" and not row.condition]
@@ -73,32 +76,42 @@ def _ranked(rows: list[TableRow]) -> list[TableRow]:
 
 
 def _best_clients(clients: Iterable[Result]) -> list[list[Result]]:
-    best: dict[tuple[str, int, str], Result] = {}
+    best: dict[tuple[str, str, int, str], Result] = {}
     for row in clients:
-        place = row.variant_label, row.seed, row.unseen
+        kind = row.model.split()[0]  # client or coop, before the domain
+        place = f"best {kind}", row.variant_label, row.seed, row.unseen
         best[place] = max(best.get(place, row), row, key=lambda one: one.metrics["accuracy"])
     by_label: dict[str, list[Result]] = defaultdict(list)
-    for row in best.values():
-        by_label[f"{BEST_CLIENT}{row.variant_label}"].append(replace(row, model=BEST_CLIENT))
+    for (model, variant, *_), row in best.items():
+        by_label[f"{model}{variant}"].append(replace(row, model=model))
     return list(by_label.values())
 
 
 def _table_row(results: Results, row: list[Result], every: Sequence[Result], unseen: Sequence[str]) -> TableRow:
-    by_seed: dict[int, list[float]] = defaultdict(list)
-    for result in row:
-        by_seed[result.seed].append(result.metrics["accuracy"])
+    mean = _over_seeds(row, "accuracy")
+    assert mean is not None  # every result has it
     return TableRow(
         row[0].label,
         row[0].kind,
         row[0].model,
         [_spread([r.metrics["accuracy"] for r in row if r.unseen == domain]) for domain in unseen],
-        Spread(*mean_and_std([sum(values) / len(values) for values in by_seed.values()]), len(by_seed)),
+        mean,
+        _over_seeds(row, PERSONAL),
         sum(result.metrics["ece"] for result in row) / len(row),
         difference(results, row, [r for r in every if r.model == AVERAGE and r.condition == row[0].condition]),
         difference(results, row, [r for r in every if r.kind == "zero-shot"]),
         max(result.rounds for result in row),
         _mean_bytes(row),
     )
+
+
+def _over_seeds(row: Iterable[Result], metric: str) -> Spread | None:
+    """Mean of a metric over unseen domains, and its spread over seeds; None where it was not measured."""
+    by_seed: dict[int, list[float]] = defaultdict(list)
+    for result in row:
+        if metric in result.metrics:
+            by_seed[result.seed].append(result.metrics[metric])
+    return _spread([sum(values) / len(values) for values in by_seed.values()])
 
 
 def _mean_bytes(row: Sequence[Result]) -> float | None:
@@ -135,14 +148,17 @@ def left_out(results: Results) -> list[str]:
 
 def rich_table(rows: Sequence[TableRow], unseen: Sequence[str]) -> Table:
     """The table for a terminal, the best of each column in bold; – where a client has seen the domain."""
-    caption = "a client has no accuracy on its own domain, and its mean leaves it out"
-    partial = any(None in row.cells for row in rows)
-    table = Table("model", title="top-1 accuracy on unseen domains", caption=caption if partial else None)
-    for domain in [*unseen, "mean"]:
-        table.add_column(for_terminal(domain), justify="right")
+    caption = []
+    if any(None in row.cells for row in rows):
+        caption.append("a client has no accuracy on its own domain, and its mean leaves it out")
+    if has_personal(rows):
+        caption.append("personal: at the clients' own sites, whose domains the model has seen")
+    table = Table("model", title="top-1 accuracy on unseen domains", caption="\n".join(caption) or None)
+    for column in [*unseen, "mean", *([PERSONAL_COLUMN] if has_personal(rows) else [])]:
+        table.add_column(for_terminal(column), justify="right")
     best = best_cells(rows)
     for row in rows:
-        cells = zip([*row.cells, row.mean], best, strict=True)
+        cells = zip(cells_of(row, rows), best, strict=True)
         marked = (_marked(cell, top, "[bold]{}[/bold]").replace(" ± 0.", "±.") for cell, top in cells)
         table.add_row(for_terminal(row.label), *marked)
     return table
@@ -161,23 +177,37 @@ def markdown_table(rows: Sequence[TableRow], unseen: Sequence[str]) -> str:
 
     Where there were several rounds it says how many, and what has crossed the wire.
     """
-    head = ["model", *map(for_markdown, unseen), "mean", "ECE", "over average [95 %]", "over zero-shot [95 %]"]
+    personal = [PERSONAL_COLUMN] if has_personal(rows) else []
+    head = ["model", *map(for_markdown, unseen), "mean", *personal]
+    head += ["ECE", "over average [95 %]", "over zero-shot [95 %]"]
     several = any(row.rounds > 1 for row in rows)
     head += ["rounds", "bytes"] if several else []
     lines = [head, ["---"] + ["---:"] * (len(head) - 1)]
     best = best_cells(rows)
     for row in rows:
-        cells = [_marked(cell, top, "**{}**") for cell, top in zip([*row.cells, row.mean], best, strict=True)]
+        cells = [_marked(cell, top, "**{}**") for cell, top in zip(cells_of(row, rows), best, strict=True)]
         differences = [interval_text(value) for value in (row.over_average, row.over_zero_shot)]
         wire = [str(row.rounds), "–" if row.bytes is None else bytes_text(round(row.bytes))] if several else []
         lines.append([for_markdown(row.label), *cells, f"{row.ece:.3f}", *differences, *wire])
     return "\n".join(f"| {' | '.join(line)} |" for line in lines) + "\n"
 
 
+def has_personal(rows: Sequence[TableRow]) -> bool:
+    """Whether the table has a column for accuracy at the clients' own sites."""
+    return any(row.personal for row in rows)
+
+
+def cells_of(row: TableRow, rows: Sequence[TableRow]) -> list[Spread | None]:
+    """The accuracies of a row of the table: on each unseen domain, their mean, and at home where any row has that."""
+    return [*row.cells, row.mean, *([row.personal] if has_personal(rows) else [])]
+
+
 def best_cells(rows: Sequence[TableRow]) -> list[float]:
-    """The highest value of each unseen domain, and of the means over all of them, as printed."""
+    """The highest value of each unseen domain, of the means over all of them and of the personal ones, as printed."""
     whole = [row.mean for row in rows if None not in row.cells]
     columns = [*zip(*(row.cells for row in rows), strict=True), whole]
+    if has_personal(rows):
+        columns.append([row.personal for row in rows])
     return [max((round(cell.mean, 3) for cell in column if cell), default=0.0) for column in columns]
 
 

@@ -54,7 +54,7 @@ def test_a_line_of_results_csv_is_one_point_with_what_it_was_made_with(finished)
     assert len(lines) == 4 * (1 + 3 + 2)
     assert list(lines[0]) == [
         "row", "model", "sparsity", "unseen", "seed", "condition", "variant", "accuracy", "macro_accuracy", "ece",
-        "rounds", "bytes", "rejected",
+        "personal_accuracy", "rounds", "bytes", "rejected",
         "settings", "sources", "measurement", "config", "commit", "versions",
     ]  # fmt: skip
     for line in lines:
