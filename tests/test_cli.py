@@ -451,6 +451,25 @@ def test_an_unknown_merge_method_is_refused_with_those_there_are(main, options, 
     assert error.startswith(f"error: merge.method tise: no such method; there are {', '.join(METHODS)}; ")
 
 
+def test_a_class_with_a_setting_that_it_lacks_in_one_mapping_is_told_how_to_ask(main, options):
+    given = '{"class_path": "sap_lightning.merging.TIES", "init_args": {"densiti": 0.2}}'
+    error = main("fit", *options, f"--merge.method={given}")
+    assert error.startswith(f"error: merge.method {given}: names no class that Python can import, or a setting that ")
+
+
+@pytest.mark.parametrize("command", ["fit", "sweep"])
+def test_weights_in_numbers_are_refused_where_uploads_have_no_order(main, options, command):
+    error = main(command, *options, "--merge.weights=[0.5,0.5]")
+    assert error.startswith("error: merge.weights [0.5, 0.5]: numbers are for the uploads that the command merge names")
+
+
+def test_a_client_takes_a_config_with_weights_in_numbers(options, tmp_path):
+    (tmp_path / "shared.yaml").write_text("merge: {weights: [0.5, 0.5]}")
+    kept = [option for option in options if cli.is_taken(option.partition("=")[0].removeprefix("--"), "client")]
+    parsed = cli.SapCLI("client", [f"--config={tmp_path / 'shared.yaml'}", *kept, "--data.domain=photo"])
+    assert parsed.config_init.merge.weights == [0.5, 0.5]
+
+
 def test_a_faulty_setting_of_a_merge_method_ends_in_one_line(main, options):
     error = main("fit", *options, "--merge.method=ties", "--merge.method.sparsity=2")
     assert error == "error: merge.method.sparsity must lie in [0, 1], got 2.0"

@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 import lightning as L
-from lightning.pytorch.utilities import rank_zero_only
 
 from sap_lightning.callbacks.prune import SaliencyPruneCallback
 from sap_lightning.callbacks.tensorboard import EventLogger
@@ -193,7 +192,6 @@ class OneShotFederation:
         """The clients whose adapters are merged for an unseen domain."""
         return [domain for domain in self.clients if domain != unseen]
 
-    @rank_zero_only
     def _keep_settings(self) -> None:
         """Writes the settings that the rows of the results name by their hash."""
         write_settings(self.results.folder / config_file(self.settings), as_json(self.settings))

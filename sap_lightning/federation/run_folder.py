@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import yaml
+from lightning.pytorch.utilities import rank_zero_only
 
 from sap_lightning.errors import InputError
 from sap_lightning.files import write_text
@@ -111,8 +112,9 @@ def config_file(settings: Mapping[str, Any]) -> str:
     return f"configs/{config_hash(settings)}.yaml"
 
 
+@rank_zero_only
 def write_settings(file: Path, settings: Mapping[str, Any]) -> None:
-    """Writes settings as YAML, below a comment with the sha256 of the rest."""
+    """Writes settings as YAML, below a comment with the sha256 of the rest; of several processes the first does."""
     text = yaml.safe_dump(dict(settings), sort_keys=False, allow_unicode=True)
     write_text(file, f"{_seal(text)}\n{text}")
 

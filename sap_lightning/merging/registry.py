@@ -19,6 +19,11 @@ def method_named(name: str, setting: str = "merge.method") -> MergeMethod:
     Raises:
         InputError: when there is none of that name.
     """
+    if name.startswith("{"):
+        raise InputError(
+            f"{setting} {name}: names no class that Python can import, or a setting that it does not take; give them"
+            f" one by one, --{setting} CLASS --{setting}.SETTING VALUE, to be told which"
+        )
     if name not in METHODS:
         raise InputError(
             f"{setting} {name}: no such method; there are {', '.join(METHODS)}; a method of your own is named by its"

@@ -11,9 +11,18 @@ import pytest
 import yaml
 from damage import cut, empty, flip
 from federation.runs import DOMAINS, contents, shown_rows, times
+from lightning.pytorch.utilities import rank_zero_only
 
 from sap_lightning.errors import InputError
-from sap_lightning.federation.run_folder import SERVER_SETTINGS, RunFolder, is_held_to, read_settings, require_settings
+from sap_lightning.federation.run_folder import (
+    CONFIG_FILE,
+    SERVER_SETTINGS,
+    RunFolder,
+    is_held_to,
+    read_settings,
+    require_settings,
+    write_settings,
+)
 
 CONFIG: dict[str, Any] = {
     "seed_everything": 0,
@@ -60,6 +69,12 @@ def test_settings_are_written_as_yaml_in_their_order(tmp_path: Path) -> None:
     written = yaml.safe_load((tmp_path / "run" / "config.yaml").read_text())
     assert written == CONFIG
     assert list(written) == list(CONFIG)
+
+
+def test_of_several_processes_the_first_alone_writes_settings(tmp_path: Path, monkeypatch) -> None:
+    monkeypatch.setattr(rank_zero_only, "rank", 1)
+    write_settings(tmp_path / CONFIG_FILE, {"seed": 0})
+    assert not list(tmp_path.iterdir())
 
 
 def test_the_same_settings_are_held_to(begun: Path) -> None:
