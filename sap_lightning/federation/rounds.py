@@ -7,26 +7,25 @@ import shutil
 from collections.abc import Mapping, Sequence
 from functools import cached_property, partial
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 
 from sap_lightning.errors import InputError, check_at_least, check_share
-from sap_lightning.federation.aggregation import AGGREGATIONS, PromptFL, Way, joined, next_start, on_the_base
-from sap_lightning.federation.checkpoints import last_checkpoint, optimizer_state
+from sap_lightning.federation.aggregation import Way, joined, next_start, on_the_base
 from sap_lightning.federation.client import TrainerFactory
 from sap_lightning.federation.handed import Handed, hand_over, handed_in
 from sap_lightning.federation.one_shot import OneShotFederation, chosen_domains
 from sap_lightning.federation.points import Plan, Point, Points, Sent, settings_of
+from sap_lightning.federation.turns import Agreement, Optimizer, folded_in
 from sap_lightning.functional.lora import LoRALayer, Update
 from sap_lightning.functional.rescaling import relative_error
 from sap_lightning.io.adapter import Adapter, Expected
-from sap_lightning.io.uploads import read_uploads
 from sap_lightning.merging import Average, MergeMethod, method_named
 from sap_lightning.merging.clients import client_layers
 from sap_lightning.modules.client import ClientModule
 from sap_lightning.modules.clip_lora import CLIPLoRAModule
-from sap_lightning.modules.turn import Span, Turn
+from sap_lightning.modules.turn import Span
 
 log = logging.getLogger(__name__)
 
@@ -72,7 +71,7 @@ class RoundsFederation(OneShotFederation):
         share: float = 1.0,
         ranks: dict[str, int] | None = None,
         aggregation: Way = "flexlora",
-        optimizer: Literal["reset", "keep"] = "reset",
+        optimizer: Optimizer = "reset",
         schedule: Span = "whole",
         last_method: MergeMethod | str | None = None,
         method: MergeMethod | None = None,
@@ -91,11 +90,9 @@ class RoundsFederation(OneShotFederation):
         self.epochs_per_round = _shared_out(total_epochs, rounds) if total_epochs is not None else epochs_per_round
         self.share = share
         self.ranks = ranks or {}
-        prompts = self.client.kind == "prompt"
-        self.way = "promptfl" if prompts else aggregation
-        self.aggregation = PromptFL() if prompts else AGGREGATIONS[aggregation]
-        self.optimizer = optimizer
-        self.schedule = schedule
+        way = "promptfl" if self.client.kind == "prompt" else aggregation
+        self.agreed = Agreement(rounds, way, optimizer, schedule)
+        self.aggregation = self.agreed.aggregation
         self.method = method if method and self.aggregation.takes_methods else Average()
         self._played: dict[str, Points] = {}
         self._check_numbers()
@@ -118,8 +115,8 @@ class RoundsFederation(OneShotFederation):
 
     def _check_rounds(self) -> None:
         """Settings that do not go together with several rounds, or with the way that they are aggregated."""
-        way, of, fault = self.way, self.aggregation, ""
-        if self.optimizer == "keep" and not of.keeps_factors:
+        way, of, fault = self.agreed.way, self.aggregation, ""
+        if self.agreed.optimizer == "keep" and not of.keeps_factors:
             fault = f"federation.optimizer keep: {way} hands over factors that no optimizer knows; use reset, or fedit"
         elif self.ranks and not of.takes_ranks:
             fault = f"federation.ranks: {way} takes clients of one rank; use --federation.aggregation flexlora"
@@ -185,18 +182,7 @@ class RoundsFederation(OneShotFederation):
         return list(self._played[unseen].on(unseen)) if self._played else super().points_on(unseen)
 
     def first_client(self, domain: str) -> ClientModule:
-        return self.client.for_turn(self._turn(0, domain))
-
-    def _turn(self, number: int, domain: str, **start: Any) -> Turn:
-        return Turn(
-            number,
-            self.rounds,
-            self.schedule,
-            rank=self.ranks.get(domain),
-            trained=self.aggregation.trained if self.rounds > 1 else "AB",
-            sent=self._expected(number).sent,
-            **start,
-        )
+        return self.client.for_turn(self.agreed.turn(0, self.ranks.get(domain)))
 
     def _play(self, unseen: str) -> Sent:
         """What the clients send in the last round for an unseen domain, after all rounds before."""
@@ -207,7 +193,7 @@ class RoundsFederation(OneShotFederation):
             crossed += sum(adapter.size for adapter in sent) + self._downloads(unseen, number, handed)
             self._train_round(unseen, number, handed)
             sent = self._uploads(unseen, number, handed)
-        return Sent(on_the_base(sent, _folded(handed)), rounds=self.rounds, bytes_before=crossed)
+        return Sent(on_the_base(sent, folded_in(handed)), rounds=self.rounds, bytes_before=crossed)
 
     def _uploads(self, unseen: str, number: int, handed: Sequence[Handed]) -> list[Adapter]:
         folder = self.folder.round(unseen, number)
@@ -216,9 +202,7 @@ class RoundsFederation(OneShotFederation):
 
     def _expected(self, number: int, handed: Sequence[Handed] = ()) -> Expected:
         """What the server expects of an upload of a round."""
-        sent = "AB" if self.rounds == 1 else self.aggregation.sent_in(number == self.rounds - 1)
-        folded = tuple(adapter.sha256 for adapter in _folded(handed))
-        return Expected(sent, {} if sent == "AB" else self._drawn, folded)
+        return self.agreed.expected(number, lambda: self._drawn, handed)
 
     @cached_property
     def _drawn(self) -> dict[str, LoRALayer]:
@@ -227,15 +211,12 @@ class RoundsFederation(OneShotFederation):
         return self.client.drawn()
 
     def _train_round(self, unseen: str, number: int, handed: Sequence[Handed]) -> None:
-        folder, chosen = self.folder.round(unseen, number), self.chosen(unseen, number)
-        folded, trainings = _folded(handed), []
+        folder, chosen, trainings = self.folder.round(unseen, number), self.chosen(unseen, number), []
         for place, domain in enumerate(chosen, start=1):
             if folder.upload(domain).exists():
                 continue
             title = f"{unseen} unseen, round {number + 1} of {self.rounds}, client {place} of {len(chosen)} ({domain})"
-            home = self._last_home(unseen, number, domain)
-            start = self._start(handed[-1].start, home)
-            turn = self._turn(number, domain, start=start, folded=folded, optimizer=self._gathered(home))
+            turn = self.agreed.turn(number, self.ranks.get(domain), handed, self._last_home(unseen, number, domain))
             data = self.data.for_domain(domain, first_epoch=number * self.epochs)
             trainings.append(self.training(self.client.for_turn(turn), data, folder, title))
         self.train_each(trainings)
@@ -251,21 +232,6 @@ class RoundsFederation(OneShotFederation):
         last = self._last_round(unseen, number, domain)
         return None if last is None else self.folder.round(unseen, last).client(domain)
 
-    def _start(self, start: Adapter | None, home: Path | None) -> Mapping[str, LoRALayer]:
-        """The factors that a client starts from: what was handed over, and its own B where that is not shared."""
-        if start is None:
-            return {}
-        if self.aggregation.sent != "A" or home is None:
-            return start.layers
-        (own,) = read_uploads([_checkpoint(home, self.way)])
-        return {name: layer._replace(B=own.layers[name].B) for name, layer in start.layers.items()}
-
-    def _gathered(self, home: Path | None) -> dict[int, Any]:
-        """What the client's optimizer has gathered in its last round, if it is kept."""
-        if self.optimizer == "reset" or home is None:
-            return {}
-        return optimizer_state(_checkpoint(home, "federation.optimizer keep"))
-
     # The server between two rounds
 
     def _downloads(self, unseen: str, number: int, handed: Sequence[Handed]) -> int:
@@ -274,7 +240,7 @@ class RoundsFederation(OneShotFederation):
         for domain in self.chosen(unseen, number):
             total += handed[-1].start.size if handed[-1].start else 0
             missed = handed[self._last_round(unseen, number, domain) or 0 :]
-            total += sum(adapter.size for adapter in _folded(missed))
+            total += sum(adapter.size for adapter in folded_in(missed))
         return total
 
     def _hand_over(self, unseen: str, number: int, adapters: Sequence[Adapter]) -> Handed:
@@ -290,7 +256,7 @@ class RoundsFederation(OneShotFederation):
     def _record(self, adapters: Sequence[Adapter]) -> dict[str, Any]:
         """What decides what a round hands over."""
         return {
-            "aggregation": self.way,
+            "aggregation": self.agreed.way,
             "method": settings_of(self.method, self.method.sparsity, self.merge, self.anchors),
             "sources": [adapter.sha256 for adapter in adapters],
         }
@@ -304,7 +270,7 @@ class RoundsFederation(OneShotFederation):
             start, folded = next_start(self.aggregation, layers, part.weights, part.merged, rank)
             error = relative_error(part.merged, joined(start, folded)) if part.merged else None
             if error is not None:
-                log.info("%s: relative error of %s %.2e (Frobenius norm)", folder, self.way, error)
+                log.info("%s: relative error of %s %.2e (Frobenius norm)", folder, self.agreed.way, error)
             found = {"relative_error": error, "rejected": list(part.rejected)}
             shutil.rmtree(folder, ignore_errors=True)
             hand_over(folder, self.merge.base, start, folded, expected, {**record, **found})
@@ -325,13 +291,9 @@ class RoundsFederation(OneShotFederation):
         kinds = {tuple((name, layer.rank, layer.scale) for name, layer in one.layers.items()) for one in adapters}
         if len(kinds) > 1:
             raise InputError(
-                f"federation.aggregation {self.way}: the uploads differ in layers, rank or alpha; use flexlora or flora"
+                f"federation.aggregation {self.agreed.way}: the uploads differ in layers, rank or alpha; use flexlora"
+                " or flora"
             )
-
-
-def _folded(handed: Sequence[Handed]) -> list[Adapter]:
-    """What rounds have added to the base, in their order."""
-    return [one.folded for one in handed if one.folded]
 
 
 def _shared_out(total_epochs: int, rounds: int) -> int:
@@ -340,12 +302,3 @@ def _shared_out(total_epochs: int, rounds: int) -> int:
     if total_epochs % rounds:
         raise InputError(f"federation.total_epochs {total_epochs}: cannot be shared out evenly over {rounds} rounds")
     return total_epochs // rounds
-
-
-def _checkpoint(home: Path, needed_for: str) -> Path:
-    """A client's last checkpoint."""
-    if (checkpoint := last_checkpoint(home)) is None:
-        raise InputError(
-            f"{needed_for}: {home} holds no checkpoint of the client; train it here, or choose another way"
-        )
-    return checkpoint
