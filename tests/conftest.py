@@ -9,6 +9,9 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 
+# Sums of torch follow the number of threads, and a process that is forked from one with several may wait for ever.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
 import pytest
 import rich
 from places import REPOSITORY, SHAPES_CLIP

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import cached_property, partial
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -28,6 +28,30 @@ from sap_lightning.modules.clip_lora import CLIPLoRAModule
 from sap_lightning.modules.turn import Span
 
 log = logging.getLogger(__name__)
+
+
+class Asked(NamedTuple):
+    """A round whose clients train elsewhere.
+
+    Attributes:
+        unseen: the domain that the round is played for.
+        number: of the round, from 1: the first is asked before there is a federation.
+        handed: what the rounds before have handed over.
+        last: the clients that take part, and the last round before in which each did, if it did.
+        agreed: how the rounds are played.
+        expected: of an upload.
+    """
+
+    unseen: str
+    number: int
+    handed: Sequence[Handed]
+    last: Mapping[str, int | None]
+    agreed: Agreement
+    expected: Expected
+
+
+Ask = Callable[[Asked], None]
+"""Gets the uploads of a round that do not stand; raises InputError where one does not come."""
 
 
 class _Weighted(NamedTuple):
@@ -57,6 +81,7 @@ class RoundsFederation(OneShotFederation):
         schedule: the learning rate falls once over all rounds (whole), or in each (round).
         last_method: merges the last round: a method, or the name of one at its own settings; merge.method if not given.
         method: merges the rounds before; the plain average if not given.
+        ask: gets the uploads of all rounds but the first, whose `uploads` are given, from clients that train elsewhere.
         one_shot: arguments of :class:`OneShotFederation`.
 
     Raises:
@@ -75,6 +100,7 @@ class RoundsFederation(OneShotFederation):
         schedule: Span = "whole",
         last_method: MergeMethod | str | None = None,
         method: MergeMethod | None = None,
+        ask: Ask | None = None,
         **one_shot: Any,
     ) -> None:
         check_at_least("federation.rounds", rounds, 1)
@@ -94,6 +120,7 @@ class RoundsFederation(OneShotFederation):
         self.agreed = Agreement(rounds, way, optimizer, schedule)
         self.aggregation = self.agreed.aggregation
         self.method = method if method and self.aggregation.takes_methods else Average()
+        self._ask = ask
         self._played: dict[str, Points] = {}
         self._check_numbers()
         if rounds > 1:
@@ -122,11 +149,13 @@ class RoundsFederation(OneShotFederation):
             fault = f"federation.ranks: {way} takes clients of one rank; use --federation.aggregation flexlora"
         elif self.merge.reject_outliers and (of.folds or of.sent == "A"):
             fault = f"merge.reject_outliers: anchors cannot judge what clients of {way} send; use flexlora"
-        elif self.uploads is not None:
+        elif self.uploads is not None and self._ask is None:
             fault = "federation.rounds: clients that train elsewhere are asked once; set --federation.rounds 1"
+        elif self._ask and (self.ranks or self.epochs_per_round):
+            fault = "federation: clients that train elsewhere have ranks and epochs of their own; leave them out here"
         elif self.poison is not None:
             fault = "federation.poison is for one round; leave it out, or set --federation.rounds 1"
-        elif self.epochs < 1:
+        elif self.uploads is None and self.epochs < 1:
             fault = "federation.rounds: set federation.epochs_per_round, as trainer.max_epochs names no number"
         if fault:
             raise InputError(fault)
@@ -168,12 +197,16 @@ class RoundsFederation(OneShotFederation):
         if self.rounds == 1:
             super().gather()
             return
+        if self.uploads is None:
+            self._say_how_many()
+            self.train()
+        self._played = {unseen: self.points_of(self._play(unseen)) for unseen in self.unseen}
+        self.sent = self.sent_for(self.unseen[0])
+
+    def _say_how_many(self) -> None:
         later = sum(len(self.chosen(unseen, number)) for unseen in self.unseen for number in range(1, self.rounds))
         log.info("%d rounds of %d epochs: %d trainings in the first round", self.rounds, self.epochs, len(self.domains))
         log.info("%d in the others, played for each of %d unseen domains (federation.unseen)", later, len(self.unseen))
-        self.train()
-        self._played = {unseen: self.points_of(self._play(unseen)) for unseen in self.unseen}
-        self.sent = self.sent_for(self.unseen[0])
 
     def sent_for(self, unseen: str) -> Sent:
         return self._played[unseen].sent if self._played else super().sent_for(unseen)
@@ -191,7 +224,7 @@ class RoundsFederation(OneShotFederation):
         for number in range(1, self.rounds):
             handed.append(self._hand_over(unseen, number - 1, sent))
             crossed += sum(adapter.size for adapter in sent) + self._downloads(unseen, number, handed)
-            self._train_round(unseen, number, handed)
+            (self._ask_round if self._ask else self._train_round)(unseen, number, handed)
             sent = self._uploads(unseen, number, handed)
         return Sent(on_the_base(sent, folded_in(handed)), rounds=self.rounds, bytes_before=crossed)
 
@@ -209,6 +242,11 @@ class RoundsFederation(OneShotFederation):
         """What all clients start from in the first round, which the seed gives the server too."""
         assert isinstance(self.client, CLIPLoRAModule)  # of a prompt all is sent
         return self.client.drawn()
+
+    def _ask_round(self, unseen: str, number: int, handed: Sequence[Handed]) -> None:
+        assert self._ask is not None
+        last = {domain: self._last_round(unseen, number, domain) for domain in self.chosen(unseen, number)}
+        self._ask(Asked(unseen, number, handed, last, self.agreed, self._expected(number, handed)))
 
     def _train_round(self, unseen: str, number: int, handed: Sequence[Handed]) -> None:
         folder, chosen, trainings = self.folder.round(unseen, number), self.chosen(unseen, number), []

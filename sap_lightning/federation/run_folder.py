@@ -94,6 +94,11 @@ class RunFolder:
         numbers = [int(uploads.parent.name) for uploads in self._of("rounds", unseen).glob("*/uploads")]
         return self.round(unseen, max(numbers, default=0))
 
+    @property
+    def has_later_rounds(self) -> bool:
+        """Whether a round after the first has begun."""
+        return any(self.path.glob("rounds/*/*"))
+
     def handed(self, unseen: str, number: int) -> Path:
         """What a round hands to the clients of the next one."""
         return self._of("rounds", unseen) / str(number) / "global"

@@ -1,1 +1,1 @@
-"""One round over Flower: the part of a client's site, the part of the server, and the app folder for `flwr run`."""
+"""Rounds over Flower, one or several: the part of a site, the part of the server, and the app folder for `flwr run`."""

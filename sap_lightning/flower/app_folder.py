@@ -9,12 +9,12 @@ from sap_lightning.files import new_folder
 
 PROJECT_FILE = "pyproject.toml"
 PROJECT = f"""\
-# One round of sap-lightning over Flower: flwr run <this folder> <connection> --stream. See docs/flower.md.
+# sap-lightning over Flower: flwr run <this folder> <connection> --stream. See docs/flower.md.
 
 [project]
 name = "sap-lightning-round"
 version = "{__version__}"
-description = "Asks every site for its adapter once, merges and evaluates"
+description = "Asks every site for its adapter, merges and evaluates"
 license = "Apache-2.0"
 dependencies = []  # sites install sap-lightning[flower] themselves; nothing of it is sent to them
 
@@ -28,7 +28,7 @@ clientapp = "sap_lightning.flower.client:app"
 [tool.flwr.app.config]
 config = ""      # the server's YAML file, on the server's machine
 quorum = 2       # uploads without which nothing is merged
-timeout = 3600   # seconds to wait for those that have not answered
+timeout = 3600   # seconds to wait, in each round, for those that have not answered
 """
 
 

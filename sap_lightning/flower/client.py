@@ -18,7 +18,8 @@ from sap_lightning.cli import SapCLI
 from sap_lightning.console import quieten
 from sap_lightning.errors import InputError
 from sap_lightning.files import writing
-from sap_lightning.flower.wire import Question, question_in, upload_record
+from sap_lightning.flower.turn import upload_of
+from sap_lightning.flower.wire import Parts, Question, parts_in, question_in, upload_record
 
 log = logging.getLogger(__name__)
 app = ClientApp()
@@ -38,7 +39,8 @@ def _quiet(context: Context) -> Iterator[None]:
 def answer(message: Message, context: Context) -> Message:
     """The site's upload, or in its place one line that says nothing of the site's machine."""
     try:
-        return Message(upload_record(_upload(question_in(message.content), context.node_config)), reply_to=message)
+        upload = _upload(question_in(message.content), parts_in(message.content), context.node_config)
+        return Message(upload_record(upload), reply_to=message)
     except UnfitSite as error:
         log.error("%s", error)
         reason = str(error)
@@ -51,7 +53,7 @@ def answer(message: Message, context: Context) -> Message:
     return Message(Error(ErrorCode.CLIENT_APP_RAISED_EXCEPTION, reason), reply_to=message)
 
 
-def _upload(question: Question, node_config: Mapping[str, Any]) -> Path:
+def _upload(question: Question, parts: Parts, node_config: Mapping[str, Any]) -> Path:
     """The upload, which is trained now unless it stands.
 
     Raises:
@@ -63,13 +65,13 @@ def _upload(question: Question, node_config: Mapping[str, Any]) -> Path:
         raise InputError("config is not set; start the SuperNode with --node-config 'config=\"/path/to/site.yaml\"'")
     cli = SapCLI("client", ["--config", config])
     _require_fit(cli, question)
-    _require_one_process(cli)
+    _require_one_process(cli, question)
     with writing(cli.run_folder.path):
         cli.run_folder.path.mkdir(parents=True, exist_ok=True)
         # A SuperNode that was killed may leave its training behind, which ends first.
         last = FileLock(cli.run_folder.path / ".flower.lock").acquire()
     with last:
-        return cli.train()
+        return upload_of(cli, question, parts)
 
 
 def _require_fit(cli: SapCLI, question: Question) -> None:
@@ -82,9 +84,9 @@ def _require_fit(cli: SapCLI, question: Question) -> None:
         raise UnfitSite(f"the site's base is {cli.merge.base_fingerprint}, the server's {question.base_fingerprint}")
 
 
-def _require_one_process(cli: SapCLI) -> None:
+def _require_one_process(cli: SapCLI, question: Question) -> None:
     """More would start Flower's own process anew."""
-    upload = cli.run_folder.upload(cli.datamodule.require_domain())
+    upload = cli.run_folder.round(question.unseen, question.round).upload(cli.datamodule.require_domain())
     if not upload.exists() and cli.make_trainer(logger=False).world_size > 1:
         raise InputError(
             "trainer.devices: a SuperNode trains in one process; set 1, or train with the command client, whose upload"

@@ -8,7 +8,7 @@ import time
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 
-from flwr.app import Message
+from flwr.app import Message, RecordDict
 from flwr.common.constant import ErrorCode
 from flwr.serverapp import Grid
 
@@ -40,6 +40,8 @@ class Collection:
         read: reads and validates what they send.
         folder: of the run.
         known: uploads that stand in it.
+        later: what each site that takes part in a later round is asked, by domain; all are asked the question if not
+            given.
     """
 
     def __init__(
@@ -50,13 +52,15 @@ class Collection:
         read: Reader,
         folder: RunFolder,
         known: Iterable[Adapter] = (),
+        later: Mapping[str, RecordDict] | None = None,
     ) -> None:
         self.grid = grid
         self.register = register
         self.question = question
         self.read = read
         self.folder = folder
-        self.owners = {adapter.sha256: adapter.name for adapter in known}
+        self.later = later
+        self.taken = {adapter.name: adapter.sha256 for adapter in known}
         self._asked: dict[str, Site] = {}
         self._open: set[str] = set()
         self._answered: set[Site] = set()
@@ -65,7 +69,7 @@ class Collection:
     @property
     def uploads(self) -> list[Path]:
         """Those that stand, in the order of their domains."""
-        return [self.folder.upload(domain) for domain in sorted(self.owners.values())]
+        return [self.folder.upload(domain) for domain in sorted(self.taken)]
 
     def wait(self, quorum: int, timeout: float) -> list[Path]:
         """Asks every site whose upload does not stand, and takes what they send.
@@ -87,13 +91,13 @@ class Collection:
             self.ask(ttl=until - time.monotonic() + SECONDS_BETWEEN_LOOKS)
             if self._open:
                 self.take(self.grid.pull_messages(sorted(self._open)))
-            if time.monotonic() >= until or (len(self.owners) >= quorum and not self._owing()):
+            if time.monotonic() >= until or (len(self.taken) >= quorum and not self._owing()):
                 break
             time.sleep(SECONDS_BETWEEN_LOOKS)
         self._record_missing()
-        if len(self.owners) < quorum:
+        if len(self.taken) < quorum:
             raise InputError(
-                f"{len(self.owners)} uploads ({', '.join(sorted(self.owners.values())) or 'none'}) are fewer than the"
+                f"{len(self.taken)} uploads ({', '.join(sorted(self.taken)) or 'none'}) are fewer than the"
                 f" quorum of {quorum}; they stay in {self.folder.path / 'uploads'}, a second run asks for the others"
             )
         return self.uploads
@@ -104,13 +108,13 @@ class Collection:
         return [site for site in last.values() if not (self._stands(site) or site in self._answered)]
 
     def _stands(self, site: Site) -> bool:
-        return site.domain in self.owners.values()
+        return site.domain in self.taken
 
     def _record_missing(self) -> None:
         for site in self._owing():
             self._record(site, "late", "has not answered in time; a second run asks it again")
-        seen = {*self.owners.values(), *(site.domain for site in self._asked.values())}
-        for domain in sorted(set(self.register.domains or ()) - seen):
+        seen = {*self.taken, *(site.domain for site in self._asked.values())}
+        for domain in sorted(set(self.later or self.register.domains or ()) - seen):
             self._record(Site(domain, self.register.keys.get(domain, ""), 0, ""), "absent", "no node of it came")
 
     def ask(self, ttl: float) -> None:
@@ -119,7 +123,7 @@ class Collection:
         Args:
             ttl: seconds for which an answer counts.
         """
-        sites = [site_of(node) for node in self.grid.get_nodes()]
+        sites = [site for node in self.grid.get_nodes() if self._takes_part(site := site_of(node))]
         asked = {*self._answered, *(self._asked[number] for number in self._open)}
         wanted = []
         for site in sites:
@@ -130,13 +134,18 @@ class Collection:
             elif not self._stands(site) and site not in asked:
                 self.register.bind(site)
                 wanted.append(site)
-        content = question_record(self.question)
-        questions = [Message(content, site.node, MESSAGE_TYPE, ttl=ttl) for site in wanted]
+        questions = [Message(self._content(site), site.node, MESSAGE_TYPE, ttl=ttl) for site in wanted]
         for number, site in zip(self.grid.push_messages(questions), wanted, strict=True):
             if number:  # else Flower has no such node any more
                 log.info("%s: asked", site.domain)
                 self._asked[number] = site
                 self._open.add(number)
+
+    def _takes_part(self, site: Site) -> bool:
+        return self.later is None or site.domain in self.later
+
+    def _content(self, site: Site) -> RecordDict:
+        return question_record(self.question) if self.later is None else self.later[site.domain]
 
     def take(self, replies: Iterable[Message]) -> None:
         """Writes the uploads among these replies, and records every one."""
@@ -163,7 +172,7 @@ class Collection:
             return
         with new_folder(self.folder.upload(site.domain)) as staging:
             write_files(staging, files)
-        self.owners[adapter.sha256] = site.domain
+        self.taken[site.domain] = adapter.sha256
         self._open = {number for number in self._open if self._asked[number].domain != site.domain}
         self._record(site, "taken", size=sum(map(len, files.values())))
 
@@ -181,8 +190,12 @@ class Collection:
             raise InputError(f"the upload is of {short(adapter.name)}, for which another site speaks")
         if list(adapter.manifest.class_names) != self.question.class_names:
             raise InputError("the upload's class_names are not those that were asked for")
-        if owner := self.owners.get(adapter.sha256):
-            raise InputError(f"the same adapter as that of {owner}")
+        if adapter.manifest.round != self.question.round:
+            raise InputError(f"the upload is of round {adapter.manifest.round}, asked was {self.question.round}")
+        # A alone stays as the common seed drew it until B has moved.
+        sender = next((domain for domain, sha256 in self.taken.items() if sha256 == adapter.sha256), None)
+        if sender and adapter.manifest.parts != ("lora_A",):
+            raise InputError(f"the same adapter as that of {sender}")
         return adapter
 
     def _record(self, site: Site, outcome: str, reason: str = "", size: int = 0) -> None:

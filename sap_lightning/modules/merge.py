@@ -141,13 +141,13 @@ class MergeModule(CLIPEvaluator):
         shapes, room = self._layer_shapes(), room_in(self.texts)
         return read_uploads(uploads, shapes, self._fingerprint_for, beside=beside, expected=expected, room=room)
 
-    def read_upload(self, files: Mapping[str, bytes], sender: str) -> Adapter:
-        """Reads and validates an upload that came over a network, as `adapter_from_bytes` does.
+    def read_upload(self, files: Mapping[str, bytes], sender: str, expected: Expected = WHOLE) -> Adapter:
+        """Reads and validates an adapter that came over a network, as `adapter_from_bytes` does.
 
         Raises:
             InputError: when it is faulty.
         """
-        return adapter_from_bytes(files, sender, self._layer_shapes(), self._fingerprint_for)
+        return adapter_from_bytes(files, sender, self._layer_shapes(), self._fingerprint_for, expected)
 
     def _layer_shapes(self) -> Shapes:
         self.configure_model()
