@@ -343,7 +343,7 @@ def test_fedsa_keeps_b_at_home_until_the_last_round(play):
     handed = made._hand_over("sketch", 0, made._uploads("sketch", 0, []))
     (own,) = read_uploads([folder / "clients/photo/last.ckpt"])
     mean = torch.stack([weights(folder / "uploads" / client)[A_KEY] for client in ("cartoon", "photo")]).mean(0)
-    start = made._start(handed.start, folder / "clients/photo")
+    start = made.agreed.turn(1, None, [handed], folder / "clients/photo").start
     assert_close(start[LAYER].A, mean)
     assert all(torch.equal(layer.B, own.layers[name].B) and layer.B.any() for name, layer in start.items())
 
