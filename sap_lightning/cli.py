@@ -247,7 +247,7 @@ class SapCLI(LightningCLI):
         parser.add_class_arguments(SAP, "prune")
         parser.add_class_arguments(MergeModule, "merge", skip={"base", "templates"}, instantiate=False)
         parts = {"client", "data", "anchors", "merge", "make_trainer", "plan", "results", "config", "free_settings"}
-        parts |= {"uploads", "method"}
+        parts |= {"uploads", "method", "ask"}
         parser.add_class_arguments(RoundsFederation, "federation", skip=parts, instantiate=False)
         model = "model.init_args" if self.client else "model"
         if self.client:
