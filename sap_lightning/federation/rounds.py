@@ -11,6 +11,7 @@ from typing import Any, Literal, NamedTuple
 
 import torch
 
+from sap_lightning.data.domains import DomainDataModule
 from sap_lightning.errors import InputError, check_at_least, check_share
 from sap_lightning.federation.aggregation import AGGREGATIONS, PromptFL, Way, joined, next_start, on_the_base
 from sap_lightning.federation.checkpoints import last_checkpoint, optimizer_state
@@ -24,6 +25,7 @@ from sap_lightning.io.adapter import Adapter, Expected
 from sap_lightning.io.uploads import read_uploads
 from sap_lightning.merging import Average, MergeMethod, method_named
 from sap_lightning.merging.clients import client_layers
+from sap_lightning.models.layers import block_of
 from sap_lightning.modules.client import ClientModule
 from sap_lightning.modules.clip_lora import CLIPLoRAModule
 from sap_lightning.modules.turn import Span, Turn
@@ -131,6 +133,10 @@ class RoundsFederation(OneShotFederation):
             fault = "federation.poison is for one round; leave it out, or set --federation.rounds 1"
         elif self.epochs < 1:
             fault = "federation.rounds: set federation.epochs_per_round, as trainer.max_epochs names no number"
+        elif self.client.sent_blocks != 1 and self.blocks is None:
+            fault = "model.sent_blocks: in several rounds all clients send the same blocks; name them, such as [2,3]"
+        elif self.blocks is not None and (of.folds or of.sent_in(last_round=False) != "AB"):
+            fault = f"model.sent_blocks: {way} needs all layers of a client; use fedit, flexlora or lora_fair"
         if fault:
             raise InputError(fault)
 
@@ -138,6 +144,12 @@ class RoundsFederation(OneShotFederation):
     def epochs(self) -> int:
         """Epochs of a client in a round."""
         return self.epochs_per_round or self.server.max_epochs or 0
+
+    @property
+    def blocks(self) -> Sequence[int] | None:
+        """The blocks whose layers all clients send, where they are named; layers of others are each client's own."""
+        sent = self.client.sent_blocks
+        return sent if isinstance(sent, Sequence) else None
 
     @property
     def client_trainer(self) -> TrainerFactory:
@@ -187,6 +199,15 @@ class RoundsFederation(OneShotFederation):
     def first_client(self, domain: str) -> ClientModule:
         return self.client.for_turn(self._turn(0, domain))
 
+    def first_data(self, domain: str) -> DomainDataModule:
+        return self._data(0, domain)
+
+    def _data(self, number: int, domain: str) -> DomainDataModule:
+        """What a client trains on in a round."""
+        if self.rounds == 1:
+            return super().first_data(domain)
+        return self.data.for_domain(domain, first_epoch=number * self.epochs, all_epochs=self.rounds * self.epochs)
+
     def _turn(self, number: int, domain: str, **start: Any) -> Turn:
         return Turn(
             number,
@@ -212,7 +233,10 @@ class RoundsFederation(OneShotFederation):
     def _uploads(self, unseen: str, number: int, handed: Sequence[Handed]) -> list[Adapter]:
         folder = self.folder.round(unseen, number)
         uploads = [folder.upload(domain) for domain in self.chosen(unseen, number)]
-        return self.collect(uploads, number, self._expected(number, handed))
+        sent = self.collect(uploads, number, self._expected(number, handed))
+        if self.blocks is not None:
+            _require_blocks(sent, self.blocks)
+        return sent
 
     def _expected(self, number: int, handed: Sequence[Handed] = ()) -> Expected:
         """What the server expects of an upload of a round."""
@@ -236,7 +260,7 @@ class RoundsFederation(OneShotFederation):
             home = self._last_home(unseen, number, domain)
             start = self._start(handed[-1].start, home)
             turn = self._turn(number, domain, start=start, folded=folded, optimizer=self._gathered(home))
-            data = self.data.for_domain(domain, first_epoch=number * self.epochs)
+            data = self._data(number, domain)
             trainings.append(self.training(self.client.for_turn(turn), data, folder, title))
         self.train_each(trainings)
 
@@ -252,12 +276,14 @@ class RoundsFederation(OneShotFederation):
         return None if last is None else self.folder.round(unseen, last).client(domain)
 
     def _start(self, start: Adapter | None, home: Path | None) -> Mapping[str, LoRALayer]:
-        """The factors that a client starts from: what was handed over, and its own B where that is not shared."""
+        """The factors that a client starts from: what was handed over, and its own of what is not shared."""
         if start is None:
             return {}
-        if self.aggregation.sent != "A" or home is None:
+        if home is None or (self.aggregation.sent != "A" and self.blocks is None):
             return start.layers
-        (own,) = read_uploads([_checkpoint(home, self.way)])
+        (own,) = read_uploads([_checkpoint(home, self.way if self.blocks is None else "model.sent_blocks")])
+        if self.blocks is not None:
+            return {**own.layers, **start.layers}
         return {name: layer._replace(B=own.layers[name].B) for name, layer in start.layers.items()}
 
     def _gathered(self, home: Path | None) -> dict[int, Any]:
@@ -326,6 +352,17 @@ class RoundsFederation(OneShotFederation):
         if len(kinds) > 1:
             raise InputError(
                 f"federation.aggregation {self.way}: the uploads differ in layers, rank or alpha; use flexlora or flora"
+            )
+
+
+def _require_blocks(adapters: Sequence[Adapter], blocks: Sequence[int]) -> None:
+    """A layer that a client of a round does not send is its own, and not 0."""
+    for adapter in adapters:
+        found = {block for layer in adapter.layers if (block := block_of(layer)) is not None}
+        if found != set(blocks):
+            raise InputError(
+                f"upload {adapter.name!r} has layers of blocks {sorted(found)}, model.sent_blocks is {list(blocks)};"
+                " remove it, and its client goes on"
             )
 
 
