@@ -21,6 +21,7 @@ from rich.progress import (
 )
 
 from sap_lightning.console import on_terminal
+from sap_lightning.modules.classifier import training_steps
 
 log = logging.getLogger(__name__)
 
@@ -80,7 +81,7 @@ class RowBar(ProgressBar):
     def on_train_batch_end(self, trainer: L.Trainer, *args: Any) -> None:
         measured = "".join(f", {name} {value:.3f}" for name, value in _measured(trainer).items())
         text = f"{self.title} · {_epoch(trainer)}{measured}"
-        self.show(Row(self.title, text, trainer.global_step, trainer.estimated_stepping_batches))
+        self.show(Row(self.title, text, trainer.global_step, training_steps(trainer)))
 
 
 class Rows:
@@ -125,7 +126,7 @@ class EpochLog(L.Callback):
             return
         measured = "".join(f", {name} {value:.3f}" for name, value in _measured(trainer).items())
         pace = (time.monotonic() - self.started) / max(trainer.global_step - self.first_step, 1)
-        left = pace * (trainer.estimated_stepping_batches - trainer.global_step)
+        left = pace * (training_steps(trainer) - trainer.global_step)
         log.info("%s: %s%s, about %.0f s left", self.title, _epoch(trainer), measured, left)
 
 

@@ -7,6 +7,7 @@ import torch
 from peft.helpers import rescale_adapter_scale
 from torch import Tensor
 
+from sap_lightning.callbacks.sent_blocks import SentBlocks
 from sap_lightning.functional.reach import LENGTHS, MEASURED
 from sap_lightning.functional.styles import STYLES
 from sap_lightning.modules.classifier import data_of
@@ -17,14 +18,18 @@ IMAGES = 64
 
 
 class ReachCallback(L.Callback):
-    """Measures the trained adapter at several lengths on the client's held-out images, plain and in other styles.
+    """Measures the adapter that is sent at several lengths on the client's held-out images, plain and in other styles.
+
+    Args:
+        sent: says which layers are sent.
 
     Attributes:
         reach: style → mean probability of the right class at every one of ``functional.reach.LENGTHS``; empty before
             training ends, and where no images are held out.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, sent: SentBlocks) -> None:
+        self.sent = sent
         self.reach: dict[str, tuple[float, ...]] = {}
 
     @torch.no_grad()
@@ -45,6 +50,7 @@ class ReachCallback(L.Callback):
 
     def _certainty(self, module: CLIPLoRAModule, images: Tensor, labels: Tensor, length: float) -> float:
         """Mean probability of the right class at base + length · ΔW."""
-        with module.trainer.precision_plugin.forward_context(), rescale_adapter_scale(module, length):
+        precision = module.trainer.precision_plugin.forward_context()
+        with precision, module.sending(self.sent.blocks), rescale_adapter_scale(module, length):
             logits = torch.cat([module(part) for part in images.split(data_of(module.trainer).batch_size)])
         return round(float(logits.softmax(-1).gather(1, labels[:, None]).mean()), 4)

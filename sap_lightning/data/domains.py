@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterator
+import logging
+import math
+import time
+from collections.abc import Callable, Iterable, Iterator
 from functools import cached_property
+from typing import Any
 
 import numpy as np
 import torch
@@ -13,6 +17,7 @@ from torch.utils.data import DataLoader
 
 from sap_lightning.data.augment import epoch_crops, resized_crop
 from sap_lightning.data.cache import load_pixels, report_corrupt
+from sap_lightning.data.curriculum import Curriculum, easiest
 from sap_lightning.data.loaders import (
     Batch,
     PixelDataset,
@@ -26,7 +31,9 @@ from sap_lightning.data.pixels import PixelDataModule
 from sap_lightning.data.sources import Source, open_source
 from sap_lightning.errors import InputError, short
 
+log = logging.getLogger(__name__)
 Relabel = Callable[[Tensor, int], Tensor]
+_ALL_AT_ONCE = Curriculum()
 
 
 class DomainDataModule(PixelDataModule):
@@ -43,6 +50,8 @@ class DomainDataModule(PixelDataModule):
         val_fraction: Share of the domain kept back from training for validation.
         augment: Whether to crop and flip training images at random.
         crop_scale: The smallest share of an image's area that a crop has.
+        curriculum: Whether to begin with the easiest images; the module that is trained says how difficult each is,
+            once, before it is. Needs a Trainer that reloads the loader in every epoch.
         cache: Whether to keep decoded images on disk, see `sap_lightning.data.cache`.
         domain_column: Column of a dataset that names the domain.
         label_column: Column of a dataset that holds the class.
@@ -62,6 +71,7 @@ class DomainDataModule(PixelDataModule):
         val_fraction: float = 0.2,
         augment: bool = True,
         crop_scale: float = 0.6,
+        curriculum: Curriculum = _ALL_AT_ONCE,
         cache: bool = True,
         domain_column: str = "domain",
         label_column: str = "label",
@@ -77,6 +87,7 @@ class DomainDataModule(PixelDataModule):
         self.val_fraction = val_fraction
         self.augment = augment
         self.crop_scale = crop_scale
+        self.curriculum = curriculum
         self.cache = cache
         self.domain_column = domain_column
         self.label_column = label_column
@@ -84,6 +95,8 @@ class DomainDataModule(PixelDataModule):
         self._test_images: int | None = None
         self._relabel: Relabel | None = None
         self._first_epoch = 0
+        self._all_epochs: int | None = None
+        self._difficulty: Tensor | None = None
         self._given_names = class_names
         self._fingerprint: str | None = None
 
@@ -119,7 +132,12 @@ class DomainDataModule(PixelDataModule):
         return self._source.samples(domain).fingerprint
 
     def for_domain(
-        self, name: str, test_images: int | None = None, relabel: Relabel | None = None, first_epoch: int = 0
+        self,
+        name: str,
+        test_images: int | None = None,
+        relabel: Relabel | None = None,
+        first_epoch: int = 0,
+        all_epochs: int | None = None,
     ) -> DomainDataModule:
         """The same settings for another domain.
 
@@ -128,10 +146,12 @@ class DomainDataModule(PixelDataModule):
             test_images: test on that many images, spread evenly over the domain; all if not given.
             relabel: gives other labels to the training part, from its own (n,) and the number of classes.
             first_epoch: number of epochs that were trained before; shuffles and augmentation are those that follow.
+            all_epochs: number of epochs with those before and after, where a Trainer trains a part of them.
         """
         other = copy.copy(self)
         other.domain, other.trainer, other._fingerprint = name, None, None
-        other._test_images, other._relabel, other._first_epoch = test_images, relabel, first_epoch
+        other._test_images, other._relabel = test_images, relabel
+        other._first_epoch, other._all_epochs = first_epoch, all_epochs
         return other
 
     def held_out(self, number: int) -> Batch:
@@ -151,6 +171,12 @@ class DomainDataModule(PixelDataModule):
         for part in images.rows.split(at_once):
             batch = images[part.tolist()]
             yield self.normalised(batch._replace(images=batch.images.to(device))).images
+
+    def unchanged(self, at_once: int, device: torch.device) -> Iterator[Batch]:
+        """The images that are trained on, in order and as they are, as the tower's input; known after `setup`."""
+        for positions in torch.arange(len(self._train)).split(at_once):
+            batch = self._train[positions.tolist()]
+            yield self.normalised(Batch(*(part.to(device) for part in batch)))
 
     @property
     def training_part(self) -> PixelDataset:
@@ -180,13 +206,37 @@ class DomainDataModule(PixelDataModule):
         self._val = self._part(usable[order[:num_val]].sort().values)
         self._train = self._train_part(usable[order[num_val:]].sort().values)
         self._test = self._part(_spread(usable, self._test_images))
+        self._difficulty = None
 
     def train_dataloader(self) -> DataLoader[Batch]:
-        """Shuffled batches of the training part; the last one is dropped where it is not full."""
+        """Shuffled batches of what an epoch shows; the last one is dropped where it is not full."""
         world_size, rank = process_of(self.trainer)
-        sampler = train_sampler(self._train, world_size, rank, self.seed + self._first_epoch)
-        batch_size = images_per_process(min(self.batch_size, len(self._train)), world_size)
-        return make_loader(self._train, sampler, batch_size, drop_last=True)
+        shown = self._shown()
+        sampler = train_sampler(shown, world_size, rank, self.seed + self._first_epoch)
+        batch_size = images_per_process(min(self.batch_size, len(shown)), world_size)
+        return make_loader(shown, sampler, batch_size, drop_last=True)
+
+    @property
+    def epochs(self) -> range:
+        """Numbers of the epochs that the Trainer trains, among all."""
+        assert self.trainer is not None and self.trainer.max_epochs is not None
+        return range(self._first_epoch, self._first_epoch + self.trainer.max_epochs)
+
+    def steps(self, epochs: Iterable[int]) -> int:
+        """Steps of the optimizer in some of all epochs, which show different numbers of images; known after `setup`."""
+        assert self.trainer is not None
+        limit, images = self.trainer.limit_train_batches, map(self._number_shown, epochs)
+        batches = [number // min(self.batch_size, number) for number in images]
+        taken = [min(number, limit) if isinstance(limit, int) else int(number * limit) for number in batches]
+        return sum(math.ceil(number / self.trainer.accumulate_grad_batches) for number in taken)
+
+    def state_dict(self) -> dict[str, Any]:
+        """How difficult the images are, as a module that was trained further would not say so again."""
+        return {} if self._difficulty is None else {"difficulty": self._difficulty}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Takes on what `state_dict` gave."""
+        self._difficulty = state_dict["difficulty"]
 
     def val_dataloader(self) -> DataLoader[Batch]:
         """The validation part in order, each image once."""
@@ -235,6 +285,32 @@ class DomainDataModule(PixelDataModule):
         labels = self._labels.clone()
         labels[rows] = self._relabel(labels[rows], len(self.class_names))
         return PixelDataset(self._pixels.images, labels, rows)
+
+    def _shown(self) -> PixelDataset:
+        """The images of the present epoch."""
+        if not self.curriculum.narrows:
+            return self._train
+        self._check_curriculum()
+        assert self.trainer is not None
+        if self._difficulty is None:
+            started = time.monotonic()
+            module: Any = self.trainer.lightning_module
+            self._difficulty = module.difficulty(self)
+            log.info("%s: difficulty of %d images, %.0f s", self.domain, len(self._train), time.monotonic() - started)
+        number = self._number_shown(self.epochs.start + self.trainer.current_epoch)
+        return PixelDataset(self._train.images, self._train.labels, self._train.rows[easiest(self._difficulty, number)])
+
+    def _number_shown(self, epoch: int) -> int:
+        assert self.trainer is not None and self.trainer.max_epochs is not None
+        all_epochs = self._all_epochs or self.trainer.max_epochs
+        return self.curriculum.images(len(self._train), self.batch_size, epoch, all_epochs)
+
+    def _check_curriculum(self) -> None:
+        trainer: Any = self.trainer
+        if trainer is None or trainer.reload_dataloaders_every_n_epochs != 1:
+            raise InputError("data.curriculum: every epoch has its own images; set reload_dataloaders_every_n_epochs 1")
+        if (trainer.max_epochs or 0) < 1 or trainer.max_steps != -1:
+            raise InputError("data.curriculum grows with the epochs; set trainer.max_epochs, and leave out max_steps")
 
     def _eval_loader(self, part: PixelDataset) -> DataLoader[Batch]:
         return self._in_order(part, f"{self.root}: domain {self.domain!r}")

@@ -13,6 +13,8 @@ from lightning.pytorch.callbacks import ModelCheckpoint, ProgressBar
 from sap_lightning.callbacks.epochs import KeepEpochs
 from sap_lightning.callbacks.progress import training_progress
 from sap_lightning.callbacks.reach import ReachCallback
+from sap_lightning.callbacks.sent_blocks import SentBlocks
+from sap_lightning.callbacks.sparse_update import SparseUpdate
 from sap_lightning.callbacks.tensorboard import EventLogger
 from sap_lightning.data.domains import DomainDataModule
 from sap_lightning.errors import InputError
@@ -110,22 +112,24 @@ def _train(
     progress: ShowProgress,
 ) -> None:
     domain = data.require_domain()
-    home, reach, shown = folder.client(domain), ReachCallback(), progress(title)
+    home, shown, sent = folder.client(domain), progress(title), SentBlocks(module.sent_blocks)
+    reach = ReachCallback(sent)
     measured = [reach] if module.reach else []
     kept = [KeepEpochs(folder.epochs(domain))] if module.keeps_epochs else []
     trainer = make_trainer(
         logger=EventLogger(home.parent, home.name),
-        callbacks=[_every_epoch(home), shown, *measured, *kept],
+        callbacks=[_every_epoch(home), shown, sent, SparseUpdate(module.trained_rows, sent), *measured, *kept],
         default_root_dir=home,
         enable_checkpointing=True,
         enable_progress_bar=isinstance(shown, ProgressBar),
+        reload_dataloaders_every_n_epochs=int(data.curriculum.narrows),
     )
     trainer.strategy.checkpoint_io = WholeCheckpoints()
     trainer.fit(module, datamodule=data, ckpt_path=last_checkpoint(home), weights_only=True)
     if trainer.global_step == 0:
         raise InputError(f"{title}: not one step was trained, so nothing is sent; check trainer.max_time")
     if trainer.is_global_zero:
-        module.write_upload(folder.upload(domain), domain, data.num_samples, reach.reach)
+        module.write_upload(folder.upload(domain), domain, data.num_samples, reach.reach, sent.blocks)
     trainer.strategy.barrier()
 
 

@@ -309,7 +309,7 @@ class OneShotFederation:
         """The clients, and at the end the poisoned one that trains on wrong labels."""
         trainings = []
         for number, domain in enumerate(self.domains, start=1):
-            data, title = self.data.for_domain(domain), f"client {number} of {len(self.domains)} ({domain})"
+            data, title = self.first_data(domain), f"client {number} of {len(self.domains)} ({domain})"
             trainings.append(self.training(self.first_client(domain), data, self.folder, title))
         if self.poison and self.poison.poisons_labels and self.poison.domain in self.domains:
             domain, folder = self.poison.domain, self.folder.poisoned(self.poison.name)
@@ -320,6 +320,10 @@ class OneShotFederation:
     def first_client(self, domain: str) -> ClientModule:
         """The module that a client trains first, and only once in one shot."""
         return self.client.for_turn(ONE_SHOT)
+
+    def first_data(self, domain: str) -> DomainDataModule:
+        """The images that it trains on."""
+        return self.data.for_domain(domain)
 
     def training(self, client: ClientModule, data: DomainDataModule, folder: RunFolder, title: str) -> Training:
         """What a client is trained with."""

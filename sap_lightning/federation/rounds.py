@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 
 import torch
 
+from sap_lightning.data.domains import DomainDataModule
 from sap_lightning.errors import InputError, check_at_least, check_share
 from sap_lightning.federation.aggregation import Way, joined, next_start, on_the_base
 from sap_lightning.federation.client import TrainerFactory
@@ -23,6 +24,7 @@ from sap_lightning.functional.rescaling import relative_error
 from sap_lightning.io.adapter import Adapter, Expected
 from sap_lightning.merging import Average, MergeMethod, method_named
 from sap_lightning.merging.clients import client_layers
+from sap_lightning.models.layers import block_of
 from sap_lightning.modules.client import ClientModule
 from sap_lightning.modules.clip_lora import CLIPLoRAModule
 from sap_lightning.modules.turn import Span
@@ -117,7 +119,7 @@ class RoundsFederation(OneShotFederation):
         self.share = share
         self.ranks = ranks or {}
         way = "promptfl" if self.client.kind == "prompt" else aggregation
-        self.agreed = Agreement(rounds, way, optimizer, schedule)
+        self.agreed = Agreement(rounds, way, optimizer, schedule, self.client.named_blocks)
         self.aggregation = self.agreed.aggregation
         self.method = method if method and self.aggregation.takes_methods else Average()
         self._ask = ask
@@ -157,6 +159,10 @@ class RoundsFederation(OneShotFederation):
             fault = "federation.poison is for one round; leave it out, or set --federation.rounds 1"
         elif self.uploads is None and self.epochs < 1:
             fault = "federation.rounds: set federation.epochs_per_round, as trainer.max_epochs names no number"
+        elif self.client.sent_blocks != 1 and self.agreed.blocks is None:
+            fault = "model.sent_blocks: in several rounds all clients send the same blocks; name them, such as [2,3]"
+        elif self.agreed.blocks is not None and (of.folds or of.sent_in(last_round=False) != "AB"):
+            fault = f"model.sent_blocks: {way} needs all layers of a client; use fedit, flexlora or lora_fair"
         if fault:
             raise InputError(fault)
 
@@ -217,6 +223,15 @@ class RoundsFederation(OneShotFederation):
     def first_client(self, domain: str) -> ClientModule:
         return self.client.for_turn(self.agreed.turn(0, self.ranks.get(domain)))
 
+    def first_data(self, domain: str) -> DomainDataModule:
+        return self._data(0, domain)
+
+    def _data(self, number: int, domain: str) -> DomainDataModule:
+        """What a client trains on in a round."""
+        if self.rounds == 1:
+            return super().first_data(domain)
+        return self.data.for_domain(domain, first_epoch=number * self.epochs, all_epochs=self.rounds * self.epochs)
+
     def _play(self, unseen: str) -> Sent:
         """What the clients send in the last round for an unseen domain, after all rounds before."""
         handed: list[Handed] = []
@@ -231,7 +246,10 @@ class RoundsFederation(OneShotFederation):
     def _uploads(self, unseen: str, number: int, handed: Sequence[Handed]) -> list[Adapter]:
         folder = self.folder.round(unseen, number)
         uploads = [folder.upload(domain) for domain in self.chosen(unseen, number)]
-        return self.collect(uploads, number, self._expected(number, handed))
+        sent = self.collect(uploads, number, self._expected(number, handed))
+        if self.agreed.blocks is not None:
+            _require_blocks(sent, self.agreed.blocks)
+        return sent
 
     def _expected(self, number: int, handed: Sequence[Handed] = ()) -> Expected:
         """What the server expects of an upload of a round."""
@@ -255,7 +273,7 @@ class RoundsFederation(OneShotFederation):
                 continue
             title = f"{unseen} unseen, round {number + 1} of {self.rounds}, client {place} of {len(chosen)} ({domain})"
             turn = self.agreed.turn(number, self.ranks.get(domain), handed, self._last_home(unseen, number, domain))
-            data = self.data.for_domain(domain, first_epoch=number * self.epochs)
+            data = self._data(number, domain)
             trainings.append(self.training(self.client.for_turn(turn), data, folder, title))
         self.train_each(trainings)
 
@@ -331,6 +349,17 @@ class RoundsFederation(OneShotFederation):
             raise InputError(
                 f"federation.aggregation {self.agreed.way}: the uploads differ in layers, rank or alpha; use flexlora"
                 " or flora"
+            )
+
+
+def _require_blocks(adapters: Sequence[Adapter], blocks: Sequence[int]) -> None:
+    """A layer that a client of a round does not send is its own, and not 0."""
+    for adapter in adapters:
+        found = {block for layer in adapter.layers if (block := block_of(layer)) is not None}
+        if found != set(blocks):
+            raise InputError(
+                f"upload {adapter.name!r} has layers of blocks {sorted(found)}, model.sent_blocks is {list(blocks)};"
+                " remove it, and its client goes on"
             )
 
 

@@ -31,12 +31,14 @@ class Agreement:
         way: how adapters are aggregated, or promptfl for prompts.
         optimizer: clients start each round with a new one (reset), or with what theirs has gathered (keep).
         schedule: the learning rate falls once over all rounds (whole), or in each (round).
+        blocks: those whose layers all clients send, where they are named; layers of others are each client's own.
     """
 
     rounds: int = 1
     way: Way | Literal["promptfl"] = "flexlora"
     optimizer: Optimizer = "reset"
     schedule: Span = "whole"
+    blocks: Sequence[int] | None = None
 
     @property
     def aggregation(self) -> Aggregation:
@@ -80,12 +82,14 @@ class Agreement:
         )
 
     def _start(self, start: Adapter | None, home: Path | None) -> Mapping[str, LoRALayer]:
-        """The factors that a client starts from: what was handed over, and its own B where that is not shared."""
+        """The factors that a client starts from: what was handed over, and its own of what is not shared."""
         if start is None:
             return {}
-        if self.aggregation.sent != "A" or home is None:
+        if home is None or (self.aggregation.sent != "A" and self.blocks is None):
             return start.layers
-        (own,) = read_uploads([_checkpoint(home, self.way)])
+        (own,) = read_uploads([_checkpoint(home, self.way if self.blocks is None else "model.sent_blocks")])
+        if self.blocks is not None:
+            return {**own.layers, **start.layers}
         return {name: layer._replace(B=own.layers[name].B) for name, layer in start.layers.items()}
 
     def _gathered(self, home: Path | None) -> dict[int, Any]:

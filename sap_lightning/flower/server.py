@@ -161,7 +161,8 @@ class Sites:
 def agreement_of(cli: SapCLI) -> Agreement:
     """How the rounds of a command are played."""
     settings = cli.config_init.federation
-    return Agreement(settings.rounds, settings.aggregation, settings.optimizer, settings.schedule)
+    played = settings.rounds, settings.aggregation, settings.optimizer, settings.schedule
+    return Agreement(*played, blocks=cli.model.named_blocks)
 
 
 def _in_one_line(record: logging.LogRecord) -> bool:

@@ -51,7 +51,8 @@ class SiteTurn:
         if question.round:
             check_domain(question.unseen)
         self.cli, self.question, self.parts = cli, question, parts
-        self.agreed = Agreement(question.rounds, question.way, question.optimizer, question.schedule)  # type: ignore[arg-type]  # checked above
+        played: dict[str, Any] = {name: getattr(question, name) for name in ("rounds", "way", "optimizer", "schedule")}
+        self.agreed = Agreement(**played, blocks=cli.model.named_blocks)
         self.folder: RunFolder = cli.run_folder
 
     def train(self) -> Path:
@@ -62,8 +63,9 @@ class SiteTurn:
         """
         number, domain = self.question.round, self.cli.datamodule.require_domain()
         turn = self.agreed.turn(number, None, self._handed(), self._last_home(domain))
-        title = f"client {domain}, round {number + 1} of {self.agreed.rounds}"
-        data = self.cli.datamodule.for_domain(domain, first_epoch=number * self._epochs)
+        rounds, epochs = self.agreed.rounds, self._epochs
+        title = f"client {domain}, round {number + 1} of {rounds}"
+        data = self.cli.datamodule.for_domain(domain, first_epoch=number * epochs, all_epochs=rounds * epochs)
         module, folder = self.cli.model.for_turn(turn), self.folder.round(self.question.unseen, number)
         return train_client(module, data, folder, self.cli.make_trainer, title, self._settings())
 

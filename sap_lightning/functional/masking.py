@@ -48,6 +48,24 @@ def keep_mask(scores: Tensor, sparsity: float) -> Tensor:
     return keep.view_as(scores)
 
 
+def keep_highest(scores: Tensor, share: float) -> Tensor:
+    """True at the highest share of the scores, but at one at least; of equal ones the last are kept.
+
+    Args:
+        scores: any shape, N elements, no NaN.
+        share: in [0, 1].
+
+    Example:
+        >>> import torch
+        >>> from sap_lightning.functional.masking import keep_highest
+        >>> scores = torch.tensor([3.0, 1.0, 2.0])
+        >>> keep_highest(scores, share=2 / 3).tolist(), keep_highest(scores, share=0.1).tolist()
+        ([True, False, True], [True, False, False])
+    """
+    dropped = min(round((1 - share) * scores.numel()), scores.numel() - 1)
+    return keep_mask(scores, dropped / scores.numel())
+
+
 def smallest(values: Tensor, k: int) -> float:
     """The k-th smallest of a flat tensor.
 

@@ -238,7 +238,8 @@ def require_agreement(manifest: Manifest, adapter: Adapter) -> None:
     layers = adapter.layers.values()
     if (manifest.rank, manifest.alpha) not in {(layer.rank, alpha_of(layer)) for layer in layers}:
         raise InputError(f"no layer is of rank {manifest.rank} and alpha {manifest.alpha:g}; upload the adapter again")
-    if missing := require_targets({"target_modules": list(manifest.targets)}, adapter.layers):
+    missing = require_targets({"target_modules": list(manifest.targets)}, adapter.layers)
+    if missing and not manifest.layers:
         raise InputError(f"targets name {missing[0]!r}, of which there are no weights; upload the whole adapter again")
 
 

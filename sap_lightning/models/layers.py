@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+from collections.abc import Iterable
 from functools import lru_cache
 
 import torch
@@ -11,6 +13,20 @@ from transformers import AutoConfig, AutoModel
 from transformers.pytorch_utils import Conv1D
 
 from sap_lightning.errors import InputError, first_line
+
+_BLOCK = re.compile(r"(.+\.layers\.(\d+))\.")
+
+
+def block_of(layer: str) -> int | None:
+    """The number of the transformer block that a layer of a tower is in, from 0; None of one that is in no block."""
+    found = _BLOCK.match(layer)
+    return int(found[2]) if found else None
+
+
+def blocks_of(tower: nn.Module, layers: Iterable[str]) -> dict[int, nn.Module]:
+    """The transformer blocks of a tower that these layers of it are in, by number."""
+    found = filter(None, map(_BLOCK.match, layers))
+    return {int(block[2]): tower.get_submodule(block[1]) for block in found}
 
 
 def layer_shapes(tower: nn.Module) -> dict[str, tuple[int, ...]]:

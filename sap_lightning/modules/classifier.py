@@ -18,6 +18,12 @@ def data_of(trainer: L.Trainer) -> Any:
     return trainer.datamodule  # type: ignore[attr-defined]
 
 
+def training_steps(trainer: L.Trainer) -> int | float:
+    """Steps of the optimizer in a fit; Lightning's own estimate takes every epoch for one as long as the present."""
+    data = data_of(trainer)
+    return int(data.steps(data.epochs)) if data.curriculum.narrows else trainer.estimated_stepping_batches
+
+
 def accuracy_metrics(class_names: Sequence[str]) -> MetricCollection:
     """Top-1, macro and per-class accuracy, and expected calibration error.
 

@@ -4,14 +4,18 @@ from __future__ import annotations
 
 import copy
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Self
 
-from torch import Tensor
+import torch
+from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
+from sap_lightning.data.domains import DomainDataModule
 from sap_lightning.data.loaders import Batch
+from sap_lightning.functional.fisher import fisher_trace, sample_squares
 from sap_lightning.functional.reach import Reach
 from sap_lightning.io.manifest import Kind, Manifest
 from sap_lightning.modules.classifier import CLIPClassifier
@@ -32,6 +36,8 @@ class ClientModule(CLIPClassifier, ABC):
         rank: of a LoRA; 0 of what is none.
         reach: whether it is measured how far the part reaches on images in changed styles.
         keeps_epochs: whether the part is kept after every epoch.
+        sent_blocks: share of the transformer blocks whose layers are sent, or their numbers.
+        trained_rows: share of the rows of a matrix that training goes on with after its first batches.
         label_smoothing: of the cross-entropy.
     """
 
@@ -40,6 +46,8 @@ class ClientModule(CLIPClassifier, ABC):
     rank = 0
     reach = False
     keeps_epochs = False
+    sent_blocks: float | Sequence[int] = 1.0
+    trained_rows = 1.0
     label_smoothing = 0.0
 
     def __init__(self, base: str, templates: Sequence[str], seed: int) -> None:
@@ -61,17 +69,56 @@ class ClientModule(CLIPClassifier, ABC):
         other.reach = self.reach and turn.is_last
         return other
 
+    @property
+    def named_blocks(self) -> Sequence[int] | None:
+        """The blocks whose layers are sent, where they are named."""
+        return self.sent_blocks if isinstance(self.sent_blocks, Sequence) else None
+
     @abstractmethod
     def stated(self, manifest: Manifest) -> Mapping[str, tuple[Any, Any]]:
         """The settings that an upload's manifest states: by name, what they are there and here."""
 
     @abstractmethod
-    def write_upload(self, folder: str | Path, domain: str, num_samples: int, reach: Reach | None = None) -> Path:
+    def write_upload(
+        self,
+        folder: str | Path,
+        domain: str,
+        num_samples: int,
+        reach: Reach | None = None,
+        blocks: Collection[int] | None = None,
+    ) -> Path:
         """Writes what the client sends: the part and its manifest, which says how far it reaches.
+
+        Args:
+            folder: must not exist.
+            domain: the client's.
+            num_samples: number of its training images.
+            reach: how far the part reaches.
+            blocks: numbers of the transformer blocks whose layers are sent; all if not given.
 
         Raises:
             InputError: when the folder already exists.
         """
+
+    def trained_parameters(self) -> dict[str, nn.Parameter]:
+        """The part, by name."""
+        return {name: parameter for name, parameter in self.named_parameters() if parameter.requires_grad}
+
+    def sample_losses(self, batches: Iterable[Batch]) -> Iterator[Tensor]:
+        """−log p(y|x) of one image after another, of batches of the tower's input; a label y is the image's own."""
+        for batch in batches:
+            for image, label in zip(batch.images, batch.labels, strict=True):
+                with self.trainer.precision_plugin.forward_context():
+                    logits = self.logits(self.image_features(image[None]))
+                yield cross_entropy(logits, label[None])
+
+    @torch.enable_grad()
+    def difficulty(self, data: DomainDataModule) -> Tensor:
+        """Of each image that is trained on the trace of its Fisher information at the part as it is, shape (n,)."""
+        trained = list(self.trained_parameters().values())
+        with undisturbed(self):
+            losses = self.sample_losses(data.unchanged(data.batch_size, self.device))
+            return torch.stack([fisher_trace(squares).cpu() for squares in sample_squares(losses, trained)])
 
     def batch_features(self, batch: Batch) -> Tensor:
         """Normalised features, shape (n, d), of the images of a batch."""
@@ -96,6 +143,18 @@ class ClientModule(CLIPClassifier, ABC):
         self.log_accuracy("val/")
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        trained = {name for name, parameter in self.named_parameters() if parameter.requires_grad}
+        trained = self.trained_parameters().keys()
         checkpoint["state_dict"] = {k: v for k, v in checkpoint["state_dict"].items() if k in trained}
         checkpoint["base_fingerprint"] = self.base_fingerprint
+
+
+@contextmanager
+def undisturbed(module: nn.Module) -> Iterator[None]:
+    """A module without dropout for a while."""
+    modes = {part: part.training for part in module.modules()}
+    module.eval()
+    try:
+        yield
+    finally:
+        for part, mode in modes.items():
+            part.training = mode

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Collection, Iterator, Sequence
+from contextlib import contextmanager
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any, Literal, Self, get_args
@@ -25,7 +26,7 @@ from sap_lightning.io.adapter import Expected, sha256_of, write_adapter
 from sap_lightning.io.manifest import Manifest, base_with
 from sap_lightning.io.peft_config import in_text_tower, public_name
 from sap_lightning.models.clip import Base, TextEncoder, load_base
-from sap_lightning.models.layers import layer_shapes, linear_weight
+from sap_lightning.models.layers import block_of, blocks_of, layer_shapes, linear_weight
 from sap_lightning.modules.classifier import data_of
 from sap_lightning.modules.client import ClientModule
 from sap_lightning.modules.turn import Turn
@@ -53,6 +54,10 @@ class CLIPLoRAModule(ClientModule):
         schedule: what it does then: it falls as a cosine to nothing, or stays (constant).
         label_smoothing: label smoothing of the cross-entropy.
         reach: measure how far the adapter reaches on held-out images in changed styles, and say so in the manifest.
+        sent_blocks: share of the vision tower's blocks whose layers the client sends, those that are most sensitive to
+            a change of its images; or their numbers, from 0. Layers of other blocks are trained, and stay at home.
+        trained_rows: share of the rows of A and B that training goes on with after its first batches, those of the
+            largest Fisher information; where not all blocks are sent, in the blocks that stay at home.
         seed: seed of the adapter's initial values and of dropout.
 
     Raises:
@@ -74,6 +79,8 @@ class CLIPLoRAModule(ClientModule):
         schedule: Literal["cosine", "constant"] = "cosine",
         label_smoothing: float = 0.0,
         reach: bool = True,
+        sent_blocks: float | Sequence[int] = 1.0,
+        trained_rows: float = 1.0,
         seed: int = 0,
     ) -> None:
         super().__init__(base, templates, seed)
@@ -89,6 +96,8 @@ class CLIPLoRAModule(ClientModule):
         self.schedule = schedule
         self.label_smoothing = label_smoothing
         self.reach = reach
+        self.sent_blocks = sent_blocks
+        self.trained_rows = trained_rows
         self._first_step = 0
         self._trained_texts: TextEncoder | None = None
         self._check_settings()
@@ -104,6 +113,24 @@ class CLIPLoRAModule(ClientModule):
                 raise InputError(f"model.{name} must be a finite number from 0 on, got {getattr(self, name)}")
         for name in ("dropout", "warmup", "label_smoothing"):
             check_share(f"model.{name}", getattr(self, name))
+        if not 0 < self.trained_rows <= 1:
+            raise InputError(f"model.trained_rows must lie in (0, 1], got {self.trained_rows}")
+        self._check_sent_blocks()
+
+    def _check_sent_blocks(self) -> None:
+        sent = self.sent_blocks
+        if sent == 1.0:
+            return
+        if "text" in self.towers:
+            raise InputError(
+                "model.sent_blocks chooses among blocks of the vision tower; leave text out of model.towers"
+            )
+        if not isinstance(sent, Sequence) and not 0 < sent <= 1:
+            raise InputError(
+                f"model.sent_blocks must lie in (0, 1], got {sent:g}; for one block alone write [{sent:g}]"
+            )
+        if isinstance(sent, Sequence) and (not sent or len(set(sent)) < len(sent)):
+            raise InputError(f"model.sent_blocks must name blocks by their numbers, each once, got {list(sent)}")
 
     def for_turn(self, turn: Turn) -> Self:
         other = super().for_turn(turn)
@@ -165,6 +192,9 @@ class CLIPLoRAModule(ClientModule):
                 names = ", ".join(sorted({name.rsplit(".", 1)[-1] for name in linear}))
                 towers = f"the {' and the '.join(self.towers)} tower"
                 raise InputError(f"model.targets: {towers} has no linear layer {target!r}; it has {names}")
+        blocks = sorted({block for layer in layers if (block := block_of(layer)) is not None})
+        if isinstance(self.sent_blocks, Sequence) and (unknown := sorted(set(self.sent_blocks) - set(blocks))):
+            raise InputError(f"model.sent_blocks: no adapter is in block {unknown[0]}; there are some in {blocks}")
         return layers
 
     def image_features(self, images: Tensor) -> Tensor:
@@ -189,13 +219,18 @@ class CLIPLoRAModule(ClientModule):
         optimizer = torch.optim.AdamW(groups, lr=self.learning_rate, weight_decay=self.weight_decay)
         if self._turn.optimizer:
             optimizer.load_state_dict(optimizer.state_dict() | {"state": self._turn.optimizer})
-        steps = int(self.trainer.estimated_stepping_batches)
-        self._first_step = self._turn.number * steps
-        before, rounds = self._turn.scheduled
-        return {
-            "optimizer": optimizer,
-            "lr_scheduler": {"scheduler": self._rates(optimizer, before * steps, rounds * steps), "interval": "step"},
-        }
+        number, (first, end) = self._turn.number, self._turn.scheduled
+        self._first_step = self._steps(0, number)
+        rates = self._rates(optimizer, self._steps(first, number), self._steps(first, end))
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": rates, "interval": "step"}}
+
+    def _steps(self, first: int, end: int) -> int:
+        """Steps of the optimizer in the rounds from the first to the one before the end."""
+        epochs, data = self.trainer.max_epochs, data_of(self.trainer)
+        if not data.curriculum.narrows:
+            return (end - first) * int(self.trainer.estimated_stepping_batches)
+        assert epochs is not None
+        return int(data.steps(range(first * epochs, end * epochs)))
 
     def _rates(self, optimizer: torch.optim.Optimizer, done: int, steps: int) -> LambdaLR:
         """The schedule over so many steps, of which some are done."""
@@ -209,6 +244,25 @@ class CLIPLoRAModule(ClientModule):
         assert self.tower is not None
         return _lora_layers(self.tower)
 
+    def blocks(self) -> dict[int, nn.Module]:
+        """The blocks that have an adapter, by number; of the vision tower where it alone has."""
+        tower: Any = self.tower
+        return blocks_of(tower.base_model.model, self.layers())
+
+    @contextmanager
+    def sending(self, blocks: Collection[int] | None) -> Iterator[None]:
+        """The model as the adapter makes it that is sent, for a while: without the layers that stay at home."""
+        assert self.tower is not None
+        home = [module for name, module in _adapted(self.tower).items() if not _is_sent(name, blocks)]
+        scales = [module.scaling["default"] for module in home]
+        for module in home:
+            module.scaling["default"] = 0.0
+        try:
+            yield
+        finally:
+            for module, scale in zip(home, scales, strict=True):
+                module.scaling["default"] = scale
+
     @property
     def keeps_epochs(self) -> bool:  # type: ignore[override]  # by its settings
         return len(self.towers) > 1
@@ -220,9 +274,17 @@ class CLIPLoRAModule(ClientModule):
             "model.targets": (list(manifest.targets), list(self.targets)),
         }
 
-    def write_upload(self, folder: str | Path, domain: str, num_samples: int, reach: Reach | None = None) -> Path:
+    def write_upload(
+        self,
+        folder: str | Path,
+        domain: str,
+        num_samples: int,
+        reach: Reach | None = None,
+        blocks: Collection[int] | None = None,
+    ) -> Path:
         """Writes the adapter in PEFT format, and its manifest."""
-        layers, sent = self.layers(), self._turn.sent
+        layers = {name: layer for name, layer in self.layers().items() if _is_sent(name, blocks)}
+        sent, is_whole = self._turn.sent, blocks is None
         if sent == "A":  # what stays at home counts as nothing
             layers = {name: layer._replace(B=torch.zeros_like(layer.B)) for name, layer in layers.items()}
         manifest = Manifest(
@@ -238,20 +300,33 @@ class CLIPLoRAModule(ClientModule):
             packages={name: version(name) for name in ("lightning", "peft", "torch", "transformers")},
             tensors_sha256=sha256_of(layers),
             reach=reach or {},
-            format_version=1 if self._turn.rounds == 1 else 2,
+            format_version=1 if self._turn.rounds == 1 and is_whole else 2,
             round=self._turn.number,
             parts=Expected(sent).parts,
+            layers=() if is_whole else tuple(layers),
         )
         return write_adapter(folder, layers, self.base, manifest, sent=sent)
 
 
-def _lora_layers(tower: nn.Module) -> dict[str, LoRALayer]:
+def _is_sent(layer: str, blocks: Collection[int] | None) -> bool:
+    """Whether a layer is sent with these blocks, or with all; one that is in no block always is."""
+    block = block_of(layer)
+    return blocks is None or block is None or block in blocks
+
+
+def _adapted(tower: nn.Module) -> dict[str, LoraLayer]:
+    """The layers of a tower that have an adapter, by name in CLIPModel."""
     return {
-        name.removeprefix("base_model.model."): LoRALayer(
-            _values(module.lora_A["default"]), _values(module.lora_B["default"]), module.scaling["default"]
-        )
+        name.removeprefix("base_model.model."): module
         for name, module in tower.named_modules()
         if isinstance(module, LoraLayer)
+    }
+
+
+def _lora_layers(tower: nn.Module) -> dict[str, LoRALayer]:
+    return {
+        name: LoRALayer(_values(module.lora_A["default"]), _values(module.lora_B["default"]), module.scaling["default"])
+        for name, module in _adapted(tower).items()
     }
 
 

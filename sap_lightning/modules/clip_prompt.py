@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -193,8 +193,9 @@ class CLIPPromptModule(ClientModule):
         if self._turn.optimizer:
             optimizer.load_state_dict(optimizer.state_dict() | {"state": self._turn.optimizer})
         epochs = math.ceil(self.trainer.estimated_stepping_batches / self.trainer.num_training_batches)
-        before, rounds = self._turn.scheduled
-        rates = LambdaLR(optimizer, lambda epoch: self._rate(before * epochs + epoch, rounds * epochs))
+        first, end = self._turn.scheduled
+        before = (self._turn.number - first) * epochs
+        rates = LambdaLR(optimizer, lambda epoch: self._rate(before + epoch, (end - first) * epochs))
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": rates, "interval": "epoch"}}
 
     def _rate(self, epoch: int, epochs: int) -> float:
@@ -214,7 +215,14 @@ class CLIPPromptModule(ClientModule):
             stated["model.tokens"] = (manifest.rank, self.tokens)
         return stated
 
-    def write_upload(self, folder: str | Path, domain: str, num_samples: int, reach: Reach | None = None) -> Path:
+    def write_upload(
+        self,
+        folder: str | Path,
+        domain: str,
+        num_samples: int,
+        reach: Reach | None = None,
+        blocks: Collection[int] | None = None,
+    ) -> Path:
         """Writes the context, and its manifest."""
         layers = self.layers()
         manifest = Manifest(

@@ -46,8 +46,8 @@ class Turn:
 
     @property
     def scheduled(self) -> tuple[int, int]:
-        """Rounds that the learning rate has behind it, and those that it is scheduled over."""
-        return (self.number, self.rounds) if self.span == "whole" else (0, 1)
+        """The first round that the learning rate is scheduled over, and the one after the last."""
+        return (0, self.rounds) if self.span == "whole" else (self.number, self.number + 1)
 
 
 ONE_SHOT = Turn()

@@ -9,6 +9,7 @@ from places import SHAPES_CLIP
 from torch.nn.functional import normalize
 
 from sap_lightning.callbacks.reach import ReachCallback
+from sap_lightning.callbacks.sent_blocks import SentBlocks
 from sap_lightning.data.domains import DomainDataModule
 from sap_lightning.functional.reach import LENGTHS, MEASURED
 from sap_lightning.functional.styles import STYLES
@@ -19,7 +20,7 @@ from sap_lightning.modules.clip_lora import CLIPLoRAModule
 
 def trained(world, **settings) -> tuple[CLIPLoRAModule, DomainDataModule, ReachCallback]:
     data = DomainDataModule(str(world / "domains"), "photo", base=SHAPES_CLIP, batch_size=16, cache=False, **settings)
-    module, callback = CLIPLoRAModule(SHAPES_CLIP, rank=4, dropout=0.3), ReachCallback()
+    module, callback = CLIPLoRAModule(SHAPES_CLIP, rank=4, dropout=0.3), ReachCallback(SentBlocks())
     trainer = L.Trainer(
         max_epochs=2, accelerator="cpu", logger=False, enable_checkpointing=False, enable_progress_bar=False,
         enable_model_summary=False, num_sanity_val_steps=0, callbacks=[callback],

@@ -8,15 +8,20 @@ from typing import Any
 
 import lightning as L
 import pytest
+import torch
 from federation.runs import contents, times
 from places import SHAPES_CLIP
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from torch.testing import assert_close
 
+from sap_lightning.data.curriculum import Curriculum
 from sap_lightning.data.domains import DomainDataModule
 from sap_lightning.errors import InputError
 from sap_lightning.federation.client import train_client
 from sap_lightning.federation.run_folder import RunFolder
 from sap_lightning.files import locked
+from sap_lightning.io.adapter import read_adapter
+from sap_lightning.models.layers import block_of
 from sap_lightning.modules.clip_lora import CLIPLoRAModule
 
 
@@ -121,3 +126,56 @@ def test_fit_takes_a_client_that_was_trained_with_its_settings(finished, run, tm
     assert {path.name for path in (folder / "clients").iterdir()} == {"painting", "photo"}, (
         "cartoon came from elsewhere"
     )
+
+
+# Easy images first, some blocks, some rows
+
+
+class Stopped(L.Callback):
+    """Ends a training as a new epoch begins."""
+
+    def __init__(self, epoch: int) -> None:
+        self.epoch = epoch
+
+    def on_train_epoch_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        if trainer.current_epoch == self.epoch:
+            raise InputError("stopped")
+
+
+def test_stopped_after_every_epoch_a_client_of_easy_images_blocks_and_rows_ends_in_the_same_bits(world, tmp_path):
+    """The first stop comes while rows are still chosen, the second once they were."""
+
+    def go_on(folder: Path, stop: int = -1) -> None:
+        def make_trainer(callbacks: list[L.Callback], **overrides: Any) -> L.Trainer:
+            callbacks = [Stopped(stop), *callbacks]
+            return L.Trainer(max_epochs=3, accelerator="cpu", num_sanity_val_steps=0, callbacks=callbacks, **overrides)
+
+        root, easy_first = str(world / "domains"), Curriculum(start=0.5)
+        data = DomainDataModule(root, "photo", base=SHAPES_CLIP, batch_size=4, curriculum=easy_first)
+        module = CLIPLoRAModule(SHAPES_CLIP, rank=2, dropout=0.3, sent_blocks=0.5, trained_rows=0.5)
+        train_client(module, data, RunFolder(folder), make_trainer, "client", {})
+
+    for stop in (1, 2):
+        with pytest.raises(InputError, match="stopped"):
+            go_on(tmp_path / "stopped", stop)
+    for folder in ("stopped", "whole"):
+        go_on(tmp_path / folder)
+    assert contents(tmp_path / "stopped" / "uploads") == contents(tmp_path / "whole" / "uploads")
+    checkpoint = torch.load(tmp_path / "whole" / "clients" / "photo" / "last.ckpt", weights_only=True)
+    assert checkpoint["global_step"] == 19 // 4 + 27 // 4 + 35 // 4
+
+
+def test_a_client_that_sends_some_blocks_counts_as_nothing_in_the_others(finished, run, tmp_path):
+    quick = ["--trainer.limit_train_batches=1", "--model.reach=false"]
+    run("client", "--data.domain=photo", "--model.sent_blocks=[2,3]", *quick, f"--federation.run_dir={tmp_path}")
+    uploads = [finished / "uploads" / "cartoon", tmp_path / "uploads" / "photo"]
+    whole, some = map(read_adapter, uploads)
+    assert {block_of(name) for name in some.layers} == {2, 3} and 2 * some.size < 1.1 * whole.size
+    for method in ("average", "sap"):
+        options = [f"--merge.method={method}", "--merge.format=adapter", f"--merge.output={tmp_path / method}"]
+        run("merge", *options, f"--federation.run_dir={tmp_path}", "--uploads", *map(str, uploads))
+    average, sap = read_adapter(tmp_path / "average").layers, read_adapter(tmp_path / "sap").layers
+    for name, layer in whole.layers.items():
+        other = some.layers[name].delta() if name in some.layers else 0
+        assert_close(average[name].delta(), (layer.delta() + other) / 2)
+    assert sap.keys() == whole.layers.keys()

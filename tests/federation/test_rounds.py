@@ -32,6 +32,7 @@ from sap_lightning.functional.traffic import fedavg_bytes
 from sap_lightning.io.adapter import Adapter, read_adapter
 from sap_lightning.io.uploads import read_uploads
 from sap_lightning.merging import Average, Krum
+from sap_lightning.models.layers import block_of
 from sap_lightning.modules.clip_lora import CLIPLoRAModule
 from sap_lightning.modules.merge import MergeModule
 
@@ -540,3 +541,50 @@ def test_rounds_and_the_last_may_be_merged_by_two_methods(federation, tmp_path, 
     assert list(made.plan.methods) == ["average", last]
     if "--prune.sparsity=0.5" in settings:
         assert made.plan.methods["sap"].sparsity == 0.5
+
+
+# Blocks that all clients send, and easy images first
+
+BLOCKS = ["--model.sent_blocks=[2,3]", "--data.curriculum.start=0.5", "--data.batch_size=8"]
+
+
+def test_named_blocks_cross_the_wire_and_the_others_stay_each_client_s_own(federation, first, tmp_path):
+    folder = tmp_path / "run"
+    made = federation(folder, *TWO, *BLOCKS, "--federation.aggregation=fedit")
+    made.gather()
+    uploads = {client: read_adapter(folder / "uploads" / client) for client in ("cartoon", "photo")}
+    start = handed(folder)
+    for adapter in (*uploads.values(), start, *made.sent.adapters):
+        assert {block_of(name) for name in adapter.layers} == {2, 3}
+    for name, layer in start.layers.items():
+        for factor in ("A", "B"):
+            own = [getattr(one.layers[name], factor) for one in uploads.values()]
+            assert_close(getattr(layer, factor), torch.stack(own).mean(0))
+    homes = {client: folder / "clients" / client for client in uploads}
+    starts = {client: made.agreed.turn(1, None, [Handed(start, None)], home).start for client, home in homes.items()}
+    for client, home in homes.items():
+        (own,) = read_uploads([home / "last.ckpt"])
+        for name, layer in own.layers.items():
+            expected = start.layers.get(name, layer)
+            assert torch.equal(starts[client][name].B, expected.B) and expected.B.any()
+    assert not torch.equal(starts["cartoon"][LAYER].B, starts["photo"][LAYER].B)
+    steps = [
+        torch.load(home / "clients" / "photo" / "last.ckpt", weights_only=True)["global_step"]
+        for home in (folder, folder / "rounds/sketch/1")
+    ]
+    assert steps == [19 // 8, 31 // 8], "the share of the images grows over all rounds"
+    shutil.rmtree(folder / "uploads" / "photo")
+    shutil.copytree(first / "uploads" / "photo", folder / "uploads" / "photo")
+    with pytest.raises(InputError, match=r"'photo' has layers of blocks \[0, 1, 2, 3\], model.sent_blocks is \[2, 3\]"):
+        federation(folder, *TWO, *BLOCKS, "--federation.aggregation=fedit").gather()
+
+
+@pytest.mark.parametrize("way", ["flora", "fedex_lora", "ffa_lora", "fedsa_lora"])
+def test_ways_that_need_all_layers_refuse_blocks(federation, tmp_path, way):
+    with pytest.raises(InputError, match=rf"model\.sent_blocks: {way} needs all layers of a client; use fedit"):
+        federation(tmp_path, *TWO, *BLOCKS, f"--federation.aggregation={way}")
+
+
+def test_in_several_rounds_blocks_are_named(federation, tmp_path):
+    with pytest.raises(InputError, match=r"model\.sent_blocks: in several rounds .* name them, such as \[2,3\]"):
+        federation(tmp_path, *TWO, "--model.sent_blocks=0.5")

@@ -738,6 +738,16 @@ def test_a_faulty_field_of_format_2_is_refused(tmp_path, upload, shapes, name: s
     assert_refused(folder, shapes, f"{MANIFEST_FILE}: {message}")
 
 
+def test_targets_may_name_layers_that_stay_at_home_where_the_sent_ones_are_named(tmp_path, upload, shapes) -> None:
+    adapter = read_adapter(upload, shapes)
+    assert adapter.manifest is not None
+    targets = (*adapter.manifest.targets, "v_proj")
+    said = replace(adapter.manifest, format_version=2, layers=tuple(adapter.layers), targets=targets)
+    assert read_adapter(write_adapter(tmp_path / "some", adapter.layers, "tiny-clip", said), shapes).manifest == said
+    whole = write_adapter(tmp_path / "whole", adapter.layers, "tiny-clip", replace(said, layers=()))
+    assert_refused(whole, shapes, "targets name 'v_proj', of which there are no weights")
+
+
 def test_manifests_with_a_field_missing_are_refused(upload: Path, shapes: dict[str, torch.Size]) -> None:
     manifest = json.loads((upload / MANIFEST_FILE).read_text())
     del manifest["num_samples"]

@@ -15,7 +15,14 @@ from transformers import BertConfig, BertModel, GPT2Config, GPT2LMHeadModel
 
 from sap_lightning.errors import InputError
 from sap_lightning.models.clip import load_base
-from sap_lightning.models.layers import layer_shapes, linear_shapes, linear_weight, model_type
+from sap_lightning.models.layers import (
+    block_of,
+    blocks_of,
+    layer_shapes,
+    linear_shapes,
+    linear_weight,
+    model_type,
+)
 
 
 def test_the_shapes_are_those_of_every_linear_layer() -> None:
@@ -87,3 +94,13 @@ def test_code_that_a_checkpoint_brings_is_neither_run_nor_asked_about(tmp_path: 
     with pytest.raises(InputError, match=r"no checkpoint could be loaded: .*custom code"):
         model_type(str(tmp_path))
     assert "[y/N]" not in "".join(capfd.readouterr())
+
+
+def test_the_block_of_a_layer_is_the_last_numbered_one_in_its_name():
+    tower = load_base(SHAPES_CLIP).tower
+    layers = list(layer_shapes(tower))
+    assert {block_of(layer) for layer in layers} == {None, 0, 1, 2, 3}
+    assert [layer for layer in layers if block_of(layer) is None] == ["visual_projection"]
+    assert block_of("tower.base_model.model.vision_model.encoder.layers.11.mlp.fc1.lora_A.default.weight") == 11
+    blocks = blocks_of(tower, [layer for layer in layers if "layers.2" in layer or "visual" in layer])
+    assert blocks == {2: tower.vision_model.encoder.layers[2]}
