@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 
 from flwr.app import Context
 from flwr.serverapp import Grid, ServerApp
+from flwr.superlink.grid import InMemoryGrid
 
 from sap_lightning import __version__
 from sap_lightning.cli import SapCLI
@@ -16,6 +17,7 @@ from sap_lightning.errors import InputError
 from sap_lightning.federation.run_folder import is_held_to
 from sap_lightning.files import locked
 from sap_lightning.flower.collection import Collection
+from sap_lightning.flower.simulation import Partitions
 from sap_lightning.flower.sites import Register
 from sap_lightning.flower.wire import Question
 from sap_lightning.io.rules import Rule, is_integer, require
@@ -76,15 +78,15 @@ def main(grid: Grid, context: Context) -> None:
     """Collects the uploads that are missing, merges them for every unseen domain, and evaluates."""
     run = run_config_from(context.run_config)
     cli = SapCLI("fit", ["--config", run.config])
-    folder, clients = cli.run_folder, cli.config_init.federation.clients
+    folder, register = cli.run_folder, _register(grid, cli)
     with locked(folder.path):
         is_held_to(folder.path, cli.settings())
         cli.federation(uploads=[]).check_server()
-        standing = [upload for upload in folder.uploads if clients is None or upload.name in clients]
+        standing = [upload for upload in folder.uploads if register.domains is None or upload.name in register.domains]
         question = Question(cli.merge.base_fingerprint, cli.datamodule.class_names, __version__)
         collection = Collection(
             grid,
-            Register(folder.path / SITES_FILE, clients),
+            register,
             question,
             cli.merge.read_upload,
             folder,
@@ -93,3 +95,10 @@ def main(grid: Grid, context: Context) -> None:
         federation = cli.federation(uploads=collection.wait(run.quorum, run.timeout))
         federation.run()
         show(federation, federation.comparable(), cli.config_init.federation.report)
+
+
+def _register(grid: Grid, cli: SapCLI) -> Register | Partitions:
+    """Who may speak for which domain; in a simulation, whose grid has no network, the nodes by their numbers."""
+    if isinstance(grid, InMemoryGrid):
+        return Partitions(cli.federation().domains)
+    return Register(cli.run_folder.path / SITES_FILE, cli.config_init.federation.clients)
