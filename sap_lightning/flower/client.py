@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
+from functools import cache
 from pathlib import Path
-from typing import Any
 
 from filelock import FileLock
 from flwr.app import Context, Error, Message
@@ -18,11 +18,13 @@ from sap_lightning.cli import SapCLI
 from sap_lightning.console import quieten
 from sap_lightning.errors import InputError
 from sap_lightning.files import writing
+from sap_lightning.flower.simulation import client_options, is_virtual
 from sap_lightning.flower.turn import upload_of
 from sap_lightning.flower.wire import Parts, Question, parts_in, question_in, upload_record
 
 log = logging.getLogger(__name__)
 app = ClientApp()
+_quieten_once = cache(quieten)
 
 
 class UnfitSite(InputError):
@@ -31,7 +33,7 @@ class UnfitSite(InputError):
 
 @app.lifespan()
 def _quiet(context: Context) -> Iterator[None]:
-    quieten()
+    _quieten_once()  # a process that Ray has started answers for one virtual node after another
     yield
 
 
@@ -39,7 +41,7 @@ def _quiet(context: Context) -> Iterator[None]:
 def answer(message: Message, context: Context) -> Message:
     """The site's upload, or in its place one line that says nothing of the site's machine."""
     try:
-        upload = _upload(question_in(message.content), parts_in(message.content), context.node_config)
+        upload = _upload(question_in(message.content), parts_in(message.content), context)
         return Message(upload_record(upload), reply_to=message)
     except UnfitSite as error:
         log.error("%s", error)
@@ -53,17 +55,14 @@ def answer(message: Message, context: Context) -> Message:
     return Message(Error(ErrorCode.CLIENT_APP_RAISED_EXCEPTION, reason), reply_to=message)
 
 
-def _upload(question: Question, parts: Parts, node_config: Mapping[str, Any]) -> Path:
+def _upload(question: Question, parts: Parts, context: Context) -> Path:
     """The upload, which is trained now unless it stands.
 
     Raises:
         InputError: when the site cannot train.
         UnfitSite: when its adapter would not be what the server asks for.
     """
-    config = node_config.get("config")
-    if not isinstance(config, str):
-        raise InputError("config is not set; start the SuperNode with --node-config 'config=\"/path/to/site.yaml\"'")
-    cli = SapCLI("client", ["--config", config])
+    cli = SapCLI("client", _options(context))
     _require_fit(cli, question)
     _require_one_process(cli, question)
     with writing(cli.run_folder.path):
@@ -72,6 +71,16 @@ def _upload(question: Question, parts: Parts, node_config: Mapping[str, Any]) ->
         last = FileLock(cli.run_folder.path / ".flower.lock").acquire()
     with last:
         return upload_of(cli, question, parts)
+
+
+def _options(context: Context) -> list[str]:
+    """The site's own settings; those of the run where the node is a virtual one, which has none."""
+    if is_virtual(context.node_config):
+        return client_options(str(context.run_config["config"]), context.node_config)
+    config = context.node_config.get("config")
+    if not isinstance(config, str):
+        raise InputError("config is not set; start the SuperNode with --node-config 'config=\"/path/to/site.yaml\"'")
+    return ["--config", config]
 
 
 def _require_fit(cli: SapCLI, question: Question) -> None:

@@ -15,7 +15,8 @@ from flwr.serverapp import Grid
 from sap_lightning.errors import InputError, short
 from sap_lightning.federation.run_folder import RunFolder
 from sap_lightning.files import append_bytes, new_folder, write_bytes, write_files
-from sap_lightning.flower.sites import Register, Site, site_of
+from sap_lightning.flower.simulation import Partitions
+from sap_lightning.flower.sites import Register, Site
 from sap_lightning.flower.wire import MESSAGE_TYPE, Question, files_in, question_record
 from sap_lightning.io.adapter import Adapter
 
@@ -47,7 +48,7 @@ class Collection:
     def __init__(
         self,
         grid: Grid,
-        register: Register,
+        register: Register | Partitions,
         question: Question,
         read: Reader,
         folder: RunFolder,
@@ -123,7 +124,7 @@ class Collection:
         Args:
             ttl: seconds for which an answer counts.
         """
-        sites = [site for node in self.grid.get_nodes() if self._takes_part(site := site_of(node))]
+        sites = [site for site in self.register.sites(self.grid.get_nodes()) if self._takes_part(site)]
         asked = {*self._answered, *(self._asked[number] for number in self._open)}
         wanted = []
         for site in sites:

@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 
 from flwr.app import Context, RecordDict
 from flwr.serverapp import Grid, ServerApp
+from flwr.superlink.grid import InMemoryGrid
 
 from sap_lightning import __version__
 from sap_lightning.cli import SapCLI
@@ -21,6 +22,7 @@ from sap_lightning.federation.run_folder import RunFolder, is_held_to
 from sap_lightning.federation.turns import Agreement, folded_in
 from sap_lightning.files import locked
 from sap_lightning.flower.collection import Collection
+from sap_lightning.flower.simulation import Partitions
 from sap_lightning.flower.sites import Register
 from sap_lightning.flower.wire import NEVER, Parts, Question, question_record
 from sap_lightning.io.adapter import Adapter, Expected
@@ -76,7 +78,7 @@ class Sites:
     def __init__(self, grid: Grid, cli: SapCLI, run: RunConfig) -> None:
         self.grid, self.cli, self.run = grid, cli, run
         self.folder: RunFolder = cli.run_folder
-        self.clients: list[str] | None = cli.config_init.federation.clients
+        self.register = _register(grid, cli)
 
     @cached_property
     def question(self) -> Question:
@@ -99,7 +101,8 @@ class Sites:
         Raises:
             InputError: fewer than the quorum.
         """
-        standing = [upload for upload in self.folder.uploads if self.clients is None or upload.name in self.clients]
+        domains = self.register.domains
+        standing = [upload for upload in self.folder.uploads if domains is None or upload.name in domains]
         if self.folder.has_later_rounds:
             return standing
         expected = agreement_of(self.cli).expected(0, self.cli.model.drawn)
@@ -153,9 +156,8 @@ class Sites:
         known: Sequence[Adapter],
         later: Mapping[str, RecordDict] | None = None,
     ) -> Collection:
-        register = Register(self.folder.path / SITES_FILE, self.clients)
         read = partial(self.cli.merge.read_upload, expected=expected)
-        return Collection(self.grid, register, question, read, folder, known, later)
+        return Collection(self.grid, self.register, question, read, folder, known, later)
 
 
 def agreement_of(cli: SapCLI) -> Agreement:
@@ -191,3 +193,10 @@ def main(grid: Grid, context: Context) -> None:
         federation = cli.federation(uploads=sites.first_uploads(), ask=sites.ask)
         federation.run()
         show(federation, federation.comparable(), cli.config_init.federation.report)
+
+
+def _register(grid: Grid, cli: SapCLI) -> Register | Partitions:
+    """Who may speak for which domain; in a simulation, whose grid has no network, the nodes by their numbers."""
+    if isinstance(grid, InMemoryGrid):
+        return Partitions(cli.federation().domains)
+    return Register(cli.run_folder.path / SITES_FILE, cli.config_init.federation.clients)

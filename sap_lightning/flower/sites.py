@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from base64 import b64decode, b64encode
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from hashlib import sha256
 from pathlib import Path
 from typing import NamedTuple
@@ -61,6 +61,10 @@ class Register:
         with errors_in(file):
             self.keys = object_from(file.read_bytes()) if file.is_file() else {}
             require("the file", self.keys, TEXT_BY_NAME)
+
+    def sites(self, nodes: Iterable[NodeInfo]) -> list[Site]:
+        """Nodes as those who would speak for the domain of their name."""
+        return [site_of(node) for node in nodes]
 
     def refusal(self, site: Site, others: Sequence[Site]) -> str:
         """Why a site may not speak for the domain of its name, beside the others; empty where it may."""

@@ -26,6 +26,7 @@ from sap_lightning.io.adapter import Adapter
 from sap_lightning.merging.clients import layer_names, layers_named
 from sap_lightning.merging.method import MergeMethod, Prepared, required
 from sap_lightning.models.probe import AnchorProbe, Answer
+from sap_lightning.models.scores import ScoreFile
 
 MeanOf = Literal["delta", "factors"]
 NOTHING = Answer({}, float("nan"))
@@ -36,7 +37,7 @@ class PruningMethod(MergeMethod):
     """score × mask × rescale × consensus: each client's parameters are scored, and the lowest share ρ is zeroed.
 
     Subclasses have a ``sparsity`` and define ``scores``; one that looks at anchors does so in ``examine``, once for
-    every adapter and ``question``: the anchors' probe remembers, in memory that grows with K.
+    every adapter and ``question``: the anchors' probe remembers, and what it was told is on disk.
 
     Attributes:
         space: what is scored and masked: elements of A and B, elements of ΔW, or singular triplets of ΔW.
@@ -68,8 +69,14 @@ class PruningMethod(MergeMethod):
         return Pruning(self, adapters, weights, lambda name, layer: SPACES[self.space](layer), answers)
 
     def _ask(self, adapters: Sequence[Adapter], anchors: AnchorProbe) -> dict[str, Answer]:
+        file = ScoreFile()
+
+        def ask(adapter: Adapter) -> Answer:
+            answer = self.examine(adapter, anchors)
+            return answer._replace(of=file.keep(answer.of))
+
         return {
-            adapter.sha256: anchors.recall(self.question, adapter.sha256, partial(self.examine, adapter, anchors))
+            adapter.sha256: anchors.recall(self.question, adapter.sha256, partial(ask, adapter))
             for adapter in track(adapters, f"{self.name}: scoring")
         }
 

@@ -1,26 +1,37 @@
-"""What docs/flower.md tells a person to paste is what the demo runs."""
+"""What docs/flower.md and docs/simulation.md tell a person to paste; the demo runs the first."""
 
 from __future__ import annotations
 
 import re
 import subprocess
 
+import pytest
 from places import REPOSITORY
 
-PAGE = (REPOSITORY / "docs" / "flower.md").read_text(encoding="utf-8")
-BLOCKS = re.findall(r"^```bash\n(.*?)^```$", PAGE, re.MULTILINE | re.DOTALL)
+PAGES = {name: (REPOSITORY / "docs" / name).read_text(encoding="utf-8") for name in ("flower.md", "simulation.md")}
 
 
-def test_bash_understands_every_block():
-    assert BLOCKS
-    for block in BLOCKS:
+@pytest.fixture(params=PAGES)
+def page(request) -> str:
+    return PAGES[request.param]
+
+
+def headings_of(page: str) -> set[str]:
+    return {re.sub(r"\W+", "-", line.lower()).strip("-") for line in re.findall(r"^#+ (.*)$", page, re.MULTILINE)}
+
+
+def test_bash_understands_every_block(page):
+    blocks = re.findall(r"^```bash\n(.*?)^```$", page, re.MULTILINE | re.DOTALL)
+    assert blocks
+    for block in blocks:
         checked = subprocess.run(["bash", "-n"], input=block, capture_output=True, text=True)
         assert not checked.stderr, block
 
 
-def test_every_link_leads_to_a_file_or_a_heading():
-    headings = {re.sub(r"\W+", "-", line.lower()).strip("-") for line in re.findall(r"^#+ (.*)$", PAGE, re.MULTILINE)}
-    links = [link for link in re.findall(r"\]\(([^)]+)\)", PAGE) if "://" not in link]
+def test_every_link_leads_to_a_file_or_a_heading(page):
+    links = [link for link in re.findall(r"\]\(([^)]+)\)", page) if "://" not in link]
     assert links
     for link in links:
-        assert link[1:] in headings if link.startswith("#") else (REPOSITORY / "docs" / link).is_file(), link
+        name, _, heading = link.partition("#")
+        other = (REPOSITORY / "docs" / name).read_text(encoding="utf-8") if name else page
+        assert not heading or heading in headings_of(other), link
