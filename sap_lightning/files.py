@@ -137,12 +137,18 @@ def _unfinished(path: Path) -> Path:
     return path.with_name(f".{path.name}.{uuid.uuid4().hex}{UNFINISHED}")
 
 
-def clear_unfinished(folder: Path, name: str = "*") -> None:
-    """Removes what a killed command was writing in a folder or below it, all of it or that of one name.
+def clear_unfinished(folder: Path) -> None:
+    """Removes what a killed command was writing in a folder or below it. Nobody may be writing there."""
+    _remove(folder.rglob(f".*.{'?' * 32}{UNFINISHED}"))
 
-    Nobody may be writing it.
-    """
-    for path in folder.rglob(f".{name}.{'?' * 32}{UNFINISHED}"):
+
+def clear_unfinished_at(path: Path) -> None:
+    """Removes what a killed command was writing to a path. Nobody may be writing to it, but others beside it."""
+    _remove(path.parent.glob(f".{path.name}.{'?' * 32}{UNFINISHED}"))
+
+
+def _remove(paths: Iterable[Path]) -> None:
+    for path in paths:
         if path.is_dir():
             shutil.rmtree(path)
         else:

@@ -17,7 +17,7 @@ from sap_lightning.files import (
     append_bytes,
     as_json,
     cache_folder,
-    clear_unfinished,
+    clear_unfinished_at,
     locked,
     new_folder,
     refuse_existing,
@@ -162,9 +162,15 @@ def test_what_a_killed_command_left_unfinished_is_cleared_away_by_the_next(tmp_p
 
 def test_what_is_unfinished_of_one_name_is_cleared_away_alone(tmp_path: Path) -> None:
     with new_folder(tmp_path / "photo") as photo, new_folder(tmp_path / "photo.2") as other:
-        clear_unfinished(tmp_path, "photo")
+        clear_unfinished_at(tmp_path / "photo")
         assert not photo.exists() and other.exists()
         photo.mkdir()
+
+
+def test_what_is_unfinished_of_another_name_is_not_looked_into(tmp_path: Path) -> None:
+    with new_folder(tmp_path / "sketch") as beside, new_folder(beside / "photo") as within:
+        clear_unfinished_at(tmp_path / "photo")
+        assert within.exists(), "its writer may take its name away at any moment"
 
 
 def test_a_line_is_added_to_a_file(tmp_path: Path) -> None:

@@ -26,7 +26,7 @@ from sap_lightning.federation.run_folder import (
     refuse_other_settings,
     require_settings,
 )
-from sap_lightning.files import clear_unfinished, locked
+from sap_lightning.files import clear_unfinished_at, locked
 from sap_lightning.io.adapter import manifest_in
 from sap_lightning.io.upload_files import FilesInFolder
 from sap_lightning.modules.client import ClientModule
@@ -96,7 +96,7 @@ def train_client(
         return upload
     home = folder.client(domain)
     with locked(home):
-        clear_unfinished(upload.parent, upload.name)
+        clear_unfinished_at(upload)
         if config:
             require_settings(home, config, SERVER_SETTINGS)
         _train(module, data, folder, make_trainer, title, progress)
