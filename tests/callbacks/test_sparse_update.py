@@ -43,7 +43,7 @@ class Watch(L.Callback):
 
 
 def trained(world: Path, share: float, sent: SentBlocks | None = None, steps: int = BATCHES + 3) -> Any:
-    data = DomainDataModule(str(world / "domains"), "photo", base=SHAPES_CLIP, batch_size=4, cache=False)
+    data = DomainDataModule(str(world / "domains"), "photo", base=SHAPES_CLIP, batch_size=2, cache=False)
     sent = sent or SentBlocks()
     sparse, watch = SparseUpdate(share, sent), Watch()
     module = CLIPLoRAModule(SHAPES_CLIP, rank=4, weight_decay=0.1, schedule="constant", warmup=0.0)
