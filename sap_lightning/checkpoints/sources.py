@@ -14,6 +14,7 @@ from torch import Tensor
 from sap_lightning.checkpoints.checkpoint import Checkpoint
 from sap_lightning.checkpoints.keys import matched
 from sap_lightning.errors import InputError
+from sap_lightning.io.peft_config import public_name
 from sap_lightning.io.weights import matrix_shape
 
 EMBEDDINGS = ("embed_tokens.weight", "wte.weight", "embed_in.weight")
@@ -101,26 +102,35 @@ class Sources:
         return {key: why for key in self.first.stated if (why := self._obstacle(key)) is not None}
 
     def _obstacle(self, key: str) -> str | None:
-        for one, keys in (*zip(self.models, self.keys, strict=True), (self.base, self.base_keys)):
+        for name, one, keys in self._everyone:
             if key not in keys:
-                return f"not in {one.name}"
+                return f"not in {name}"
             if not one.is_float(keys[key]):
-                return f"not of floating point numbers in {one.name}"
+                return f"not of floating point numbers in {name}"
             if (shape := one.stated[keys[key]].shape) != self.first.stated[key].shape:
-                return f"of shape {shape} in {one.name}"
+                return f"of shape {shape} in {name}"
         return None
+
+    @cached_property
+    def _everyone(self) -> list[tuple[str, Checkpoint, Mapping[str, str]]]:
+        """The models and the base with their keys, called as others may know them; those called alike are numbered."""
+        pairs = [*zip(self.models, self.keys, strict=True), (self.base, self.base_keys)]
+        names = [public_name(one.name) for one, _ in pairs]
+        return [
+            (name if names.count(name) == 1 else f"{name} ({number})", one, keys)
+            for number, (name, (one, keys)) in enumerate(zip(names, pairs, strict=True), start=1)
+        ]
 
     @property
     def unused(self) -> dict[str, list[str]]:
         """Keys of the other models and of the base that are no weight of the first model's."""
-        pairs = (*zip(self.models, self.keys, strict=True), (self.base, self.base_keys))
-        return {one.name: left for one, keys in pairs if (left := sorted(one.stated.keys() - set(keys.values())))}
+        every = self._everyone
+        return {name: left for name, one, keys in every if (left := sorted(one.stated.keys() - set(keys.values())))}
 
     @property
     def renamed(self) -> dict[str, dict[str, str]]:
         """The other models' and the base's own keys of weights that they call otherwise."""
-        pairs = (*zip(self.models, self.keys, strict=True), (self.base, self.base_keys))
-        others = {one.name: {key: own for key, own in keys.items() if key != own} for one, keys in pairs}
+        others = {name: {key: own for key, own in keys.items() if key != own} for name, _, keys in self._everyone}
         return {name: keys for name, keys in others.items() if keys}
 
     def blocks(self, key: str, elements: int | None) -> Iterator[Rows]:

@@ -79,7 +79,7 @@ class Work:
         fuser = Fuser(self._decided(), self.shares, self.sources)
         shards: dict[str, dict[str, Any]] = {}
         for shard in track(list(self.sources.first.shards), f"{self.method.name}: shards"):
-            shards[shard] = self._record_of(shard) or self._write(shard, fuser, [*shards.values()][-1:])
+            shards[shard] = self._record_of(shard) or self._write(shard, fuser, shards)
         self._complete(shards, fuser)
 
     def _decided(self) -> MergeMethod:
@@ -100,9 +100,9 @@ class Work:
         whole = record and (self.folder / shard).is_file() and sha256_of_file(self.folder / shard) == record["digest"]
         return record if whole else None
 
-    def _write(self, shard: str, fuser: Fuser, before: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-        for record in before:
-            fuser.go_on_from(record["equal_that_go"])
+    def _write(self, shard: str, fuser: Fuser, before: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
+        if before:
+            fuser.go_on_from([*before.values()][-1]["equal_that_go"])
         with replacing(self.folder / shard) as file:
             tally = fuser.write(shard, file)
         digest = sha256_of_file(self.folder / shard)
