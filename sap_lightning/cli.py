@@ -19,6 +19,7 @@ from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.callbacks import ProgressBar
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 
+from sap_lightning.checkpoints.fusion import Fusion
 from sap_lightning.data.anchors import AnchorDataModule
 from sap_lightning.data.domains import DomainDataModule
 from sap_lightning.errors import InputError, first_line
@@ -39,11 +40,12 @@ TRAINING = ("fit", "sweep", "client")
 MERGING = ("fit", "sweep", "merge")
 LABELLED = (*TRAINING, "test")
 ALL = (*TRAINING, "merge", "test", "predict")
+EVERY = (*ALL, "fuse")
 TAKEN_BY: dict[str, tuple[str, ...]] = {
-    "config": ALL,
-    "print_config": ALL,
-    "help": ALL,
-    "h": ALL,
+    "config": EVERY,
+    "print_config": EVERY,
+    "help": EVERY,
+    "h": EVERY,
     "seed_everything": ("fit", "client", "merge", "test", "predict"),
     "model": TRAINING,
     "model.base": ALL,
@@ -73,6 +75,7 @@ TAKEN_BY: dict[str, tuple[str, ...]] = {
     "sweep": ("sweep",),
     "uploads": ("merge", "test", "predict"),
     "predict": ("predict",),
+    "fuse": ("fuse",),
     "trainer": TRAINING,
     "trainer.accelerator": ALL,
     "trainer.strategy": (*TRAINING, "merge", "test"),
@@ -102,7 +105,7 @@ TRAINER_DEFAULTS = {
     "log_every_n_steps": 1,
 }
 METHOD_OPTION = "--merge.method"
-METHOD_OPTIONS = rf"({METHOD_OPTION}|--federation\.last_method)(\.method)*"
+METHOD_OPTIONS = rf"({METHOD_OPTION}|--federation\.last_method|--fuse\.method)(\.method)*"
 """Pattern of the options that name a method, or one that another is on top of."""
 MERGE_COMMAND: dict[str, dict[str, Any]] = {
     "output": {"type": str | None, "default": None, "help": "new folder for the merged model"},
@@ -200,7 +203,7 @@ class SapCLI(LightningCLI):
     over. On the command line an option that the command would ignore is refused.
 
     Args:
-        command: one of those in ``ALL``.
+        command: one of those in ``EVERY``.
         args: the command line after it.
         description: what the command does, for its help.
 
@@ -265,6 +268,8 @@ class SapCLI(LightningCLI):
                 group.add_argument(f"--merge.{name}", **option)
         if self.command == "predict":
             parser.add_class_arguments(Predict, "predict")
+        if self.command == "fuse":
+            parser.add_class_arguments(Fusion, "fuse")
         if self.command in TAKEN_BY["uploads"]:
             parser.add_argument("--uploads", nargs="+", default=[], help=UPLOADS)
 
@@ -279,6 +284,8 @@ class SapCLI(LightningCLI):
             self.uploads: list[str] = [given] if isinstance(given, str) else list(given)
         except ValueError as error:
             if (said := _first_input_error(error)) is not None:
+                if self.command == "fuse":  # of which a method does not know
+                    said = InputError(str(said).replace("merge.method", "fuse.method"))
                 raise said from None
             raise
 

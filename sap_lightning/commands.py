@@ -106,6 +106,12 @@ def _merge_on_anchors(cli: SapCLI) -> dict[str, float]:
     return {"anchor_loss": float(trainer.callback_metrics["anchor_loss"])}
 
 
+def fuse(args: Sequence[str]) -> None:
+    """Fuse whole models (--fuse.models [A,B] --fuse.base C) into --fuse.output. Continues an interrupted run."""
+    fusion = SapCLI("fuse", args, fuse.__doc__).config_init.fuse
+    print(f"Fused {len(fusion.models)} models by {fusion.method.name}: {fusion.run()}")
+
+
 @rank_zero_only
 def _leave_behind(merged: Merged, module: MergeModule, options: Any, metrics: Mapping[str, float]) -> None:
     module.save(options.output, metrics)
@@ -178,6 +184,7 @@ COMMANDS = {
     "sweep": sweep,
     "client": client,
     "merge": merge,
+    "fuse": fuse,
     "test": test,
     "predict": predict,
     "flower": flower,

@@ -11,7 +11,7 @@ import shutil
 import uuid
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
-from hashlib import sha256
+from hashlib import file_digest, sha256
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -104,12 +104,17 @@ def new_folder(folder: str | Path) -> Iterator[Path]:
         try:
             staging.mkdir(parents=True)
             yield staging
-            for path in [*staging.rglob("*"), staging]:
-                _outlast_power_cut(path)
-            staging.rename(folder)
-            _outlast_power_cut(folder.parent)
+            put_in_place(staging, folder)
         finally:
             shutil.rmtree(staging, ignore_errors=True)
+
+
+def put_in_place(staging: Path, folder: Path) -> None:
+    """Gives a folder that is whole its final name."""
+    for path in [*staging.rglob("*"), staging]:
+        _outlast_power_cut(path)
+    staging.rename(folder)
+    _outlast_power_cut(folder.parent)
 
 
 def write_files(folder: Path, files: Mapping[str, bytes]) -> None:
@@ -232,6 +237,12 @@ def set_aside(path: Path) -> None:
 def write_text(path: Path, text: str) -> None:
     """Replaces a text file in one step; bytes of a name in it that are no UTF-8 are escaped, in JSON as JSON does."""
     write_bytes(path, text.encode(errors="backslashreplace"))
+
+
+def sha256_of_file(path: Path) -> str:
+    """The digest of a file's content."""
+    with path.open("rb") as content:
+        return file_digest(content, "sha256").hexdigest()
 
 
 def as_json(content: Any) -> Any:

@@ -18,6 +18,7 @@ ORDER = (
     ("figures", "io", "results"),
     ("models",),
     ("merging",),
+    ("checkpoints",),
     ("modules",),
     ("callbacks",),
     ("federation",),

@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor
+from torch.special import entr
 
 from sap_lightning.functional.spaces import Parameters
 
@@ -131,3 +132,23 @@ def principal_components(features: Tensor) -> Tensor:
     plane = torch.zeros(len(features), 2, dtype=torch.float64)
     plane[:, : len(components)] = centred @ (components * largest.sign()).T
     return plane
+
+
+def divergence(p: Tensor, q: Tensor) -> Tensor:
+    """Jensen-Shannon divergence in nats of distributions over the last dimension, from 0 to ln 2.
+
+    Args:
+        p: shape (..., n), each of sum 1.
+        q: of the same shape.
+
+    Returns:
+        Shape (...).
+
+    Example:
+        >>> import torch
+        >>> from sap_lightning.functional.agreement import divergence
+        >>> p, q = torch.tensor([[1.0, 0.0], [0.5, 0.5]]), torch.tensor([[0.0, 1.0], [0.5, 0.5]])
+        >>> divergence(p, q).round(decimals=3).tolist()  # ln 2, and 0
+        [0.6930000185966492, 0.0]
+    """
+    return (entr((p + q) / 2) - (entr(p) + entr(q)) / 2).sum(-1)

@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from sap_lightning.functional.lora import LoRALayer, Update, dense, stack
+from sap_lightning.functional.lora import LoRALayer, Update, dense, in_factors, rows, stack
 
 Majority = Literal["total", "frequency"]
 
@@ -119,9 +119,7 @@ class FactorSum(Consensus):
         self.A = self.B = torch.zeros(0, 0)
 
     def add(self, update: Update, weight: float) -> None:
-        if not isinstance(update, LoRALayer):
-            raise ValueError("A and B summed apart need updates in factor form")
-        A, B = balanced_factors(update)
+        A, B = balanced_factors(in_factors(update))
         self.A, self.B = padded_sum(self.A, weight * A), padded_sum(self.B, weight * B)
 
     def result(self) -> LoRALayer:
@@ -232,12 +230,12 @@ def weighted_sum(updates: Iterable[Update], weights: Iterable[float]) -> Update:
     return total.result()
 
 
-def coordinatewise(merge: Callable[[Tensor], Tensor], layers: Iterable[LoRALayer]) -> Tensor:
+def coordinatewise(merge: Callable[[Tensor], Tensor], layers: Iterable[Update]) -> Tensor:
     """A function of K values at every element of ΔW, shape (d_out, d_in), from blocks of rows of bounded size.
 
     Args:
         merge: from (K, rows, d_in) to (rows, d_in).
-        layers: the K updates of one layer.
+        layers: the K updates of one layer, in factor form or dense.
 
     Example:
         >>> import torch
@@ -249,10 +247,9 @@ def coordinatewise(merge: Callable[[Tensor], Tensor], layers: Iterable[LoRALayer
     """
     clients = list(layers)
     d_out, d_in = clients[0].shape
-    rows = max(1, _BLOCK_ELEMENTS // (len(clients) * d_in))
+    height = max(1, _BLOCK_ELEMENTS // (len(clients) * d_in))
     blocks = (
-        torch.stack([client._replace(B=client.B[start : start + rows]).delta() for client in clients])
-        for start in range(0, d_out, rows)
+        torch.stack([rows(client, start, start + height) for client in clients]) for start in range(0, d_out, height)
     )
     return torch.cat([merge(block) for block in blocks])
 

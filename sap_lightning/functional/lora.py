@@ -84,6 +84,37 @@ def dense(update: Update) -> Tensor:
     return update.delta() if isinstance(update, LoRALayer) else update
 
 
+def in_factors(update: Update) -> LoRALayer:
+    """ΔW in factor form.
+
+    Raises:
+        ValueError: for a dense one, which has no A and B.
+
+    Example:
+        >>> import torch
+        >>> from sap_lightning.functional.lora import LoRALayer, in_factors
+        >>> in_factors(LoRALayer(A=torch.ones(1, 2), B=torch.ones(3, 1))).rank
+        1
+    """
+    if not isinstance(update, LoRALayer):
+        raise ValueError("A and B are looked at apart and need updates in factor form")
+    return update
+
+
+def rows(update: Update, start: int, stop: int) -> Tensor:
+    """The rows of ΔW from start up to stop, dense, shape (stop − start, d_in).
+
+    Example:
+        >>> import torch
+        >>> from sap_lightning.functional.lora import LoRALayer, rows
+        >>> rows(LoRALayer(A=torch.tensor([[1.0, 2.0]]), B=torch.tensor([[3.0], [4.0]])), 1, 2).tolist()
+        [[4.0, 8.0]]
+        >>> rows(torch.tensor([[3.0, 6.0], [4.0, 8.0]]), 0, 1).tolist()
+        [[3.0, 6.0]]
+    """
+    return dense(update._replace(B=update.B[start:stop]) if isinstance(update, LoRALayer) else update[start:stop])
+
+
 def scaled(update: Update, factor: float) -> Update:
     """factor · ΔW in the form it came in, in factor form or dense of shape (d_out, d_in).
 

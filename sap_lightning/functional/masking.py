@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from functools import cached_property
 from typing import Literal
 
 import numpy as np
@@ -83,6 +84,80 @@ def smallest(values: Tensor, k: int) -> float:
         # Three times as quick as kthvalue.
         return float(np.partition(values.numpy(), k - 1)[k - 1])
     return float(values.kthvalue(k).values)
+
+
+class RunningThreshold:
+    """Which of ever so many values go, as `keep_mask` says, where they are never in memory together.
+
+    They are shown three times, in parts of any size and in the same order: ``count`` every part, then ``refine`` with
+    every part, then ask ``keep`` of each. The first two count the upper and the lower half of the values' bits.
+
+    Args:
+        sparsity: ρ in [0, 1], the share of all values that goes.
+
+    Example:
+        >>> import torch
+        >>> from sap_lightning.functional.masking import RunningThreshold
+        >>> parts = torch.tensor([3.0, 1.0]), torch.tensor([2.0, 1.0, 5.0, 4.0])
+        >>> threshold = RunningThreshold(sparsity=0.5)
+        >>> for look in (threshold.count, threshold.refine, threshold.keep):
+        ...     answers = [look(part) for part in parts]
+        >>> [answer.tolist() for answer in answers]
+        [[True, False], [False, False, True, True]]
+    """
+
+    def __init__(self, sparsity: float) -> None:
+        self._sparsity = sparsity
+        self._upper = np.zeros(2**16, np.int64)
+        self._lower = np.zeros(2**16, np.int64)
+
+    def count(self, values: Tensor) -> None:
+        """Looks at a part for the first time."""
+        self._upper += np.bincount(_order_bits(values) >> 16, minlength=2**16)
+
+    def refine(self, values: Tensor) -> None:
+        """Looks at a part for the second time."""
+        bits = _order_bits(values)
+        self._lower += np.bincount(bits[bits >> 16 == self._half] & 0xFFFF, minlength=2**16)
+
+    def keep(self, values: Tensor) -> Tensor:
+        """True where a value of a part stays, of its shape; of equal values the first ones shown go first."""
+        if not self._drop:
+            return torch.ones_like(values, dtype=torch.bool)
+        bits = _order_bits(values)
+        keep = bits >= self._threshold
+        equal = np.flatnonzero(bits == self._threshold)[: self.equal_that_go]
+        keep[equal] = False
+        self.equal_that_go -= len(equal)
+        return torch.from_numpy(keep).view(values.shape)
+
+    @cached_property
+    def equal_that_go(self) -> int:
+        """How many values that equal the threshold are still to go."""
+        return self._drop - self._below - int(self._lower[: self._threshold & 0xFFFF].sum())
+
+    @cached_property
+    def _drop(self) -> int:
+        return round(self._sparsity * int(self._upper.sum()))
+
+    @cached_property
+    def _half(self) -> int:
+        """The upper half of the bits of the last value that goes."""
+        return int(np.searchsorted(self._upper.cumsum(), self._drop))
+
+    @cached_property
+    def _below(self) -> int:
+        return int(self._upper[: self._half].sum())
+
+    @cached_property
+    def _threshold(self) -> int:
+        return self._half << 16 | int(np.searchsorted(self._lower.cumsum(), self._drop - self._below))
+
+
+def _order_bits(values: Tensor) -> np.ndarray:
+    """Whole numbers from 0 to 2³² − 1 in the order of the values, flat; −0 and 0 are the same."""
+    bits = (values.flatten().float() + 0.0).numpy().view(np.int32).astype(np.int64)
+    return np.where(bits < 0, -1 - bits, bits + 2**31)
 
 
 def keep_in_rows(scores: Tensor, sparsity: float) -> Tensor:

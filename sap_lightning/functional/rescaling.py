@@ -9,14 +9,14 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from sap_lightning.functional.lora import LoRALayer, Update, dense, inner, scaled
+from sap_lightning.functional.lora import LoRALayer, Update, dense, in_factors, inner, scaled
 from sap_lightning.functional.masking import Scope
 
 Rescale = Literal["none", "l1", "l2", "inverse_keep", "robust"]
 
 
 def rescaled(
-    before: Mapping[str, LoRALayer],
+    before: Mapping[str, Update],
     after: Mapping[str, Update],
     rescale: Rescale,
     scope: Scope,
@@ -57,14 +57,8 @@ def rescaled(
         case "inverse_keep":
             return inverse_keep(after, sparsity)
         case "robust":
-            return {name: robust(before[name], _factors(layer)) for name, layer in after.items()}
+            return {name: robust(in_factors(before[name]), in_factors(layer)) for name, layer in after.items()}
     return dict(after)
-
-
-def _factors(update: Update) -> LoRALayer:
-    if not isinstance(update, LoRALayer):
-        raise ValueError("robust and the scope tensor look at A and B apart and need updates in factor form")
-    return update
 
 
 def norm(update: Update, p: int) -> float:
@@ -122,7 +116,7 @@ def relative_error(of: Mapping[str, Update], to: Mapping[str, Update]) -> float:
 
 
 def restore_norm(
-    before: Mapping[str, LoRALayer], after: Mapping[str, Update], p: int, scope: Scope, cap: float = math.inf
+    before: Mapping[str, Update], after: Mapping[str, Update], p: int, scope: Scope, cap: float = math.inf
 ) -> dict[str, Update]:
     """Scales pruned updates back to their lp norm before pruning: ΔW'·min(‖ΔW‖_p / ‖ΔW'‖_p, cap).
 
@@ -155,7 +149,9 @@ def restore_norm(
         [[6.0, 0.0]]
     """
     if scope == "tensor":
-        return {name: _restore_factors(before[name], _factors(layer), p, cap) for name, layer in after.items()}
+        return {
+            name: _restore_factors(in_factors(before[name]), in_factors(layer), p, cap) for name, layer in after.items()
+        }
     was = {name: norm(before[name], p) ** p for name in after}
     now = {name: norm(update, p) ** p for name, update in after.items()}
     if scope == "global":

@@ -14,7 +14,7 @@ from typing import Literal
 
 from torch import Tensor
 
-from sap_lightning.functional.lora import LoRALayer, Update, singular_triplets
+from sap_lightning.functional.lora import LoRALayer, Update, dense, in_factors, singular_triplets
 
 Parameters = tuple[Tensor, ...]
 SpaceName = Literal["factor", "delta", "singular"]
@@ -62,9 +62,9 @@ class FactorSpace(Space):
         [[0.0, 40.0]]
     """
 
-    def __init__(self, layer: LoRALayer) -> None:
-        self.layer = layer
-        self.parameters = (layer.A, layer.B)
+    def __init__(self, layer: Update) -> None:
+        self.layer = in_factors(layer)
+        self.parameters = (self.layer.A, self.layer.B)
 
     def gradients(self, x: Tensor, g: Tensor) -> Parameters:
         A, B, scale = self.layer
@@ -91,8 +91,8 @@ class DeltaSpace(Space):
         [[31.0, 42.0]]
     """
 
-    def __init__(self, layer: LoRALayer) -> None:
-        self.parameters = (layer.delta(),)
+    def __init__(self, layer: Update) -> None:
+        self.parameters = (dense(layer),)
 
     def gradients(self, x: Tensor, g: Tensor) -> Parameters:
         return (g.T @ x,)
@@ -117,7 +117,7 @@ class SingularSpace(Space):
         [[1.5, 1.5], [1.5, 1.5]]
     """
 
-    def __init__(self, layer: LoRALayer) -> None:
+    def __init__(self, layer: Update) -> None:
         self.U, sigma, self.V = singular_triplets(layer)
         self.parameters = (sigma,)
 
@@ -128,7 +128,7 @@ class SingularSpace(Space):
         return LoRALayer(self.V, self.U * parameters[0])
 
 
-SPACES: dict[SpaceName, Callable[[LoRALayer], Space]] = {
+SPACES: dict[SpaceName, Callable[[Update], Space]] = {
     "factor": FactorSpace,
     "delta": DeltaSpace,
     "singular": SingularSpace,

@@ -13,7 +13,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from sap_lightning.functional.lora import LoRALayer, no_change, singular_triplets
+from sap_lightning.functional.lora import LoRALayer, Update, dense, no_change, scaled, singular_triplets, stack
 from sap_lightning.functional.rescaling import norm
 
 NOISE = 1e-6
@@ -50,11 +50,11 @@ class Triplets(NamedTuple):
         return LoRALayer(self.V.float(), (self.U * self.sigma).float())
 
 
-def summands(layers: Sequence[LoRALayer], weights: Sequence[float]) -> list[LoRALayer]:
+def summands(layers: Sequence[Update], weights: Sequence[float]) -> list[Update]:
     """K·w_k·ΔW_k of each of the K clients, float64: their sum is the plain one where all count alike.
 
     Args:
-        layers: the K updates ΔW_k of shape (d_out, d_in).
+        layers: the K updates ΔW_k, in factor form or dense of shape (d_out, d_in).
         weights: each client's share of the whole, w_k.
 
     Example:
@@ -65,17 +65,55 @@ def summands(layers: Sequence[LoRALayer], weights: Sequence[float]) -> list[LoRA
         >>> [term.delta().tolist() for term in summands([layer, layer], [0.25, 0.75])]
         [[[0.5, 0.5]], [[1.5, 1.5]]]
     """
-    return [
-        LoRALayer(A.double(), B.double(), len(layers) * weight * scale)
-        for (A, B, scale), weight in zip(layers, weights, strict=True)
-    ]
+    return [scaled(precise(layer), len(layers) * weight) for layer, weight in zip(layers, weights, strict=True)]
 
 
-def leading_triplets(update: LoRALayer, rank: int | None = None, size: float | None = None) -> Triplets:
+def precise(update: Update) -> Update:
+    """The same ΔW in float64, in factor form or dense of shape (d_out, d_in).
+
+    Example:
+        >>> import torch
+        >>> from sap_lightning.functional.subspaces import precise
+        >>> precise(torch.ones(1, 2)).dtype
+        torch.float64
+    """
+    if isinstance(update, LoRALayer):
+        return update._replace(A=update.A.double(), B=update.B.double())
+    return update.double()
+
+
+def rank_of(update: Update) -> int:
+    """The most singular triplets that ΔW may have, in factor form or dense of shape (d_out, d_in).
+
+    Example:
+        >>> import torch
+        >>> from sap_lightning.functional.subspaces import rank_of
+        >>> rank_of(torch.ones(4, 3))
+        3
+    """
+    return update.rank if isinstance(update, LoRALayer) else min(update.shape)
+
+
+def sum_of(parts: Sequence[Update]) -> Update:
+    """Σ ΔW_k, stacked in factor form, or dense of shape (d_out, d_in) where one of them is.
+
+    Example:
+        >>> import torch
+        >>> from sap_lightning.functional.subspaces import sum_of
+        >>> sum_of([torch.tensor([[1.0, 2.0]]), torch.tensor([[3.0, 4.0]])]).tolist()
+        [[4.0, 6.0]]
+    """
+    factors = [part for part in parts if isinstance(part, LoRALayer)]
+    if len(factors) == len(parts):
+        return stack(factors, [1.0] * len(factors))
+    return torch.stack([dense(part) for part in parts]).sum(0)
+
+
+def leading_triplets(update: Update, rank: int | None = None, size: float | None = None) -> Triplets:
     """The singular triplets of ΔW with the largest σ, without those that are rounding errors.
 
     Args:
-        update: ΔW of shape (d_out, d_in).
+        update: ΔW in factor form, or dense of shape (d_out, d_in).
         rank: the most triplets there may be.
         size: of what ΔW was made from, where that is larger than ΔW: clients may cancel out. ‖ΔW‖ if not given.
 
@@ -94,20 +132,20 @@ def leading_triplets(update: LoRALayer, rank: int | None = None, size: float | N
         >>> leading_triplets(update, size=1e7).sigma.tolist()
         []
     """
-    precise = LoRALayer(update.A.double(), update.B.double(), update.scale)
-    U, sigma, V = singular_triplets(precise)
-    kept = int((sigma > NOISE * (norm(precise, 2) if size is None else size)).sum())
+    doubled = precise(update)
+    U, sigma, V = singular_triplets(doubled)
+    kept = int((sigma > NOISE * (norm(doubled, 2) if size is None else size)).sum())
     if rank is not None:
         kept = min(kept, rank)
     return Triplets(U[:, :kept], sigma[:kept], V[:kept])
 
 
-def outside(U: Tensor, update: LoRALayer) -> LoRALayer:
+def outside(U: Tensor, update: Update) -> Update:
     """(I − U·Uᵀ)·ΔW: what an update does outside a space of outputs.
 
     Args:
         U: orthonormal columns, shape (d_out, n).
-        update: ΔW of shape (d_out, d_in).
+        update: ΔW in factor form, or dense of shape (d_out, d_in).
 
     Example:
         >>> import torch
@@ -117,7 +155,9 @@ def outside(U: Tensor, update: LoRALayer) -> LoRALayer:
         >>> outside(torch.tensor([[1.0], [0.0]]), update).delta().tolist()
         [[0.0, 0.0], [2.0, 1.0]]
     """
-    return update._replace(B=update.B - U @ (U.T @ update.B))
+    if isinstance(update, LoRALayer):
+        return update._replace(B=update.B - U @ (U.T @ update.B))
+    return update - U @ (U.T @ update)
 
 
 def polar_factor(X: Tensor) -> Tensor:

@@ -78,12 +78,22 @@ class FilesInFolder:
             kept = "it holds no prompt" if name == PROMPT_FILE else "save the adapter with PEFT's save_pretrained"
             advice = f"there is one in {below[0]!r} below it" if below else kept
             raise InputError(f"{path}: no such file; {advice}")
-        real = Path(os.path.realpath(path))
-        if not any(map(real.is_relative_to, _own_folders(folder))):
-            raise InputError(f"{path}: leads outside the folder; put the file itself there")
-        if not path.is_file():
-            raise InputError(f"{path}: not a regular file; put the file itself there")
-        return path
+        return regular_file(folder, name)
+
+
+def regular_file(folder: Path, name: str) -> Path:
+    """A file of a folder, or of the hub's cache that the folder is of.
+
+    Raises:
+        InputError: it is none, or leads out of the folder.
+    """
+    path = folder / name
+    real = Path(os.path.realpath(path))
+    if not any(map(real.is_relative_to, _own_folders(folder))):
+        raise InputError(f"{path}: leads outside the folder; put the file itself there")
+    if not path.is_file():
+        raise InputError(f"{path}: not a regular file; put the file itself there")
+    return path
 
 
 def _own_folders(folder: Path) -> list[Path]:

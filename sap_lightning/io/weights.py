@@ -9,7 +9,7 @@ from __future__ import annotations
 import io
 import math
 import os
-from collections.abc import Callable, Iterator, Mapping, Set
+from collections.abc import Callable, Iterator, Mapping, Sequence, Set
 from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple, Protocol
@@ -23,6 +23,7 @@ from sap_lightning.io.rules import errors_in, is_integer, object_from, short
 MAX_HEADER_BYTES = 2**23
 DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 _METADATA = "__metadata__"
+_CHUNK_BYTES = 2**24
 _LENGTH_BYTES = 8
 
 
@@ -86,19 +87,26 @@ class SafetensorsFile:
         return cls(lambda: io.BytesIO(content), place)
 
     @contextmanager
-    def opened(self) -> Iterator[OpenWeights]:
+    def opened(self) -> Iterator[OpenFile]:
         try:
             with errors_in(self._place), self._open() as file:
                 version = _version_of(file)
                 if version != self._version:
                     self._index = index_of(file)
                     self._version = version
-                yield _OpenFile(file, self._index)
+                yield OpenFile(file, self._index)
         except OSError as error:
             raise InputError(f"{self._place}: cannot be read ({error.strerror or error}); check the file") from None
 
 
-class _OpenFile:
+class OpenFile:
+    """A safetensors file that is open: its tensors, whole or in part, and its bytes.
+
+    Args:
+        file: its bytes.
+        index: where each tensor is.
+    """
+
     def __init__(self, file: BinaryIO, index: Mapping[str, _Place]) -> None:
         self.file = file
         self.index = index
@@ -111,9 +119,39 @@ class _OpenFile:
 
     def tensor(self, key: str) -> Tensor:
         (dtype, shape), start, end = self._place_of(key)
+        return self._read(dtype, start, end).view(shape)
+
+    def rows(self, key: str, first: int, last: int) -> Tensor:
+        """Rows of a tensor as a matrix (see `matrix_shape`), from first up to last."""
+        (dtype, shape), start, _ = self._place_of(key)
         assert isinstance(dtype, torch.dtype)
+        columns = matrix_shape(shape)[1]
+        row = columns * dtype.itemsize
+        return self._read(dtype, start + first * row, start + last * row).view(last - first, columns)
+
+    def _read(self, dtype: torch.dtype | str, start: int, end: int) -> Tensor:
+        assert isinstance(dtype, torch.dtype)
+        content = bytearray(end - start)
         self.file.seek(start)
-        return torch.frombuffer(bytearray(self.file.read(end - start)), dtype=dtype).view(shape)
+        if self.file.readinto(content) != len(content):  # type: ignore[attr-defined]  # of files and of bytes in memory
+            raise InputError("is shorter than it was; the file has changed since it was first read")
+        return torch.frombuffer(content, dtype=dtype) if content else torch.zeros(0, dtype=dtype)
+
+    def in_order(self) -> list[str]:
+        """The keys in the order of their tensors in the file."""
+        return sorted(self.index, key=lambda key: (self.index[key].start, self.index[key].end))
+
+    def head(self) -> bytes:
+        """All that stands before the tensors."""
+        self.file.seek(0)
+        return self.file.read(min((place.start for place in self.index.values()), default=-1))
+
+    def chunks(self, key: str) -> Iterator[bytes]:
+        """The bytes of a tensor, of whatever dtype, in pieces of bounded size."""
+        _, start, end = self._place_of(key)
+        for at in range(start, end, _CHUNK_BYTES):
+            self.file.seek(at)
+            yield self.file.read(min(_CHUNK_BYTES, end - at))
 
     def _place_of(self, key: str) -> _Place:
         if key not in self.index:
@@ -186,6 +224,13 @@ class _Both:
 
     def _of(self, key: str) -> OpenWeights:
         return self.one if key in self.one.keys() else self.other  # noqa: SIM118  # it is no mapping
+
+
+def matrix_shape(shape: Sequence[int]) -> tuple[int, int]:
+    """A tensor's shape as that of a matrix: its first dimension and all others; a vector is one row."""
+    if len(shape) < 2:
+        return 1, math.prod(shape)
+    return shape[0], math.prod(shape[1:])
 
 
 def index_of(file: BinaryIO) -> dict[str, _Place]:

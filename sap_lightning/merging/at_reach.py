@@ -30,6 +30,7 @@ class AtReach(OnTop):
     """
 
     name = "at_reach"
+    needs_manifests = True
     uses_weights = True  # in the length
 
     method: MergeMethod | str = "average"

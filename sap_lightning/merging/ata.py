@@ -41,6 +41,7 @@ class ATA(MergeMethod):
     """
 
     name = "ata"
+    needs_manifests = True
 
     neighbours: int = 3
     client: str | None = None

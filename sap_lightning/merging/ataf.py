@@ -8,24 +8,23 @@ from __future__ import annotations
 import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Literal
 
 import torch
 from torch import Tensor
-from torch.special import entr
 
 from sap_lightning.console import track
-from sap_lightning.errors import InputError, check_at_least
+from sap_lightning.errors import InputError, check_at_least, check_share
+from sap_lightning.functional.agreement import divergence
 from sap_lightning.functional.consensus import weighted_sum
-from sap_lightning.functional.lora import LoRALayer, Update
+from sap_lightning.functional.lora import Update
+from sap_lightning.functional.procrustes import Side, aligned
 from sap_lightning.io.adapter import Adapter
-from sap_lightning.merging.clients import client_layers
+from sap_lightning.merging.clients import Source, client_layers
 from sap_lightning.merging.distances import squared_distances
 from sap_lightning.merging.method import MergeMethod, Prepared, PreparedLayers, required
 from sap_lightning.models.probe import AnchorProbe
 
 log = logging.getLogger(__name__)
-Side = Literal["input", "output"]
 
 
 @dataclass(frozen=True)
@@ -44,31 +43,49 @@ class ATAF(MergeMethod):
     ΔW_kᵀ·ΔW_r has no direction its rotation is left to chance there and nothing is here; and it bounds the squared norm
     of a column from below by 1e-8, which is more than a column of a LoRA update may have.
 
+    Of whole models the first is the reference, as in the code. Matrices of the blocks (whose names have a number) are
+    aligned, their biases mixed as they are, and all else is the first model's: norms, embeddings, heads. The code does
+    so in a language model and leaves its vision tower alone; here all towers are alike.
+
     Args:
         steps: number of α that are tried, 0 and 1 among them.
         side: what is rotated and scaled: inputs, as in the code, or outputs.
+        alpha: α, for which then nothing is looked at; the code's demo has 0.2.
 
     Raises:
         InputError: when there are fewer than two adapters.
     """
 
     name = "ataf"
-    needs_anchors = True
+    merges_weights = True
 
     steps: int = 11
     side: Side = "input"
+    alpha: float | None = None
 
     def __post_init__(self) -> None:
         check_at_least("merge.method.steps", self.steps, 2)
+        if self.alpha is not None:
+            check_share("merge.method.alpha", self.alpha)
+
+    @property
+    def needs_anchors(self) -> bool:  # type: ignore[override]  # to find α
+        return self.alpha is None
+
+    @property
+    def grid(self) -> list[float]:
+        """The α that are tried."""
+        return [step / (self.steps - 1) for step in range(self.steps)]
 
     def prepare(
         self, adapters: Sequence[Adapter], weights: Sequence[float], anchors: AnchorProbe | None = None
     ) -> Prepared:
-        probe = required(anchors, self)
+        probe = required(anchors, self) if self.needs_anchors else None
         if len(adapters) < 2:
             raise InputError("merge.method ataf aligns clients to one another; give at least 2 adapters")
         mixture = Mixture.of(adapters, weights, self.side)
-        alpha = self._most_consistent(mixture, [predictions(adapter.layers, probe) for adapter in adapters], probe)
+        alpha = self._most_consistent(mixture, adapters, probe) if probe else self.alpha
+        assert alpha is not None
         findings = {"reference": adapters[mixture.reference].name, "alpha": alpha}
         return PreparedLayers(list(mixture.layers), lambda name: mixture.layer(name, alpha), findings, self.name)
 
@@ -76,15 +93,26 @@ class ATAF(MergeMethod):
     def least_clients(self) -> int:
         return 2
 
-    def _most_consistent(self, mixture: Mixture, wanted: Sequence[Tensor], probe: AnchorProbe) -> float:
-        grid = [step / (self.steps - 1) for step in range(self.steps)]
-        clients = torch.stack(list(wanted))
+    def keeps(self, name: str, shape: Sequence[int]) -> bool:
+        in_block = any(part.isdecimal() for part in name.split("."))
+        mixed = len(shape) == 2 or (len(shape) == 1 and name.endswith("bias"))
+        return self.alpha == 0 or not (in_block and mixed) or "norm" in name or "ln_" in name
+
+    def merge_weight(self, name: str, models: Sequence[Source], weights: Sequence[float]) -> Update:
+        assert self.alpha is not None
+        first, *others = (model.layers[name] for model in models)
+        if not name.endswith("bias"):
+            others = [aligned(update, first, self.side) for update in others]
+        return Mixture({name: [first, *others]}, weights, 0).layer(name, self.alpha)
+
+    def _most_consistent(self, mixture: Mixture, adapters: Sequence[Adapter], probe: AnchorProbe) -> float:
+        clients = torch.stack([predictions(adapter.layers, probe) for adapter in adapters])
         divergences = [
             float(divergence(predictions(mixture.at(alpha), probe), clients).mean())
-            for alpha in track(grid, f"{self.name}: alphas")
+            for alpha in track(self.grid, f"{self.name}: alphas")
         ]
         least = min(divergences)
-        alpha = grid[divergences.index(least)]
+        alpha = self.grid[divergences.index(least)]
         log.info("ataf: alpha %g has the least divergence from the clients, %.3e", alpha, least)
         return alpha
 
@@ -99,7 +127,7 @@ class Mixture:
         reference: which client the others are aligned to.
     """
 
-    layers: Mapping[str, Sequence[LoRALayer]]
+    layers: Mapping[str, Sequence[Update]]
     weights: Sequence[float]
     reference: int
 
@@ -108,7 +136,7 @@ class Mixture:
         """Aligns to the client with the least summed distance to the others over all layers."""
         distances = squared_distances(adapters).sqrt().sum(1).tolist()
         reference = distances.index(min(distances))
-        layers = {}
+        layers: dict[str, Sequence[Update]] = {}
         for name, clients in track(list(client_layers(adapters).items()), "ataf: layers"):
             nearest = clients[reference]
             layers[name] = [nearest if k == reference else aligned(one, nearest, side) for k, one in enumerate(clients)]
@@ -126,41 +154,6 @@ class Mixture:
         return weighted_sum(self.layers[name], shares)
 
 
-def aligned(layer: LoRALayer, reference: LoRALayer, side: Side = "input") -> LoRALayer:
-    """ΔW·P·Λ (``input``) or D·R·ΔW (``output``) in factor form, nearest to the reference."""
-    if side == "output":
-        return _aligned_outputs(layer, reference)
-    return _transposed(_aligned_outputs(_transposed(layer), _transposed(reference)))
-
-
-def _transposed(layer: LoRALayer) -> LoRALayer:
-    return LoRALayer(layer.B.T, layer.A.T, layer.scale)
-
-
-def _aligned_outputs(layer: LoRALayer, reference: LoRALayer) -> LoRALayer:
-    """D·R·ΔW in factor form: ΔW rotated, then scaled row by row, to be nearest to the reference.
-
-    R = UVᵀ from the singular triplets of ΔW_ref·ΔWᵀ that are not zero; where the two have nothing in common R is not
-    determined, and ΔW is left out there.
-    """
-    A, B = layer.A.double(), layer.scale * layer.B.double()
-    A_ref, B_ref = reference.A.double(), reference.scale * reference.B.double()
-    Q, R = torch.linalg.qr(B)
-    Q_ref, R_ref = torch.linalg.qr(B_ref)
-    U, sigma, V = torch.linalg.svd(R_ref @ (A_ref @ A.T) @ R.T, full_matrices=False)
-    common = sigma > len(sigma) * torch.finfo(sigma.dtype).eps * sigma.norm()
-    rotated = Q_ref @ U[:, common] @ (V[common] @ Q.T @ B)
-    along = (rotated @ (A @ A_ref.T) * B_ref).sum(1)
-    size = (rotated @ (A @ A.T) * rotated).sum(1)
-    scale = torch.where(size > 0, along / size, 0)
-    return LoRALayer(layer.A, (scale[:, None] * rotated).float())
-
-
 def predictions(update: Mapping[str, Update], probe: AnchorProbe) -> Tensor:
     """Softmax over the captions for every anchor image at base + update, shape (images, captions), float64."""
     return probe.logits(update).double().softmax(-1)
-
-
-def divergence(p: Tensor, q: Tensor) -> Tensor:
-    """Jensen-Shannon divergence in nats of distributions over the last dimension."""
-    return (entr((p + q) / 2) - (entr(p) + entr(q)) / 2).sum(-1)

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from sap_lightning.functional.consensus import weighted_sum
-from sap_lightning.functional.lora import LoRALayer, Update
+from sap_lightning.functional.lora import Update
 from sap_lightning.io.adapter import Adapter
 from sap_lightning.merging.clients import client_layers
 from sap_lightning.merging.method import LayerwiseMethod, PreparedLayers
@@ -18,10 +18,11 @@ class Average(LayerwiseMethod):
     """Σ w_k·ΔW_k: exact, of the products ΔW and not of A and B apart."""
 
     name = "average"
+    by_element = True
     takes_any_weights = True
     merges_prompts = True
 
-    def merge_layer(self, layers: Sequence[LoRALayer], weights: Sequence[float]) -> Update:
+    def merge_layer(self, layers: Sequence[Update], weights: Sequence[float]) -> Update:
         return weighted_sum(layers, weights)
 
 

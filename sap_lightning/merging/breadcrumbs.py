@@ -11,7 +11,7 @@ from typing import Literal
 
 from sap_lightning.functional.masking import keep_middle
 from sap_lightning.functional.spaces import Parameters, Space, magnitudes
-from sap_lightning.io.adapter import Adapter
+from sap_lightning.merging.clients import Source
 from sap_lightning.merging.pruning import PruningMethod, check_both_ends
 from sap_lightning.models.probe import Answer
 
@@ -43,7 +43,7 @@ class Breadcrumbs(PruningMethod):
     def __post_init__(self) -> None:
         check_both_ends(self.sparsity, self.largest)
 
-    def scores(self, adapter: Adapter, spaces: Mapping[str, Space], answer: Answer) -> dict[str, Parameters]:
+    def scores(self, source: Source, spaces: Mapping[str, Space], answer: Answer) -> dict[str, Parameters]:
         return magnitudes(spaces)
 
     def masks(self, scores: Mapping[str, Parameters], sparsity: float) -> dict[str, Parameters]:

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from sap_lightning.errors import check_share
-from sap_lightning.functional.lora import LoRALayer, Update
+from sap_lightning.functional.lora import LoRALayer, Update, dense, in_factors
 from sap_lightning.functional.subspaces import joint_space
 from sap_lightning.merging.method import LayerwiseMethod
 
@@ -36,6 +36,7 @@ class CART(LayerwiseMethod):
     """
 
     name = "cart"
+    needs_matrices = True
 
     share: float = 0.08
     scale: float = 1.0
@@ -43,14 +44,20 @@ class CART(LayerwiseMethod):
     def __post_init__(self) -> None:
         check_share("merge.method.share", self.share)
 
-    def merge_layer(self, layers: Sequence[LoRALayer], weights: Sequence[float]) -> Update:
-        U, cores, V = joint_space(layers)
+    def merge_layer(self, layers: Sequence[Update], weights: Sequence[float]) -> Update:
+        if not all(isinstance(layer, LoRALayer) for layer in layers):
+            return self._merged(torch.stack([dense(layer).double() for layer in layers]), weights).float()
+        U, cores, V = joint_space([in_factors(layer) for layer in layers])
+        return LoRALayer(V.float(), (U @ self._merged(cores, weights)).float())
+
+    def _merged(self, cores: Tensor, weights: Sequence[float]) -> Tensor:
+        """The same of the clients as matrices of one space, shape (K, p, q), float64."""
         average = torch.tensordot(torch.tensor(weights, dtype=torch.float64), cores, dims=1)
         rank = max(1, round(self.share * min(average.shape)))
         merged = average.clone()
         for core, weight in zip(cores, weights, strict=True):
-            merged += self.scale * len(layers) * weight * truncated(core - average, rank)
-        return LoRALayer(V.float(), (U @ merged).float())
+            merged += self.scale * len(cores) * weight * truncated(core - average, rank)
+        return merged
 
 
 def truncated(matrix: Tensor, rank: int) -> Tensor:

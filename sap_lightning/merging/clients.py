@@ -5,18 +5,34 @@ from __future__ import annotations
 import logging
 import statistics
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any, Literal
+from typing import Any, Literal, Protocol
 
 import torch
 
 from sap_lightning.errors import InputError
-from sap_lightning.functional.lora import LoRALayer
+from sap_lightning.functional.lora import LoRALayer, Update
 from sap_lightning.io.adapter import Adapter
 
 log = logging.getLogger(__name__)
 Weights = Literal["uniform", "samples"]
 FAR = 20.0
 """So many times the median length, and an adapter is doubted."""
+
+
+class Source(Protocol):
+    """One of what is merged: its update of the base by layer, and what tells it from others; such as an `Adapter`."""
+
+    @property
+    def name(self) -> str:
+        """How people call it."""
+
+    @property
+    def layers(self) -> Mapping[str, Update]:
+        """ΔW by the layer's name, in factor form or dense."""
+
+    @property
+    def sha256(self) -> str:
+        """A digest of what it holds."""
 
 
 class ClientLayers(Sequence[LoRALayer]):
@@ -46,16 +62,16 @@ def client_layers(adapters: Sequence[Adapter]) -> dict[str, ClientLayers]:
     return {name: ClientLayers(adapters, name) for name in layer_names(adapters)}
 
 
-def layer_names(adapters: Sequence[Adapter]) -> list[str]:
+def layer_names(sources: Iterable[Source]) -> list[str]:
     """Names of the layers that some client adapts, in order."""
-    return sorted({name for adapter in adapters for name in adapter.layers})
+    return sorted({name for source in sources for name in source.layers})
 
 
-def layers_named(adapter: Adapter, names: Iterable[str] | None) -> Mapping[str, LoRALayer]:
-    """An adapter's layers of these names, as far as it has them; all of them if no names are given."""
+def layers_named(source: Source, names: Iterable[str] | None) -> Mapping[str, Update]:
+    """A client's layers of these names, as far as it has them; all of them if no names are given."""
     if names is None:
-        return adapter.layers
-    return {name: adapter.layers[name] for name in names if name in adapter.layers}
+        return source.layers
+    return {name: source.layers[name] for name in names if name in source.layers}
 
 
 def client_weights(

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from sap_lightning.errors import check_at_least
 from sap_lightning.functional.consensus import weighted_sum
-from sap_lightning.functional.lora import LoRALayer, dense
+from sap_lightning.functional.lora import Update, dense
 from sap_lightning.merging.method import LayerwiseMethod
 
 
@@ -37,6 +37,7 @@ class Consensus(LayerwiseMethod):
     """
 
     name = "consensus"
+    by_element = True
 
     threshold: float = 0.4
     wanted_by: int = 2
@@ -46,11 +47,11 @@ class Consensus(LayerwiseMethod):
         check_at_least("merge.method.threshold", self.threshold, 0)
         check_at_least("merge.method.wanted_by", self.wanted_by, 0)
 
-    def merge_layer(self, layers: Sequence[LoRALayer], weights: Sequence[float]) -> Tensor:
+    def merge_layer(self, layers: Sequence[Update], weights: Sequence[float]) -> Tensor:
         total = dense(weighted_sum(layers, [len(layers) * weight for weight in weights]))
         wanting = torch.zeros_like(total)
         for layer in layers:
-            wanting += tall_mask(layer.delta(), total, self.threshold)
+            wanting += tall_mask(dense(layer), total, self.threshold)
         return self.scale * total * (wanting >= min(self.wanted_by, len(layers)))
 
 

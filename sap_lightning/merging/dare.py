@@ -12,7 +12,7 @@ from typing import Literal
 from sap_lightning.errors import check_share
 from sap_lightning.functional.consensus import Consensus, ElectedMean, WeightedSum
 from sap_lightning.functional.spaces import Parameters, Space
-from sap_lightning.io.adapter import Adapter
+from sap_lightning.merging.clients import Source
 from sap_lightning.merging.pruning import PruningMethod, uniform_scores
 from sap_lightning.models.probe import Answer
 
@@ -41,8 +41,8 @@ class DARE(PruningMethod):
     def __post_init__(self) -> None:
         check_share("merge.method.sparsity", self.sparsity)
 
-    def scores(self, adapter: Adapter, spaces: Mapping[str, Space], answer: Answer) -> dict[str, Parameters]:
-        return uniform_scores(self.seed, adapter, spaces)
+    def scores(self, source: Source, spaces: Mapping[str, Space], answer: Answer) -> dict[str, Parameters]:
+        return uniform_scores(self.seed, source, spaces)
 
     def masks(self, scores: Mapping[str, Parameters], sparsity: float) -> dict[str, Parameters]:
         return {name: tuple(draw >= sparsity for draw in layer) for name, layer in scores.items()}

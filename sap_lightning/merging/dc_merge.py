@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from sap_lightning.errors import check_at_least, check_share
-from sap_lightning.functional.lora import LoRALayer, Update
+from sap_lightning.functional.lora import Update
 from sap_lightning.functional.subspaces import NOISE, Triplets, leading_triplets, orthogonalised, summands
 from sap_lightning.merging.method import LayerwiseMethod
 
@@ -41,6 +41,7 @@ class DCMerge(LayerwiseMethod):
     """
 
     name = "dc_merge"
+    needs_matrices = True
 
     ratio: float = 1.0
     share: float = 0.001
@@ -50,7 +51,7 @@ class DCMerge(LayerwiseMethod):
         check_at_least("merge.method.ratio", self.ratio, 1)
         check_share("merge.method.share", self.share)
 
-    def merge_layer(self, layers: Sequence[LoRALayer], weights: Sequence[float]) -> Update:
+    def merge_layer(self, layers: Sequence[Update], weights: Sequence[float]) -> Update:
         room = max(1, min(layers[0].shape) // len(layers))
         parts = [smoothed(leading_triplets(layer, room), self.ratio) for layer in summands(layers, weights)]
         U, sigma, V = orthogonalised(parts)

@@ -17,7 +17,7 @@ from sap_lightning.functional.consensus import Consensus, ElectedMean
 from sap_lightning.functional.lora import Update, dense
 from sap_lightning.functional.masking import row_ranks
 from sap_lightning.functional.spaces import Parameters, Space
-from sap_lightning.io.adapter import Adapter
+from sap_lightning.merging.clients import Source
 from sap_lightning.merging.pruning import PruningMethod, uniform_scores
 from sap_lightning.models.probe import Answer
 
@@ -52,9 +52,9 @@ class DELLA(PruningMethod):
         check_share("merge.method.sparsity", self.sparsity)
         check_share("merge.method.window", self.window)
 
-    def scores(self, adapter: Adapter, spaces: Mapping[str, Space], answer: Answer) -> dict[str, Parameters]:
+    def scores(self, source: Source, spaces: Mapping[str, Space], answer: Answer) -> dict[str, Parameters]:
         """A uniform random number in [0, 1) and the rank r of every element."""
-        numbers = uniform_scores(self.seed, adapter, spaces)
+        numbers = uniform_scores(self.seed, source, spaces)
         return {name: (*numbers[name], row_ranks(space.parameters[0].abs())) for name, space in spaces.items()}
 
     def masks(self, scores: Mapping[str, Parameters], sparsity: float) -> dict[str, Parameters]:
@@ -62,10 +62,10 @@ class DELLA(PruningMethod):
             name: (draw >= drop_probabilities(ranks, sparsity, self.window),) for name, (draw, ranks) in scores.items()
         }
 
-    def made_up(self, adapter: Adapter, pruned: Mapping[str, Update], sparsity: float) -> Mapping[str, Update]:
+    def made_up(self, source: Source, pruned: Mapping[str, Update], sparsity: float) -> Mapping[str, Update]:
         if self.rescale == "l1":
-            return super().made_up(adapter, pruned, sparsity)
-        return {name: self._made_up(adapter.layers[name].delta(), dense(pruned[name]), sparsity) for name in pruned}
+            return super().made_up(source, pruned, sparsity)
+        return {name: self._made_up(dense(source.layers[name]), dense(pruned[name]), sparsity) for name in pruned}
 
     def _made_up(self, delta: Tensor, pruned: Tensor, sparsity: float) -> Tensor:
         kept = 1 - drop_probabilities(row_ranks(delta.abs()), sparsity, self.window)

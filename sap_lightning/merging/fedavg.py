@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from sap_lightning.functional.consensus import FactorSum
-from sap_lightning.functional.lora import LoRALayer
+from sap_lightning.functional.lora import LoRALayer, Update
 from sap_lightning.merging.method import LayerwiseMethod
 
 
@@ -24,8 +24,9 @@ class FedAvg(LayerwiseMethod):
     """
 
     name = "fedavg"
+    needs_factors = True
 
-    def merge_layer(self, layers: Sequence[LoRALayer], weights: Sequence[float]) -> LoRALayer:
+    def merge_layer(self, layers: Sequence[Update], weights: Sequence[float]) -> LoRALayer:
         mean = FactorSum()
         for layer, weight in zip(layers, weights, strict=True):
             mean.add(layer, weight)

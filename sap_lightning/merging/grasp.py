@@ -15,6 +15,7 @@ from sap_lightning.errors import check_share
 from sap_lightning.functional.lora import LoRALayer
 from sap_lightning.functional.spaces import Parameters, SingularSpace, Space
 from sap_lightning.io.adapter import Adapter
+from sap_lightning.merging.clients import Source
 from sap_lightning.merging.pruning import PruningMethod
 from sap_lightning.models.probe import AnchorProbe, Answer
 
@@ -52,7 +53,7 @@ class GRASP(PruningMethod):
         of_u, of_sigma, of_v = ((theta * g).abs() for theta, g in zip(parameters, gradients, strict=True))
         return of_sigma if self.score == "code" else of_sigma + of_u.sum(0) + of_v.sum(1)
 
-    def scores(self, adapter: Adapter, spaces: Mapping[str, Space], answer: Answer) -> Mapping[str, Parameters]:
+    def scores(self, source: Source, spaces: Mapping[str, Space], answer: Answer) -> Mapping[str, Parameters]:
         return answer.of
 
 

@@ -8,9 +8,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from sap_lightning.functional.lora import LoRALayer, Update, stack
+from sap_lightning.functional.lora import LoRALayer, Update
 from sap_lightning.functional.rescaling import norm
-from sap_lightning.functional.subspaces import Triplets, leading_triplets, summands
+from sap_lightning.functional.subspaces import Triplets, leading_triplets, sum_of, summands
 from sap_lightning.merging.method import LayerwiseMethod
 
 
@@ -30,17 +30,18 @@ class IsoC(LayerwiseMethod):
     """
 
     name = "iso_c"
+    needs_matrices = True
 
     scale: float = 1.0
 
-    def merge_layer(self, layers: Sequence[LoRALayer], weights: Sequence[float]) -> Update:
+    def merge_layer(self, layers: Sequence[Update], weights: Sequence[float]) -> Update:
         return isotropic(common_triplets(summands(layers, weights)), self.scale)
 
 
-def common_triplets(parts: Sequence[LoRALayer]) -> Triplets:
+def common_triplets(parts: Sequence[Update]) -> Triplets:
     """The singular triplets of the sum, but for what is left of clients that cancel out."""
     size = max(norm(part, 2) for part in parts)
-    return leading_triplets(stack(parts, [1.0] * len(parts)), size=size)
+    return leading_triplets(sum_of(parts), size=size)
 
 
 def isotropic(triplets: Triplets, scale: float) -> LoRALayer:

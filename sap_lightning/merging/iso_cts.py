@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from sap_lightning.errors import check_share
-from sap_lightning.functional.lora import LoRALayer, Update
+from sap_lightning.functional.lora import Update
 from sap_lightning.functional.rescaling import norm
 from sap_lightning.functional.subspaces import Triplets, leading_triplets, orthogonalised, outside, summands
 from sap_lightning.merging.iso_c import common_triplets, isotropic
@@ -37,6 +37,7 @@ class IsoCTS(LayerwiseMethod):
     """
 
     name = "iso_cts"
+    needs_matrices = True
 
     share: float = 0.8
     scale: float = 1.0
@@ -44,7 +45,7 @@ class IsoCTS(LayerwiseMethod):
     def __post_init__(self) -> None:
         check_share("merge.method.share", self.share)
 
-    def merge_layer(self, layers: Sequence[LoRALayer], weights: Sequence[float]) -> Update:
+    def merge_layer(self, layers: Sequence[Update], weights: Sequence[float]) -> Update:
         parts = summands(layers, weights)
         U, sigma, V = common_triplets(parts)
         own = self._own_directions(len(sigma), len(parts))

@@ -14,10 +14,10 @@ from torch import Tensor
 from sap_lightning.console import track
 from sap_lightning.errors import check_share
 from sap_lightning.functional.consensus import Consensus, ElectedMean, Majority
-from sap_lightning.functional.lora import LoRALayer, Update, left_singular_vectors
+from sap_lightning.functional.lora import LoRALayer, Update, in_factors, left_singular_vectors
 from sap_lightning.functional.spaces import Parameters, Space, magnitudes
 from sap_lightning.io.adapter import Adapter
-from sap_lightning.merging.clients import client_layers
+from sap_lightning.merging.clients import Source, client_layers
 from sap_lightning.merging.pruning import Pruning, PruningMethod
 from sap_lightning.models.probe import AnchorProbe, Answer
 
@@ -38,6 +38,7 @@ class KnOTS(PruningMethod):
     """
 
     name = "knots"
+    merges_weights = False  # its bases are those of all clients' layers
     scope = "global"
 
     sparsity: float = 0.8
@@ -52,9 +53,9 @@ class KnOTS(PruningMethod):
     ) -> Pruning:
         layers = client_layers(adapters)
         bases = {name: shared_basis(layers[name]) for name in track(list(layers), "knots: bases")}
-        return Pruning(self, adapters, weights, lambda name, layer: AlignedSpace(layer, bases[name]))
+        return Pruning(self, adapters, weights, lambda name, layer: AlignedSpace(in_factors(layer), bases[name]))
 
-    def scores(self, adapter: Adapter, spaces: Mapping[str, Space], answer: Answer) -> dict[str, Parameters]:
+    def scores(self, source: Source, spaces: Mapping[str, Space], answer: Answer) -> dict[str, Parameters]:
         return magnitudes(spaces)
 
     def factor(self, clients: int) -> float:

@@ -15,7 +15,7 @@ from torch import Tensor
 from sap_lightning.errors import check_at_least
 from sap_lightning.functional.clustering import kmeans, weighted_means
 from sap_lightning.functional.consensus import balanced_factors
-from sap_lightning.functional.lora import LoRALayer
+from sap_lightning.functional.lora import LoRALayer, Update, in_factors
 from sap_lightning.merging.method import LayerwiseMethod
 
 # A mean below this share of its members is rounding, and has no direction to scale back.
@@ -45,6 +45,7 @@ class LoRALEGO(LayerwiseMethod):
     """
 
     name = "lora_lego"
+    needs_factors = True
 
     rank: int | None = None
 
@@ -52,11 +53,12 @@ class LoRALEGO(LayerwiseMethod):
         if self.rank is not None:
             check_at_least("merge.method.rank", self.rank, 1)
 
-    def merge_layer(self, layers: Sequence[LoRALayer], weights: Sequence[float]) -> LoRALayer:
-        units, shares = torch.cat([units_of(layer) for layer in layers]), []
-        for layer, weight in zip(layers, weights, strict=True):
+    def merge_layer(self, layers: Sequence[Update], weights: Sequence[float]) -> LoRALayer:
+        clients = [in_factors(layer) for layer in layers]
+        units, shares = torch.cat([units_of(layer) for layer in clients]), []
+        for layer, weight in zip(clients, weights, strict=True):
             shares += [weight] * layer.rank
-        largest = max(layer.rank for layer in layers)
+        largest = max(layer.rank for layer in clients)
         merged = clustered(units, torch.tensor(shares, dtype=torch.float64), self.rank or largest)
         A, B = merged.split([layers[0].shape[1], layers[0].shape[0]], dim=1)
         return LoRALayer(A, B.T, math.sqrt(largest / len(merged)))

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from sap_lightning.errors import check_share
 from sap_lightning.functional.masking import Scope
 from sap_lightning.functional.spaces import Parameters, Space, SpaceName, magnitudes
-from sap_lightning.io.adapter import Adapter
+from sap_lightning.merging.clients import Source
 from sap_lightning.merging.pruning import PruningMethod
 from sap_lightning.models.probe import Answer
 
@@ -27,6 +27,7 @@ class Magnitude(PruningMethod):
     """
 
     name = "magnitude"
+    scores_elements = True
 
     sparsity: float = 0.8
     scope: Scope = "layer"
@@ -35,5 +36,5 @@ class Magnitude(PruningMethod):
     def __post_init__(self) -> None:
         check_share("merge.method.sparsity", self.sparsity)
 
-    def scores(self, adapter: Adapter, spaces: Mapping[str, Space], answer: Answer) -> dict[str, Parameters]:
+    def scores(self, source: Source, spaces: Mapping[str, Space], answer: Answer) -> dict[str, Parameters]:
         return magnitudes(spaces)

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from sap_lightning.functional.consensus import coordinatewise, median
-from sap_lightning.functional.lora import LoRALayer
+from sap_lightning.functional.lora import Update
 from sap_lightning.merging.method import LayerwiseMethod
 
 
@@ -20,8 +20,9 @@ class Median(LayerwiseMethod):
     """
 
     name = "median"
+    by_element = True
     uses_weights = False
     merges_prompts = True
 
-    def merge_layer(self, layers: Sequence[LoRALayer], weights: Sequence[float]) -> Tensor:
+    def merge_layer(self, layers: Sequence[Update], weights: Sequence[float]) -> Tensor:
         return coordinatewise(median, layers)

@@ -7,9 +7,8 @@ import logging
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
-from hashlib import file_digest
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 from huggingface_hub import HfApi, ModelCard, ModelCardData
 from transformers import AutoImageProcessor, AutoTokenizer
@@ -17,7 +16,7 @@ from transformers import AutoImageProcessor, AutoTokenizer
 from sap_lightning.console import track
 from sap_lightning.errors import InputError, first_line
 from sap_lightning.escapes import for_markdown
-from sap_lightning.files import as_json, new_folder, write_files, write_json, write_text
+from sap_lightning.files import as_json, new_folder, sha256_of_file, write_files, write_json, write_text
 from sap_lightning.fingerprints import sealed, unsealed
 from sap_lightning.functional.lora import LoRALayer, Update, dense, recompress
 from sap_lightning.functional.rescaling import relative_error
@@ -109,7 +108,7 @@ class Merged:
             error = self._save(form, staging, rank)
             card = self.card(LIBRARIES[form], metrics or {})
             write_text(staging / CARD_FILE, f"{card}\n")
-            files = {"files": {file.name: _sha256_of(file) for file in staging.iterdir()}}
+            files = {"files": {file.name: sha256_of_file(file) for file in staging.iterdir()}}
             write_json(staging / RECORD_FILE, sealed(self.record() | self._outcome(error, metrics or {}) | files))
         log.info("merged %s written to %s", form, folder)
         return Path(folder)
@@ -145,22 +144,15 @@ class Merged:
 
     def card(self, library: str, metrics: Mapping[str, float]) -> ModelCard:
         """A model card that the hub accepts."""
-        data = ModelCardData(
-            base_model=self.base if HUB_ID.fullmatch(self.base) and not Path(self.base).exists() else None,
-            library_name=library,
-            tags=["merge", self.kind, "sap_lightning", self.method.name],
-        )
-        return ModelCard.from_template(
-            data,
-            template_path=str(Path(__file__).with_name("card.md.j2")),
-            sources="LoRA adapters" if self.kind == "lora" else "prompts",
-            method=self.method.name,
-            base=public_name(self.base),
-            record=self.record(),
-            doubts=self.doubts,
-            for_markdown=for_markdown,
-            findings=as_json(dict(self.prepared.findings)),
-            metrics=metrics,
+        return model_card(
+            self.base,
+            library,
+            [self.kind, "sap_lightning", self.method.name],
+            Words("LoRA adapters" if self.kind == "lora" else "prompts", "adapter", "layers"),
+            self.record(),
+            as_json(dict(self.prepared.findings)),
+            metrics,
+            self.doubts,
         )
 
     def _form(self, format: Format, rank: int | None) -> Form:
@@ -221,6 +213,43 @@ class Merged:
         return 0.0
 
 
+class Words(NamedTuple):
+    """What was merged, in words for the card: all of them, one of them, and what of it the digest is of."""
+
+    all: str
+    one: str
+    parts: str
+
+
+def model_card(
+    base: str,
+    library: str,
+    tags: Sequence[str],
+    words: Words,
+    record: Mapping[str, Any],
+    findings: Mapping[str, Any],
+    metrics: Mapping[str, float],
+    doubts: Sequence[str] = (),
+) -> ModelCard:
+    """A model card that the hub accepts."""
+    data = ModelCardData(
+        base_model=base if HUB_ID.fullmatch(base) and not Path(base).exists() else None,
+        library_name=library,
+        tags=["merge", *tags],
+    )
+    return ModelCard.from_template(
+        data,
+        template_path=str(Path(__file__).with_name("card.md.j2")),
+        words=words,
+        base=public_name(base),
+        record=record,
+        doubts=doubts,
+        for_markdown=for_markdown,
+        findings=findings,
+        metrics=metrics,
+    )
+
+
 def holds(folder: Path, method: MergeMethod, sources: Collection[str]) -> bool:
     """Whether a folder holds what ``save`` wrote of a merge by this method, at its settings, of these adapters.
 
@@ -256,7 +285,7 @@ def record_in(folder: Path, files: str = "*") -> dict[str, Any]:
         raise InputError(f"{file}: has changed since it was written; merge again") from None
     for name, digest in record.get("files", {}).items():
         file = folder / name
-        if file.match(files) and not (file.is_file() and _sha256_of(file) == digest):
+        if file.match(files) and not (file.is_file() and sha256_of_file(file) == digest):
             raise InputError(f"{file}: is missing or has changed since it was written; merge again")
     return record
 
@@ -268,11 +297,6 @@ def _whole_record_in(folder: Path) -> dict[str, Any]:
     except InputError as error:
         log.warning("%s: done now", error)
         return {}
-
-
-def _sha256_of(file: Path) -> str:
-    with file.open("rb") as content:
-        return file_digest(content, "sha256").hexdigest()
 
 
 def push_to_hub(folder: str | Path, repository: str) -> str:

@@ -20,9 +20,9 @@ from typing import Any
 
 from sap_lightning.console import track
 from sap_lightning.errors import InputError
-from sap_lightning.functional.lora import LoRALayer, Update
+from sap_lightning.functional.lora import Update
 from sap_lightning.io.adapter import Adapter
-from sap_lightning.merging.clients import client_layers, client_weights
+from sap_lightning.merging.clients import Source, client_layers, client_weights
 from sap_lightning.models.probe import AnchorProbe
 
 
@@ -56,6 +56,12 @@ class MergeMethod(ABC):
         takes_any_weights: whether they may also be negative.
         merges_prompts: whether its result moves as all updates are moved. A context needs that, whose numbers are no
             changes of a base's, of which nothing would be 0.
+        merges_weights: whether ``merge_weight`` merges the weights of whole models, one at a time.
+        by_element: whether each element of that depends on this element of the models alone, so that a weight may be
+            merged in parts.
+        needs_matrices: whether it looks at rows, columns or singular triplets, which a bias or a norm has not.
+        needs_factors: whether it looks at A and B apart, which only a LoRA has.
+        needs_manifests: whether it looks at what clients say of their training.
     """
 
     name = ""
@@ -64,6 +70,11 @@ class MergeMethod(ABC):
     uses_weights = True
     takes_any_weights = False
     merges_prompts = False
+    merges_weights = False
+    by_element = False
+    needs_matrices = False
+    needs_factors = False
+    needs_manifests = False
     has_masks = False
     sparsity: float | None = None
 
@@ -92,6 +103,20 @@ class MergeMethod(ABC):
     ) -> dict[str, Update]:
         """Both phases at once; clients count alike if there are no weights."""
         return self.prepare(adapters, weights or client_weights(adapters), anchors).apply()
+
+    def merge_weight(self, name: str, models: Sequence[Source], weights: Sequence[float]) -> Update:
+        """The update of one weight of whole models.
+
+        Args:
+            name: the weight's.
+            models: each with the one layer of that name.
+            weights: each one's share of the whole.
+        """
+        raise NotImplementedError(f"{self.name} does not merge one weight after another")
+
+    def keeps(self, name: str, shape: Sequence[int]) -> bool:
+        """Whether a weight of whole models is to stay as the first of them has it."""
+        return False
 
     @property
     def settings(self) -> dict[str, Any]:
@@ -172,7 +197,9 @@ class SparseLayers(Prepared):
 
 
 class LayerwiseMethod(MergeMethod):
-    """Merges every layer on its own from the clients' factors, read from disk when they are looked at."""
+    """Merges every layer on its own from the clients' updates, read from disk when they are looked at."""
+
+    merges_weights = True
 
     def prepare(
         self, adapters: Sequence[Adapter], weights: Sequence[float], anchors: AnchorProbe | None = None
@@ -180,13 +207,18 @@ class LayerwiseMethod(MergeMethod):
         layers = client_layers(adapters)
         return PreparedLayers(list(layers), lambda name: self.merge_layer(layers[name], weights), {}, self.name)
 
+    def merge_weight(self, name: str, models: Sequence[Source], weights: Sequence[float]) -> Update:
+        return self.merge_layer([model.layers[name] for model in models], weights)
+
     @abstractmethod
-    def merge_layer(self, layers: Sequence[LoRALayer], weights: Sequence[float]) -> Update:
+    def merge_layer(self, layers: Sequence[Update], weights: Sequence[float]) -> Update:
         """One layer's update, in factor form or dense, from every client's ΔW and its share of the whole."""
 
 
 class SparseLayerwiseMethod(MergeMethod):
-    """Merges every layer on its own from all clients' factors at a sparsity, which each ``apply`` may choose."""
+    """Merges every layer on its own from all clients' updates at a sparsity, which each ``apply`` may choose."""
+
+    merges_weights = True
 
     sparsity: float
 
@@ -201,8 +233,11 @@ class SparseLayerwiseMethod(MergeMethod):
             self.name,
         )
 
+    def merge_weight(self, name: str, models: Sequence[Source], weights: Sequence[float]) -> Update:
+        return self.merge_layer([model.layers[name] for model in models], weights, self.sparsity)
+
     @abstractmethod
-    def merge_layer(self, layers: Sequence[LoRALayer], weights: Sequence[float], sparsity: float) -> Update:
+    def merge_layer(self, layers: Sequence[Update], weights: Sequence[float], sparsity: float) -> Update:
         """One layer's update, in factor form or dense, from every client's ΔW, its share of the whole, and ρ."""
 
 
@@ -213,14 +248,14 @@ def _plain(value: Any) -> Any:
     return list(value) if isinstance(value, tuple) else value
 
 
-def check_weights(method: MergeMethod, weights: Sequence[float]) -> None:
+def check_weights(method: MergeMethod, weights: Sequence[float], setting: str = "merge.weights") -> None:
     """Raises InputError when a method cannot give its clients these weights."""
     if not (all(map(math.isfinite, weights)) and any(weights)):
-        raise InputError(f"merge.weights {weights}: must be finite numbers, not all of them 0")
+        raise InputError(f"{setting} {weights}: must be finite numbers, not all of them 0")
     if not method.uses_weights:
-        raise InputError(f"merge.weights {weights}: clients count alike in {method.name}; use --merge.weights uniform")
+        raise InputError(f"{setting} {weights}: clients count alike in {method.name}; leave it out")
     if min(weights) < 0 and not method.takes_any_weights:
-        raise InputError(f"merge.weights {weights}: {method.name} takes none below 0; average and task_arithmetic do")
+        raise InputError(f"{setting} {weights}: {method.name} takes none below 0; average and task_arithmetic do")
 
 
 def required(anchors: AnchorProbe | None, method: MergeMethod) -> AnchorProbe:

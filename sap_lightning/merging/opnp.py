@@ -13,6 +13,7 @@ import torch
 from sap_lightning.functional.masking import Scope, keep_masks
 from sap_lightning.functional.spaces import Parameters, Space
 from sap_lightning.io.adapter import Adapter
+from sap_lightning.merging.clients import Source
 from sap_lightning.merging.pruning import PruningMethod, check_both_ends
 from sap_lightning.models.probe import AnchorProbe, Answer
 
@@ -45,7 +46,7 @@ class OPNP(PruningMethod):
         gradients = anchors.gradients(adapter.layers, self.spaces_on(anchors.device, adapter), "abs_then_mean")
         return gradients._replace(of={name: tuple(g.cpu() for g in layer) for name, layer in gradients.of.items()})
 
-    def scores(self, adapter: Adapter, spaces: Mapping[str, Space], answer: Answer) -> Mapping[str, Parameters]:
+    def scores(self, source: Source, spaces: Mapping[str, Space], answer: Answer) -> Mapping[str, Parameters]:
         return answer.of
 
     def masks(self, scores: Mapping[str, Parameters], sparsity: float) -> dict[str, Parameters]:

@@ -14,6 +14,7 @@ from sap_lightning.errors import check_share
 from sap_lightning.functional.masking import keep_in_rows
 from sap_lightning.functional.spaces import Parameters, Space
 from sap_lightning.io.adapter import Adapter
+from sap_lightning.merging.clients import Source
 from sap_lightning.merging.pruning import PruningMethod
 from sap_lightning.models.probe import AnchorProbe, Answer
 
@@ -42,7 +43,7 @@ class PrunerZero(PruningMethod):
         # The number of anchors and the root of the mean's divisor fall out of min-max scaling.
         return squares._replace(of={name: tuple(g.sqrt().cpu() for g in layer) for name, layer in squares.of.items()})
 
-    def scores(self, adapter: Adapter, spaces: Mapping[str, Space], answer: Answer) -> dict[str, Parameters]:
+    def scores(self, source: Source, spaces: Mapping[str, Space], answer: Answer) -> dict[str, Parameters]:
         return {
             name: tuple(w.square() * min_max(g) for w, g in zip(space.parameters, answer.of[name], strict=True))
             for name, space in spaces.items()

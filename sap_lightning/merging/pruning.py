@@ -17,18 +17,20 @@ from torch import Tensor
 from sap_lightning.console import track
 from sap_lightning.errors import InputError, check_share
 from sap_lightning.functional.consensus import Consensus, FactorSum, WeightedSum
-from sap_lightning.functional.lora import LoRALayer, Update, times
+from sap_lightning.functional.lora import Update, times
 from sap_lightning.functional.masking import Scope, keep_masks
 from sap_lightning.functional.rescaling import Rescale, rescaled
 from sap_lightning.functional.saliency import AnchorLoss
 from sap_lightning.functional.spaces import SPACES, Parameters, Space, SpaceName
 from sap_lightning.io.adapter import Adapter
-from sap_lightning.merging.clients import layer_names, layers_named
+from sap_lightning.merging.clients import Source, layer_names, layers_named
 from sap_lightning.merging.method import MergeMethod, Prepared, required
 from sap_lightning.models.probe import AnchorProbe, Answer
 from sap_lightning.models.scores import ScoreFile
 
 MeanOf = Literal["delta", "factors"]
+Masks = Callable[[Mapping[str, Parameters]], Mapping[str, Parameters]]
+"""From a client's scores by layer to what stays of it."""
 NOTHING = Answer({}, float("nan"))
 """What anchors say that were not asked."""
 
@@ -48,6 +50,7 @@ class PruningMethod(MergeMethod):
         mean_of: whether the pruned ΔW are averaged, or their A and B apart, in factor space.
         loss: the anchors' loss that ``examine`` looks at.
         not_asked: names of settings that ``examine`` does not depend on.
+        scores_elements: whether an element's score in delta space depends on this element alone.
     """
 
     sparsity: float
@@ -61,12 +64,35 @@ class PruningMethod(MergeMethod):
     loss = cast(AnchorLoss, "cosine")
     not_asked = frozenset({"sparsity"})
     has_masks = True
+    merges_weights = True
+    scores_elements = False
+
+    @property
+    def needs_factors(self) -> bool:  # type: ignore[override]  # follows from the space
+        return self.space == "factor"
+
+    @property
+    def needs_matrices(self) -> bool:  # type: ignore[override]
+        return self.space == "singular"
+
+    @property
+    def by_element(self) -> bool:  # type: ignore[override]  # of an adapter's one threshold only an element's score
+        return self.scope == "global" and self.space == "delta" and self.scores_elements
+
+    def merge_weight(self, name: str, models: Sequence[Source], weights: Sequence[float]) -> Update:
+        return self.pruning(models, weights).apply()[name]
+
+    def pruning(
+        self, adapters: Sequence[Source], weights: Sequence[float], answers: Mapping[str, Answer] | None = None
+    ) -> Pruning:
+        """Clients, or whole models, ready to be pruned with these answers of the anchors."""
+        return Pruning(self, adapters, weights, lambda name, layer: SPACES[self.space](layer), answers or {})
 
     def prepare(
         self, adapters: Sequence[Adapter], weights: Sequence[float], anchors: AnchorProbe | None = None
     ) -> Pruning:
         answers = self._ask(adapters, required(anchors, self)) if self.needs_anchors else {}
-        return Pruning(self, adapters, weights, lambda name, layer: SPACES[self.space](layer), answers)
+        return self.pruning(adapters, weights, answers)
 
     def _ask(self, adapters: Sequence[Adapter], anchors: AnchorProbe) -> dict[str, Answer]:
         file = ScoreFile()
@@ -91,13 +117,13 @@ class PruningMethod(MergeMethod):
         raise NotImplementedError(f"{self.name} needs anchors and must say what for")
 
     @abstractmethod
-    def scores(self, adapter: Adapter, spaces: Mapping[str, Space], answer: Answer) -> Mapping[str, Parameters]:
+    def scores(self, source: Source, spaces: Mapping[str, Space], answer: Answer) -> Mapping[str, Parameters]:
         """How much each parameter matters, by layer, for at least the layers in ``spaces``.
 
         These are one layer at a time unless a scope is ``global``: then all layers of the adapter.
 
         Args:
-            adapter: whose parameters they are.
+            source: whose parameters they are.
             spaces: its layers as parameters.
             answer: what ``examine`` returned of it; empty without anchors.
         """
@@ -106,11 +132,11 @@ class PruningMethod(MergeMethod):
         """True for the parameters that stay, of the layers whose scores are given (one, or all: see ``scores``)."""
         return keep_masks(scores, sparsity, self.scope)
 
-    def made_up(self, adapter: Adapter, pruned: Mapping[str, Update], sparsity: float) -> Mapping[str, Update]:
+    def made_up(self, source: Source, pruned: Mapping[str, Update], sparsity: float) -> Mapping[str, Update]:
         """An adapter's pruned layers, scaled up to make up for what is gone."""
         if self.rescale == "none":
             return pruned
-        whole = layers_named(adapter, pruned)
+        whole = layers_named(source, pruned)
         cap = math.inf if self.rescale_cap is None else self.rescale_cap
         return rescaled(whole, pruned, self.rescale, self.rescale_scope, sparsity, cap)
 
@@ -133,62 +159,78 @@ class Pruning(Prepared):
 
     Attributes:
         method: the method.
-        adapters: the clients'.
+        adapters: the clients', or whole models.
         weights: each one's share of the whole.
         space_of: a layer, by its name, as parameters.
-        answers: what the anchors said of each adapter, by its sha256.
+        answers: what the anchors said of each client, by its sha256.
         findings: as for any prepared merge.
     """
 
     method: PruningMethod
-    adapters: Sequence[Adapter]
+    adapters: Sequence[Source]
     weights: Sequence[float]
-    space_of: Callable[[str, LoRALayer], Space]
+    space_of: Callable[[str, Update], Space]
     answers: Mapping[str, Answer] = field(default_factory=dict, repr=False)
     findings: Mapping[str, Any] = field(default_factory=dict)
 
-    def answer(self, adapter: Adapter) -> Answer:
+    def answer(self, source: Source) -> Answer:
         """What the anchors said of an adapter; empty where they were not asked."""
-        return self.answers.get(adapter.sha256, NOTHING)
+        return self.answers.get(source.sha256, NOTHING)
 
-    def spaces(self, adapter: Adapter, names: Iterable[str] | None = None) -> dict[str, Space]:
-        """An adapter's layers, or those of these names, as parameters."""
-        return {name: self.space_of(name, layer) for name, layer in layers_named(adapter, names).items()}
+    def spaces(self, source: Source, names: Iterable[str] | None = None) -> dict[str, Space]:
+        """A client's layers, or those of these names, as parameters."""
+        return {name: self.space_of(name, layer) for name, layer in layers_named(source, names).items()}
 
-    def kept(self, adapter: Adapter, sparsity: float | None = None) -> Mapping[str, Parameters]:
-        """The masks of one adapter: True for the parameters that stay."""
-        scores = self.method.scores(adapter, self.spaces(adapter), self.answer(adapter))
-        return self.method.masks(scores, self._sparsity(sparsity))
+    def kept(self, source: Source, sparsity: float | None = None) -> Mapping[str, Parameters]:
+        """The masks of one client: True for the parameters that stay."""
+        return self._masks(self._sparsity(sparsity))(self.scores(source))
+
+    def scores(self, source: Source, names: Iterable[str] | None = None) -> dict[str, Parameters]:
+        """How much each parameter of a client matters, of its layers or those of these names."""
+        spaces = self.spaces(source, names)
+        scores = self.method.scores(source, spaces, self.answer(source))
+        return {name: scores[name] for name in spaces}
 
     def pruned(
-        self, adapter: Adapter, sparsity: float | None = None, names: Iterable[str] | None = None
+        self, source: Source, sparsity: float | None = None, names: Iterable[str] | None = None
     ) -> dict[str, Update]:
-        """One adapter, or its layers of these names, pruned but not yet rescaled."""
-        spaces = self.spaces(adapter, names)
-        scores = self.method.scores(adapter, spaces, self.answer(adapter))
-        masks = self.method.masks({name: scores[name] for name in spaces}, self._sparsity(sparsity))
+        """One client's update, or its layers of these names, pruned but not yet rescaled."""
+        return self._pruned(source, self._masks(self._sparsity(sparsity)), names)
+
+    def _masks(self, sparsity: float) -> Masks:
+        return partial(self.method.masks, sparsity=sparsity)
+
+    def _pruned(self, source: Source, masks_of: Masks, names: Iterable[str] | None) -> dict[str, Update]:
+        masks = masks_of(self.scores(source, names))
+        spaces = self.spaces(source, names)
         return {name: space.update(masked(space.parameters, masks[name])) for name, space in spaces.items()}
 
     def apply(self, sparsity: float | None = None) -> dict[str, Update]:
-        names, title = layer_names(self.adapters), self.method.name
+        names, title, share = layer_names(self.adapters), self.method.name, self._sparsity(sparsity)
+        masks = [self._masks(share)] * len(self.adapters)
         if "global" in (self.method.scope, self.method.rescale_scope):
-            merged = self._merge_layers(names, self._sparsity(sparsity), f"{title}: clients")
-        else:
-            merged = {}
-            for name in track(names, f"{title}: layers"):
-                merged |= self._merge_layers([name], self._sparsity(sparsity))
-        return times(merged, self.method.factor(len(self.adapters)))
+            return self._merge_layers(names, share, masks, f"{title}: clients")
+        merged: dict[str, Update] = {}
+        for name in track(names, f"{title}: layers"):
+            merged |= self._merge_layers([name], share, masks)
+        return merged
 
-    def _merge_layers(self, names: Sequence[str], sparsity: float, progress: str | None = None) -> dict[str, Update]:
+    def masked_by(self, masks: Sequence[Masks]) -> dict[str, Update]:
+        """The merge at the method's sparsity where the masks of each client are known otherwise than by its layers."""
+        return self._merge_layers(layer_names(self.adapters), self.method.sparsity, masks)
+
+    def _merge_layers(
+        self, names: Sequence[str], sparsity: float, masks: Sequence[Masks], progress: str | None = None
+    ) -> dict[str, Update]:
         """Prunes these layers together and merges them, one client in memory at a time."""
         method = self.method
         merged: dict[str, Consensus] = defaultdict(method.new_consensus)
-        clients = list(zip(self.adapters, self.weights, strict=True))
-        for adapter, weight in track(clients, progress) if progress else clients:
-            pruned = self.pruned(adapter, sparsity, names)
-            for name, update in method.made_up(adapter, pruned, sparsity).items():
+        clients = list(zip(self.adapters, self.weights, masks, strict=True))
+        for source, weight, masks_of in track(clients, progress) if progress else clients:
+            pruned = self._pruned(source, masks_of, names)
+            for name, update in method.made_up(source, pruned, sparsity).items():
                 merged[name].add(update, weight)
-        return {name: merged[name].result() for name in names}
+        return times({name: merged[name].result() for name in names}, method.factor(len(self.adapters)))
 
     def _sparsity(self, sparsity: float | None) -> float:
         return self.method.sparsity if sparsity is None else sparsity
@@ -207,11 +249,11 @@ def check_both_ends(sparsity: float, largest: float) -> None:
         raise InputError(f"merge.method.largest {largest} is a part of merge.method.sparsity, which is {sparsity}")
 
 
-def uniform_scores(seed: int, adapter: Adapter, spaces: Mapping[str, Space]) -> dict[str, Parameters]:
-    """A random number in [0, 1) for every parameter, drawn by the seed, the adapter and the layer alone."""
+def uniform_scores(seed: int, source: Source, spaces: Mapping[str, Space]) -> dict[str, Parameters]:
+    """A random number in [0, 1) for every parameter, drawn by the seed, the client's update and the layer alone."""
     scores = {}
     for name, space in spaces.items():
-        digest = hashlib.sha256(f"{seed}\0{adapter.sha256}\0{name}".encode()).digest()
+        digest = hashlib.sha256(f"{seed}\0{source.sha256}\0{name}".encode()).digest()
         generator = torch.Generator().manual_seed(int.from_bytes(digest[:8]))
         scores[name] = tuple(torch.rand(theta.shape, generator=generator) for theta in space.parameters)
     return scores

@@ -13,7 +13,7 @@ from sap_lightning.errors import InputError, check_share
 from sap_lightning.functional.masking import Scope
 from sap_lightning.functional.rescaling import Rescale
 from sap_lightning.functional.spaces import Parameters, Space, SpaceName
-from sap_lightning.io.adapter import Adapter
+from sap_lightning.merging.clients import Source
 from sap_lightning.merging.pruning import MeanOf, PruningMethod, uniform_scores
 from sap_lightning.models.probe import Answer
 
@@ -51,5 +51,5 @@ class RandomPruning(PruningMethod):
             if getattr(self, name) == value and self.space != "factor":
                 raise InputError(f"merge.method.{setting} needs merge.method.space factor, got {self.space}")
 
-    def scores(self, adapter: Adapter, spaces: Mapping[str, Space], answer: Answer) -> dict[str, Parameters]:
-        return uniform_scores(self.seed, adapter, spaces)
+    def scores(self, source: Source, spaces: Mapping[str, Space], answer: Answer) -> dict[str, Parameters]:
+        return uniform_scores(self.seed, source, spaces)

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from sap_lightning.errors import check_share
 from sap_lightning.functional.consensus import balanced_factors, padded_sum
-from sap_lightning.functional.lora import LoRALayer
+from sap_lightning.functional.lora import LoRALayer, Update, in_factors
 from sap_lightning.functional.masking import smallest
 from sap_lightning.functional.rescaling import complementary_scales
 from sap_lightning.merging.method import SparseLayerwiseMethod
@@ -36,6 +36,7 @@ class RobustMerge(SparseLayerwiseMethod):
     """
 
     name = "robustmerge"
+    needs_factors = True
 
     sparsity: float = 0.8
     scale: float = 2.0
@@ -43,10 +44,10 @@ class RobustMerge(SparseLayerwiseMethod):
     def __post_init__(self) -> None:
         check_share("merge.method.sparsity", self.sparsity)
 
-    def merge_layer(self, layers: Sequence[LoRALayer], weights: Sequence[float], sparsity: float) -> LoRALayer:
+    def merge_layer(self, layers: Sequence[Update], weights: Sequence[float], sparsity: float) -> LoRALayer:
         """One layer's update of clients that are trimmed to a sparsity."""
         merged_A = merged_B = sum_of_s = torch.zeros(0, 0)
-        for layer, weight in zip(layers, weights, strict=True):
+        for layer, weight in zip(map(in_factors, layers), weights, strict=True):
             if layer.rank:
                 factor = self.scale * len(layers) * weight
                 kept = LoRALayer(trim(layer.A, sparsity), trim(layer.B, sparsity), layer.scale)

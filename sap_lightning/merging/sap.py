@@ -16,6 +16,7 @@ from sap_lightning.functional.rescaling import Rescale
 from sap_lightning.functional.saliency import AnchorLoss, Reduction, loss_reduction, saliency
 from sap_lightning.functional.spaces import Parameters, Space, SpaceName
 from sap_lightning.io.adapter import Adapter
+from sap_lightning.merging.clients import Source
 from sap_lightning.merging.pruning import MeanOf, PruningMethod
 from sap_lightning.models.probe import LOSS, AnchorProbe, Answer
 
@@ -124,7 +125,7 @@ class SAP(PruningMethod):
             return loss_reduction(parameters, gradients)
         return saliency(parameters, gradients, self.reduction)
 
-    def scores(self, adapter: Adapter, spaces: Mapping[str, Space], answer: Answer) -> Mapping[str, Parameters]:
+    def scores(self, source: Source, spaces: Mapping[str, Space], answer: Answer) -> Mapping[str, Parameters]:
         return answer.of
 
     def new_consensus(self) -> Consensus:

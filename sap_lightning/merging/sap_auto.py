@@ -63,6 +63,7 @@ class SAPAuto(MergeMethod):
     """
 
     name = "sap_auto"
+    needs_manifests = True
     needs_anchors = True
     has_masks = True
 

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from sap_lightning.errors import check_share
 from sap_lightning.functional.consensus import ElectedMean
-from sap_lightning.functional.lora import LoRALayer
+from sap_lightning.functional.lora import Update, dense
 from sap_lightning.functional.masking import keep_mask
 from sap_lightning.functional.rescaling import norm
 from sap_lightning.merging.method import SparseLayerwiseMethod
@@ -46,26 +46,26 @@ class SCE(SparseLayerwiseMethod):
     def __post_init__(self) -> None:
         check_share("merge.method.sparsity", self.sparsity)
 
-    def merge_layer(self, layers: Sequence[LoRALayer], weights: Sequence[float], sparsity: float) -> Tensor:
+    def merge_layer(self, layers: Sequence[Update], weights: Sequence[float], sparsity: float) -> Tensor:
         """One layer's update with this share of its varying elements not selected."""
         selected = most_varying(variance(layers), sparsity)
         energies = [
-            weight * norm(layer.delta() * selected, 2) ** 2 for layer, weight in zip(layers, weights, strict=True)
+            weight * norm(dense(layer) * selected, 2) ** 2 for layer, weight in zip(layers, weights, strict=True)
         ]
         election = ElectedMean()
         for layer, weight, energy in zip(layers, weights, energies if any(energies) else weights, strict=True):
-            delta = layer.delta()
+            delta = dense(layer)
             election.add(delta * selected if self.variant == "mergekit" else delta, energy, vote=weight)
         return election.result()
 
 
-def variance(layers: Sequence[LoRALayer]) -> Tensor:
+def variance(layers: Sequence[Update]) -> Tensor:
     """The clients' population variance at every element of ΔW, shape (d_out, d_in); equal clients have exactly 0."""
     # Differences to one of the values keep the digits that squares of the values would lose.
-    first = layers[0].delta()
+    first = dense(layers[0])
     total, squares = torch.zeros_like(first), torch.zeros_like(first)
     for layer in layers:
-        difference = layer.delta() - first
+        difference = dense(layer) - first
         total += difference
         squares.addcmul_(difference, difference)
     return (squares / len(layers) - (total / len(layers)).square()).clamp(min=0)

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from sap_lightning.functional.consensus import weighted_sum
-from sap_lightning.functional.lora import LoRALayer, Update
+from sap_lightning.functional.lora import Update
 from sap_lightning.merging.method import LayerwiseMethod
 
 
@@ -22,9 +22,10 @@ class TaskArithmetic(LayerwiseMethod):
     """
 
     name = "task_arithmetic"
+    by_element = True
     takes_any_weights = True
 
     scale: float = 0.3
 
-    def merge_layer(self, layers: Sequence[LoRALayer], weights: Sequence[float]) -> Update:
+    def merge_layer(self, layers: Sequence[Update], weights: Sequence[float]) -> Update:
         return weighted_sum(layers, [self.scale * len(layers) * weight for weight in weights])

@@ -13,7 +13,7 @@ from sap_lightning.errors import check_share
 from sap_lightning.functional.consensus import Consensus, ElectedMean, Majority
 from sap_lightning.functional.masking import Scope
 from sap_lightning.functional.spaces import Parameters, Space, magnitudes
-from sap_lightning.io.adapter import Adapter
+from sap_lightning.merging.clients import Source
 from sap_lightning.merging.pruning import PruningMethod
 from sap_lightning.models.probe import Answer
 
@@ -36,6 +36,7 @@ class TIES(PruningMethod):
     """
 
     name = "ties"
+    scores_elements = True
 
     sparsity: float = 0.8
     scale: float = 1.0
@@ -49,7 +50,7 @@ class TIES(PruningMethod):
     def scope(self) -> Scope:  # type: ignore[override]  # follows from the variant
         return "global" if self.variant == "authors" else "layer"
 
-    def scores(self, adapter: Adapter, spaces: Mapping[str, Space], answer: Answer) -> dict[str, Parameters]:
+    def scores(self, source: Source, spaces: Mapping[str, Space], answer: Answer) -> dict[str, Parameters]:
         return magnitudes(spaces)
 
     def new_consensus(self) -> Consensus:

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from sap_lightning.errors import InputError
 from sap_lightning.functional.consensus import coordinatewise, trimmed_mean
-from sap_lightning.functional.lora import LoRALayer
+from sap_lightning.functional.lora import Update
 from sap_lightning.merging.method import LayerwiseMethod
 
 
@@ -29,6 +29,7 @@ class TrimmedMean(LayerwiseMethod):
     """
 
     name = "trimmed_mean"
+    by_element = True
     uses_weights = False
     merges_prompts = True
 
@@ -38,5 +39,5 @@ class TrimmedMean(LayerwiseMethod):
         if not 0 <= self.trim < 0.5:
             raise InputError(f"merge.method.trim must lie in [0, 0.5), got {self.trim}")
 
-    def merge_layer(self, layers: Sequence[LoRALayer], weights: Sequence[float]) -> Tensor:
+    def merge_layer(self, layers: Sequence[Update], weights: Sequence[float]) -> Tensor:
         return coordinatewise(partial(trimmed_mean, trim=self.trim), layers)

@@ -9,8 +9,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from sap_lightning.errors import check_share
-from sap_lightning.functional.lora import LoRALayer, Update, scaled
-from sap_lightning.functional.subspaces import leading_triplets, orthogonalised, summands
+from sap_lightning.functional.lora import Update, scaled
+from sap_lightning.functional.subspaces import leading_triplets, orthogonalised, rank_of, summands
 from sap_lightning.merging.method import LayerwiseMethod
 
 
@@ -36,6 +36,7 @@ class TSVM(LayerwiseMethod):
     """
 
     name = "tsv_m"
+    needs_matrices = True
 
     scale: float = 1.0
     share: float | None = None
@@ -44,11 +45,11 @@ class TSVM(LayerwiseMethod):
         if self.share is not None:
             check_share("merge.method.share", self.share)
 
-    def merge_layer(self, layers: Sequence[LoRALayer], weights: Sequence[float]) -> Update:
+    def merge_layer(self, layers: Sequence[Update], weights: Sequence[float]) -> Update:
         parts = [leading_triplets(layer, self._rank(layer, len(layers))) for layer in summands(layers, weights)]
         return scaled(orthogonalised(parts).layer(), self.scale)
 
-    def _rank(self, layer: LoRALayer, clients: int) -> int:
+    def _rank(self, layer: Update, clients: int) -> int:
         if self.share is None:
             return max(1, min(layer.shape) // clients)
-        return max(1, round(self.share * layer.rank))
+        return max(1, round(self.share * rank_of(layer)))

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 from sap_lightning.errors import check_share
 from sap_lightning.functional.consensus import weighted_sum
-from sap_lightning.functional.lora import LoRALayer, Update
+from sap_lightning.functional.lora import Update
 from sap_lightning.merging.method import LayerwiseMethod
 
 
@@ -26,11 +26,12 @@ class WiSEFT(LayerwiseMethod):
     """
 
     name = "wise_ft"
+    by_element = True
 
     scale: float = 0.5
 
     def __post_init__(self) -> None:
         check_share("merge.method.scale", self.scale)
 
-    def merge_layer(self, layers: Sequence[LoRALayer], weights: Sequence[float]) -> Update:
+    def merge_layer(self, layers: Sequence[Update], weights: Sequence[float]) -> Update:
         return weighted_sum(layers, [self.scale * weight for weight in weights])

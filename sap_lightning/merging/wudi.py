@@ -13,8 +13,8 @@ import torch
 from torch import Tensor
 
 from sap_lightning.errors import check_positive
-from sap_lightning.functional.lora import LoRALayer, Update, stack
-from sap_lightning.functional.subspaces import NOISE, Triplets, leading_triplets, summands
+from sap_lightning.functional.lora import LoRALayer, Update
+from sap_lightning.functional.subspaces import NOISE, Triplets, leading_triplets, sum_of, summands
 from sap_lightning.merging.method import LayerwiseMethod
 
 
@@ -44,6 +44,7 @@ class WUDI(LayerwiseMethod):
     """
 
     name = "wudi"
+    needs_matrices = True
 
     time: float | None = 2.0
 
@@ -51,20 +52,26 @@ class WUDI(LayerwiseMethod):
         if self.time is not None:
             check_positive("merge.method.time", self.time)
 
-    def merge_layer(self, layers: Sequence[LoRALayer], weights: Sequence[float]) -> Update:
+    def merge_layer(self, layers: Sequence[Update], weights: Sequence[float]) -> Update:
         parts = summands(layers, weights)
-        total = stack(parts, [1.0] * len(parts))
         X, Y = interference(parts, [len(layers) * weight for weight in weights])
         P, s, Q = torch.linalg.svd(X, full_matrices=False)
         kept = s > NOISE * s[:1]
         P, s, Q = P[:, kept], s[kept], Q[kept]
         # In the basis P of the joint row space the flow is an exponential for each direction.
-        start = total.B @ (total.A @ P)
+        start = applied(sum_of(parts), P)
         done = torch.ones_like(s) if self.time is None else -torch.expm1(-self.time * s.square())
         return Triplets(start * (1 - done) + Y @ Q.T * (done / s), torch.ones_like(s), P.T).layer()
 
 
-def interference(parts: Sequence[LoRALayer], counts: Sequence[float]) -> tuple[Tensor, Tensor]:
+def applied(update: Update, columns: Tensor) -> Tensor:
+    """ΔW·X of columns X (d_in, n), shape (d_out, n)."""
+    if isinstance(update, LoRALayer):
+        return update.scale * update.B @ (update.A @ columns)
+    return update @ columns
+
+
+def interference(parts: Sequence[Update], counts: Sequence[float]) -> tuple[Tensor, Tensor]:
     """X (d_in, n) and Y (d_out, n) with L(ΔW) = ‖ΔW·X − Y‖², so C = X·Xᵀ and N = Y·Xᵀ.
 
     From ΔW_k = U·diag(σ)·V come the columns √(K·w_k)·Vᵀ·diag(σ) / ‖σ‖ of X and √(K·w_k)·U·diag(σ²) / ‖σ‖ of Y.

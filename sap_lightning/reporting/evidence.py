@@ -26,7 +26,7 @@ from sap_lightning.functional.lora import dense
 from sap_lightning.functional.traffic import sparse_upload, triplets_upload
 from sap_lightning.io.adapter import Adapter
 from sap_lightning.merging import SAP, Pruning
-from sap_lightning.merging.clients import client_layers, client_weights
+from sap_lightning.merging.clients import client_weights, layer_names
 from sap_lightning.merging.on_top import pruning_in
 from sap_lightning.merging.pruning import masked
 from sap_lightning.merging.selection import losses_alone, standings
@@ -152,11 +152,11 @@ def evidence_of_masks(pruning: Pruning, sparsity: float | None) -> MaskEvidence:
     shares = {adapter.name: share_kept(kept) for adapter, kept in zip(adapters, masks, strict=True)}
     matrix = torch.tensor([[overlap(one, other) for other in masks] for one in masks], dtype=torch.float64)
     conflict = {}
-    for name in client_layers(adapters):
+    for name in layer_names(adapters):
         whole, pruned = [], []
         for adapter, kept in zip(adapters, masks, strict=True):
             for space in pruning.spaces(adapter, [name]).values():
-                whole.append(adapter.layers[name].delta())
+                whole.append(dense(adapter.layers[name]))
                 pruned.append(dense(space.update(masked(space.parameters, kept[name]))))
         conflict[name] = sign_conflict(whole), sign_conflict(pruned)
     return MaskEvidence(shares, matrix, conflict)

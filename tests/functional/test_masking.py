@@ -10,7 +10,15 @@ from hypothesis import strategies as st
 from references import reproducibly
 from torch import Tensor
 
-from sap_lightning.functional.masking import Scope, keep_in_rows, keep_mask, keep_masks, keep_middle, row_ranks
+from sap_lightning.functional.masking import (
+    RunningThreshold,
+    Scope,
+    keep_in_rows,
+    keep_mask,
+    keep_masks,
+    keep_middle,
+    row_ranks,
+)
 
 sparsities = st.floats(0, 1) | st.sampled_from([0.0, 0.5, 0.8, 0.95, 1.0])
 distinct = st.floats(0, 1e6, width=32)
@@ -181,3 +189,17 @@ def test_ranks_run_from_zero_to_one_and_of_equal_scores_the_first_is_lower(
     for values, of_row in zip(rows, ranks.tolist(), strict=True):
         assert list(np.argsort(of_row)) == list(np.argsort(values, kind="stable"))
         assert sorted(of_row) == pytest.approx([i / max(len(values) - 1, 1) for i in range(len(values))])
+
+
+@pytest.mark.parametrize("sparsity", [0.0, 0.3, 0.5, 0.999, 1.0])
+@pytest.mark.parametrize("values", ["magnitudes", "signed", "ties", "equal"])
+def test_a_running_threshold_keeps_what_one_look_at_all_would(values: str, sparsity: float) -> None:
+    drawn = torch.randn(997, generator=torch.Generator().manual_seed(0))
+    every = {"magnitudes": drawn.abs(), "signed": drawn, "ties": (4 * drawn).round().abs(), "equal": 0 * drawn}[values]
+    parts = every.split([100, 0, 500, 397])
+    threshold = RunningThreshold(sparsity)
+    for look in (threshold.count, threshold.refine):
+        for part in parts:
+            look(part)
+    kept = torch.cat([threshold.keep(part.view(1, -1)).flatten() for part in parts])
+    assert torch.equal(kept, keep_mask(every, sparsity))

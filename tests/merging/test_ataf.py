@@ -28,9 +28,11 @@ from torch import Tensor
 from torch.testing import assert_close
 
 from sap_lightning.errors import InputError
+from sap_lightning.functional.agreement import divergence
 from sap_lightning.functional.lora import LoRALayer
+from sap_lightning.functional.procrustes import Side, aligned
 from sap_lightning.io.adapter import Adapter
-from sap_lightning.merging.ataf import ATAF, Mixture, Side, aligned, divergence
+from sap_lightning.merging.ataf import ATAF, Mixture
 
 ANCHORS = 8
 ADAPTERS = [random_adapter(1), random_adapter(2), random_adapter(3, rank=2), random_adapter(4)]

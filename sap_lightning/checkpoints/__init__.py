@@ -1,0 +1,1 @@
+"""Whole models: weights in, weights out, a part of one tensor at a time."""

@@ -1,0 +1,148 @@
+"""A whole model as transformers saves it: safetensors, in one file or in shards, read a part of a tensor at a time."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from huggingface_hub import snapshot_download
+
+from sap_lightning.errors import InputError, first_line
+from sap_lightning.fingerprints import file_fingerprint
+from sap_lightning.io.peft_config import HUB_ID
+from sap_lightning.io.rules import errors_in, object_from, short
+from sap_lightning.io.upload_files import regular_file
+from sap_lightning.io.weights import OpenFile, SafetensorsFile, Stated
+
+WEIGHTS_FILE = "model.safetensors"
+INDEX_FILE = "model.safetensors.index.json"
+CONFIG_FILE = "config.json"
+PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt")
+BESIDE_WEIGHTS = ("*.json", "*.txt", "*.model", "*.jinja", "LICENSE*", "NOTICE*")
+"""Files of a model that are text: its config, its tokenizer, its licence."""
+_MAX_INDEX_BYTES = 2**26
+
+
+class Checkpoint:
+    """A model's tensors by key, each read when it is looked at; its files are open only while they are.
+
+    Args:
+        model: a folder, or an id on the hub.
+
+    Attributes:
+        name: what it was called.
+        folder: where it is.
+        shards: the files of its tensors by name, in order.
+        stated: dtype and shape of every tensor by key.
+
+    Raises:
+        InputError: there is no such model, it has no safetensors, or its files are faulty.
+    """
+
+    def __init__(self, model: str) -> None:
+        self.name = model
+        self.folder = _folder_of(model)
+        self.shards = {name: SafetensorsFile.at(regular_file(self.folder, name)) for name in _shard_names(self.folder)}
+        self.stated: dict[str, Stated] = {}
+        self._shard_of: dict[str, str] = {}
+        for name in self.shards:
+            with self.opened(name) as tensors:
+                for key in tensors.in_order():
+                    if key in self.stated:
+                        raise InputError(f"{short(key)} is in {self._shard_of[key]} too; save the model again")
+                    self.stated[key] = tensors.stated(key)
+                    self._shard_of[key] = name
+
+    @contextmanager
+    def opened(self, shard: str) -> Iterator[OpenFile]:
+        """A shard's tensors; what is wrong with them is said to be wrong here."""
+        with self.shards[shard].opened() as tensors:
+            yield tensors
+
+    def rows(self, key: str, first: int, last: int) -> torch.Tensor:
+        """Rows of a tensor as a matrix (see `matrix_shape`), from first up to last."""
+        with self.opened(self._shard_of[key]) as tensors:
+            return tensors.rows(key, first, last)
+
+    def keys_of(self, shard: str) -> list[str]:
+        """The keys of a shard in the order of its file."""
+        return [key for key, name in self._shard_of.items() if name == shard]
+
+    def head(self, shard: str) -> bytes:
+        """What stands in a shard's file before its tensors."""
+        with self.opened(shard) as tensors:
+            return tensors.head()
+
+    def chunks(self, key: str) -> Iterator[bytes]:
+        """The bytes of a tensor, of whatever dtype, in pieces of bounded size."""
+        with self.opened(self._shard_of[key]) as tensors:
+            yield from tensors.chunks(key)
+
+    def is_float(self, key: str) -> bool:
+        """Whether a tensor has numbers that can be merged, and not integers or quantised ones."""
+        return isinstance(self.stated[key].dtype, torch.dtype)
+
+    @property
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        """Shape of every tensor by key."""
+        return {key: stated.shape for key, stated in self.stated.items()}
+
+    @property
+    def config(self) -> Mapping[str, Any]:
+        """What its config says; nothing where there is none."""
+        if not os.path.lexists(self.folder / CONFIG_FILE):
+            return {}
+        return _object_in(self.folder, CONFIG_FILE)
+
+    @property
+    def fingerprint(self) -> str:
+        """Tells its files from others, and changes when they do, without reading them."""
+        return file_fingerprint([regular_file(self.folder, name) for name in self.shards])
+
+    def beside(self) -> dict[str, Path]:
+        """The files beside its weights that make it a model, by name."""
+        found = {path.name for pattern in BESIDE_WEIGHTS for path in self.folder.glob(pattern)}
+        return {name: regular_file(self.folder, name) for name in sorted(found) if not name.startswith(".")}
+
+
+def _folder_of(model: str) -> Path:
+    if os.path.isdir(model) or not HUB_ID.fullmatch(model):
+        return Path(model)
+    try:
+        return Path(snapshot_download(model, allow_patterns=["*.safetensors", *BESIDE_WEIGHTS]))
+    except Exception as error:  # the hub's client raises many kinds
+        raise InputError(f"{model}: no such folder, and not to be had from the hub: {first_line(error)}") from error
+
+
+def _shard_names(folder: Path) -> list[str]:
+    """Names of the files that hold a model's tensors."""
+    if os.path.lexists(folder / INDEX_FILE):
+        with errors_in(folder / INDEX_FILE):
+            placed = _object_in(folder, INDEX_FILE).get("weight_map")
+            if not (isinstance(placed, dict) and placed and all(map(_is_shard, placed.values()))):
+                raise InputError("weight_map does not name safetensors files of this folder; save the model again")
+        return sorted(set(placed.values()))
+    if os.path.lexists(folder / WEIGHTS_FILE):
+        return [WEIGHTS_FILE]
+    if not folder.is_dir():
+        raise InputError(f"{folder}: no such folder; expected a model as save_pretrained writes it")
+    pickles = sorted(path.name for pattern in PICKLES for path in folder.glob(pattern))
+    if pickles:
+        raise InputError(f"{folder}: {pickles[0]} is a pickle, never read; save the model as safetensors")
+    raise InputError(f"{folder}: has no {WEIGHTS_FILE}; save the model with save_pretrained")
+
+
+def _is_shard(name: object) -> bool:
+    return isinstance(name, str) and name.endswith(".safetensors") and Path(name).name == name and name.isprintable()
+
+
+def _object_in(folder: Path, name: str) -> dict[str, Any]:
+    path = regular_file(folder, name)
+    with errors_in(path):
+        if path.stat().st_size > _MAX_INDEX_BYTES:
+            raise InputError(f"larger than {_MAX_INDEX_BYTES} bytes; save the model again")
+        return object_from(path.read_bytes())

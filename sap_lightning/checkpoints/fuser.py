@@ -1,0 +1,156 @@
+"""What becomes of each weight of whole models: a merge method at work on a part of one tensor at a time."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property, partial
+from hashlib import sha256
+from typing import Any, BinaryIO
+
+from torch import Tensor
+
+from sap_lightning.checkpoints.sources import Part, Sources, bytes_of
+from sap_lightning.console import track
+from sap_lightning.errors import InputError
+from sap_lightning.functional.consensus import weighted_sum
+from sap_lightning.functional.lora import Update, dense
+from sap_lightning.functional.masking import RunningThreshold
+from sap_lightning.functional.spaces import Parameters
+from sap_lightning.merging import MergeMethod, PruningMethod
+
+BLOCK = 2**22
+"""Elements that are fused at a time where each depends on itself alone."""
+
+
+class Tally:
+    """What was read of the models for some weights, and how many elements of the first one are as they were.
+
+    Args:
+        models: how many there are.
+    """
+
+    def __init__(self, models: int) -> None:
+        self.digests = [sha256() for _ in range(models)]
+        self.elements = 0
+        self.unchanged = 0
+
+    def add(self, part: Part, result: Tensor) -> None:
+        """Takes a part and what became of it into account."""
+        for digest, change in zip(self.digests, part.changes, strict=True):
+            digest.update(bytes_of(change.stored))
+        self.elements += result.numel()
+        self.unchanged += int((result == part.changes[0].stored).sum())
+
+    def record(self) -> dict[str, Any]:
+        """The same as JSON knows it."""
+        digests = [digest.hexdigest() for digest in self.digests]
+        return {"digests": digests, "elements": self.elements, "unchanged": self.unchanged}
+
+
+@dataclass(frozen=True)
+class Fuser:
+    """Fuses the weights of whole models.
+
+    A method with one threshold over a whole model finds it by two looks at all weights before the first is written.
+
+    Attributes:
+        method: the merge method.
+        shares: each model's share of the whole.
+        sources: the models.
+    """
+
+    method: MergeMethod
+    shares: Sequence[float]
+    sources: Sources
+
+    @cached_property
+    def kept(self) -> dict[str, str]:
+        """Weights that stay as the first model has them, by key, and why."""
+        shapes = self.sources.first.shapes
+        by_method = {key: f"{self.method.name} leaves it" for key in shapes if self.method.keeps(key, shapes[key])}
+        return by_method | self.sources.kept
+
+    @cached_property
+    def thresholds(self) -> list[RunningThreshold] | None:
+        """Each model's threshold over all of its weights; None where the method has none."""
+        method = self.method
+        if not (isinstance(method, PruningMethod) and method.scope == "global"):
+            return None
+        thresholds = [RunningThreshold(method.sparsity) for _ in self.sources.models]
+        for look in (RunningThreshold.count, RunningThreshold.refine):
+            for key in track(self._pruned_keys, f"{method.name}: threshold"):
+                for part in self.parts(key):
+                    pruning = method.pruning(part.changes, self.shares)
+                    for threshold, change in zip(thresholds, part.changes, strict=True):
+                        for score in pruning.scores(change)[key]:
+                            look(threshold, score)
+        return thresholds
+
+    @property
+    def equal_that_go(self) -> list[int]:
+        """How many values at each model's threshold are still to go."""
+        return [threshold.equal_that_go for threshold in self.thresholds or ()]
+
+    def go_on_from(self, equal_that_go: Sequence[int]) -> None:
+        """Goes on after weights of which this was left."""
+        for threshold, left in zip(self.thresholds or (), equal_that_go, strict=True):
+            threshold.equal_that_go = left
+
+    def write(self, shard: str, file: BinaryIO) -> Tally:
+        """Writes a shard of the first model with every weight fused, in its layout and dtypes.
+
+        Raises:
+            InputError: when a weight is not finite.
+        """
+        first, tally = self.sources.first, Tally(len(self.sources.models))
+        file.write(first.head(shard))
+        for key in track(first.keys_of(shard), f"{self.method.name}: weights"):
+            if key in self.kept:
+                for chunk in first.chunks(key):
+                    tally.digests[0].update(chunk)
+                    file.write(chunk)
+            else:
+                for part in self.parts(key):
+                    result = self._fused(key, part)
+                    tally.add(part, result)
+                    file.write(bytes_of(result))
+        return tally
+
+    def _fused(self, key: str, part: Part) -> Tensor:
+        """A part in the first model's dtype."""
+        dtype = part.changes[0].stored.dtype
+        result = (part.base + dense(self._update(key, part))).to(dtype)
+        if not result.isfinite().all():
+            raise InputError(
+                f"{key}: what {self.method.name} makes of it is not finite in {dtype}; check the models and the"
+                f" method's settings, {self.method.settings}"
+            )
+        return result
+
+    def _update(self, key: str, part: Part) -> Update:
+        method = self.method
+        if self._is_averaged(key):
+            return weighted_sum([change.layers[key] for change in part.changes], self.shares)
+        if self.thresholds is None or not isinstance(method, PruningMethod):
+            return method.merge_weight(key, part.changes, self.shares)
+        masks = [partial(_kept_by, threshold) for threshold in self.thresholds]
+        return method.pruning(part.changes, self.shares).masked_by(masks)[key]
+
+    def _is_averaged(self, key: str) -> bool:
+        """Whether a method that looks at matrices has none here."""
+        return self.method.needs_matrices and len(self.sources.first.stated[key].shape) < 2
+
+    @property
+    def _pruned_keys(self) -> list[str]:
+        every = (key for shard in self.sources.first.shards for key in self.sources.first.keys_of(shard))
+        return [key for key in every if key not in self.kept and not self._is_averaged(key)]
+
+    def parts(self, key: str) -> Iterator[Part]:
+        """A weight, whole or in blocks of its rows, as the method takes it."""
+        for rows in self.sources.blocks(key, BLOCK if self.method.by_element else None):
+            yield self.sources.part(key, rows)
+
+
+def _kept_by(threshold: RunningThreshold, scores: Mapping[str, Parameters]) -> dict[str, Parameters]:
+    return {name: tuple(threshold.keep(score) for score in layer) for name, layer in scores.items()}

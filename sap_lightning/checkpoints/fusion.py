@@ -1,0 +1,116 @@
+"""Whole models fused into one by a merge method: what is asked for, and whether it can be done."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+
+from sap_lightning.checkpoints.checkpoint import Checkpoint
+from sap_lightning.checkpoints.consistency import read_texts
+from sap_lightning.checkpoints.sources import Sources
+from sap_lightning.checkpoints.work import Work
+from sap_lightning.errors import InputError
+from sap_lightning.files import locked, put_in_place, refuse_existing, writing
+from sap_lightning.merging import ATAF, METHODS, MergeMethod, method_named
+from sap_lightning.merging.method import check_weights
+
+
+class Fusion:
+    """Fuses whole models of one architecture into another, which is written as the first of them is.
+
+    Args:
+        models: folders or hub ids of the models. The first says what the result is like: keys, shapes, dtypes, shards,
+            config and tokenizer are its, and so is what cannot be fused, which the record lists.
+        output: new folder for the result.
+        base: the model that they were trained from; median, trimmed_mean and average need none.
+        method: how the models' changes of the base become one: a method, or the name of one at its own settings.
+        weights: a number for each model, by which its change is multiplied; they count alike if not given.
+        texts: file of unlabelled texts, one a line, by which ataf finds its α for causal language models.
+
+    Raises:
+        InputError: when a method cannot fuse whole models, or the settings contradict each other.
+    """
+
+    def __init__(
+        self,
+        models: list[str],
+        output: str,
+        base: str | None = None,
+        method: MergeMethod | str = "average",
+        weights: list[float] | None = None,
+        texts: str | None = None,
+    ) -> None:
+        self.models = models
+        self.output = output
+        self.base = base
+        self.method = method_named(method, "fuse.method") if isinstance(method, str) else method
+        self.weights = weights
+        self.texts = texts
+        check_method(self.method)
+        self._check_settings()
+
+    def _check_settings(self) -> None:
+        method, least = self.method, max(1, self.method.least_clients)
+        if len(self.models) < least:
+            raise InputError(f"fuse.models {self.models}: {method.name} needs at least {least}")
+        if twice := [model for model in self.models if self.models.count(model) > 1]:
+            raise InputError(f"fuse.models: {twice[0]} is given twice; give each model once")
+        if self.weights is not None:
+            check_weights(method, self.weights, "fuse.weights")
+            if len(self.weights) != len(self.models):
+                raise InputError(f"fuse.weights {self.weights}: {len(self.weights)} for {len(self.models)} models")
+        if (self.texts is not None) != method.needs_anchors:
+            raise InputError(
+                f"fuse.method {method.name}: give --fuse.texts, by which it finds alpha, or --fuse.method.alpha"
+                if method.needs_anchors
+                else f"fuse.texts {self.texts}: {method.name} looks at none here; leave it out"
+            )
+        if self.base is None and not (method.merges_prompts and math.isclose(sum(self.shares), 1)):
+            raise InputError(
+                f"fuse.base is not set: {method.name} fuses what the models have changed of a base; name the model that"
+                " they were trained from"
+            )
+
+    @property
+    def shares(self) -> list[float]:
+        """Each model's share of the whole."""
+        return self.weights or [1 / len(self.models)] * len(self.models)
+
+    def run(self) -> Path:
+        """Writes the fused model; what an interrupted run has finished is kept.
+
+        Raises:
+            InputError: when a model is faulty, nothing in it fits, or something of the output's name already stands.
+        """
+        texts = read_texts(self.texts) if self.texts else []
+        models = [Checkpoint(model) for model in self.models]
+        sources = Sources.of(models, models[0] if self.base is None else Checkpoint(self.base))
+        output = Path(self.output)
+        workplace = output.with_name(f".{output.name}.fusing")
+        work = Work(self.method, self.shares, sources, workplace, texts)
+        if not work.is_planned_in(output):
+            refuse_existing(output)
+            with locked(workplace), writing(workplace):
+                work.run()
+                put_in_place(work.folder, output)
+        work.finish(output)
+        return output
+
+
+def check_method(method: MergeMethod) -> None:
+    """Raises InputError when a method cannot fuse whole models, and says why."""
+    able = ", ".join(name for name, one in METHODS.items() if _obstacle(one()) is None)
+    if (why := _obstacle(method)) is not None:
+        raise InputError(f"fuse.method {method.name} {why}; whole models are fused by {able}")
+
+
+def _obstacle(method: MergeMethod) -> str | None:
+    if method.needs_manifests:
+        return "looks at what clients say of their training, which whole models do not"
+    if method.needs_factors:
+        return "looks at the factors A and B of LoRA, which whole models have not"
+    if method.needs_anchors and not isinstance(method, ATAF):
+        return "looks at anchors through CLIP with an adapter on it, and not at whole models"
+    if not method.merges_weights:
+        return "looks at all layers at once, which are not in memory together"
+    return None

@@ -1,0 +1,166 @@
+"""The fusion of whole models in a folder of its own, shard after shard, which goes on where it was interrupted."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property
+from hashlib import sha256
+from pathlib import Path
+from typing import Any
+
+from sap_lightning.checkpoints.consistency import divergences, most_consistent
+from sap_lightning.checkpoints.fuser import Fuser
+from sap_lightning.checkpoints.sources import Sources
+from sap_lightning.console import track
+from sap_lightning.errors import InputError
+from sap_lightning.files import as_json, replacing, sha256_of_file, write_json, write_text
+from sap_lightning.fingerprints import sealed, unsealed
+from sap_lightning.io.peft_config import public_name
+from sap_lightning.merging import ATAF, MergeMethod
+from sap_lightning.merging.merged import CARD_FILE, RECORD_FILE, Words, model_card
+
+PLAN_FILE = "plan.json"
+"""Stands in the result until all is done."""
+ALPHAS_FILE = "alphas.json"
+
+
+@dataclass(frozen=True)
+class Work:
+    """The fusion of some models, and how far it is.
+
+    Attributes:
+        method: the merge method.
+        shares: each model's share of the whole.
+        sources: the models.
+        workplace: the folder in which it is done, where finished shards stand.
+        texts: by which ataf finds its α.
+    """
+
+    method: MergeMethod
+    shares: Sequence[float]
+    sources: Sources
+    workplace: Path
+    texts: Sequence[str] = ()
+
+    @property
+    def folder(self) -> Path:
+        """What becomes the result."""
+        return self.workplace / "model"
+
+    @cached_property
+    def plan(self) -> dict[str, Any]:
+        """What decides the result."""
+        models = [{"name": one.name, "files": one.fingerprint} for one in (*self.sources.models, self.sources.base)]
+        return dict(as_json({**self.method.record, "models": models, "shares": list(self.shares), "texts": self.texts}))
+
+    def is_planned_in(self, folder: Path) -> bool:
+        """Whether a folder is, or becomes, the result of this very fusion."""
+        return _read(folder / PLAN_FILE) == self.plan
+
+    def finish(self, output: Path) -> None:
+        """Leaves nothing but the result, which stands in its place."""
+        shutil.rmtree(self.workplace, ignore_errors=True)
+        (output / PLAN_FILE).unlink(missing_ok=True)
+
+    def run(self) -> None:
+        """Does what is not done yet.
+
+        Raises:
+            InputError: when the result is not finite, or cannot be written.
+        """
+        if not self.is_planned_in(self.folder):
+            shutil.rmtree(self.folder, ignore_errors=True)
+            (self.workplace / ALPHAS_FILE).unlink(missing_ok=True)
+            write_json(self.folder / PLAN_FILE, sealed(self.plan))
+        fuser = Fuser(self._decided(), self.shares, self.sources)
+        shards: dict[str, dict[str, Any]] = {}
+        for shard in track(list(self.sources.first.shards), f"{self.method.name}: shards"):
+            shards[shard] = self._record_of(shard) or self._write(shard, fuser, shards)
+        self._complete(shards, fuser)
+
+    def _decided(self) -> MergeMethod:
+        """The method with all that it needs to know, if need be by a look at the texts."""
+        method, file = self.method, self.workplace / ALPHAS_FILE
+        if not (isinstance(method, ATAF) and method.alpha is None):
+            return method
+        if (found := _read(file)) is None:
+            found = {
+                str(alpha): one for alpha, one in divergences(method, self.shares, self.sources, self.texts).items()
+            }
+            write_json(file, sealed(found))
+        return replace(method, alpha=most_consistent({float(alpha): one for alpha, one in found.items()}))
+
+    def _record_of(self, shard: str) -> dict[str, Any] | None:
+        """What was said of a shard when it was finished; None where it is not as it was then."""
+        record = _read(self.workplace / f"{shard}.json")
+        whole = record and (self.folder / shard).is_file() and sha256_of_file(self.folder / shard) == record["digest"]
+        return record if whole else None
+
+    def _write(self, shard: str, fuser: Fuser, before: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
+        if before:
+            fuser.go_on_from([*before.values()][-1]["equal_that_go"])
+        with replacing(self.folder / shard) as file:
+            tally = fuser.write(shard, file)
+        digest = sha256_of_file(self.folder / shard)
+        record = {"digest": digest, **tally.record(), "equal_that_go": fuser.equal_that_go}
+        write_json(self.workplace / f"{shard}.json", sealed(record))
+        return record
+
+    def _complete(self, shards: Mapping[str, Mapping[str, Any]], fuser: Fuser) -> None:
+        """Puts beside the weights what makes them a model, the record and the card."""
+        for name, path in self.sources.first.beside().items():
+            if name != RECORD_FILE:
+                with replacing(self.folder / name) as file, path.open("rb") as content:
+                    shutil.copyfileobj(content, file)
+        record, findings = self._record([*shards.values()]), self._findings([*shards.values()], fuser)
+        card = model_card(
+            self.sources.base.name,
+            "transformers",
+            ["sap_lightning", self.method.name],
+            Words("models", "model", "weights"),
+            record,
+            {**findings, "kept": {why: len(keys) for why, keys in findings["kept"].items()}},
+            {},
+        )
+        write_text(self.folder / CARD_FILE, f"{card}\n")
+        digests = {name: one["digest"] for name, one in shards.items()}
+        others = [path for path in self.folder.iterdir() if path.name not in (*digests, RECORD_FILE, PLAN_FILE)]
+        files = digests | {path.name: sha256_of_file(path) for path in others}
+        write_json(self.folder / RECORD_FILE, sealed({**record, "findings": findings, "files": files}))
+
+    def _record(self, shards: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+        """What decided the result."""
+        digests = [
+            sha256("".join(digests).encode()) for digests in zip(*(one["digests"] for one in shards), strict=True)
+        ]
+        sources = [
+            {"name": public_name(model.name), "weight": share, "sha256": digest.hexdigest()}
+            for model, share, digest in zip(self.sources.models, self.shares, digests, strict=True)
+        ]
+        return dict(as_json({"base": public_name(self.sources.base.name), **self.method.record, "sources": sources}))
+
+    def _findings(self, shards: Sequence[Mapping[str, Any]], fuser: Fuser) -> dict[str, Any]:
+        """What was found out on the way: weights that stayed, were called otherwise, or have no place in the result."""
+        kept = defaultdict(list)
+        for key, why in fuser.kept.items():
+            kept[why].append(key)
+        elements = sum(one["elements"] for one in shards)
+        return {
+            "kept": dict(kept),
+            "renamed": self.sources.renamed,
+            "unused": self.sources.unused,
+            **({"alpha": fuser.method.alpha} if isinstance(fuser.method, ATAF) else {}),
+            "unchanged": sum(one["unchanged"] for one in shards) / elements if elements else 1.0,
+        }
+
+
+def _read(file: Path) -> dict[str, Any] | None:
+    """What was written there and sealed; None where there is none, or it has changed since."""
+    try:
+        return unsealed(json.loads(file.read_bytes()))
+    except (OSError, ValueError, InputError):
+        return None
