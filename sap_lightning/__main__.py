@@ -8,6 +8,8 @@ import sys
 from types import FrameType
 from typing import NoReturn
 
+from sap_lightning import __version__
+
 INTERRUPTIONS = (signal.SIGINT, signal.SIGTERM)
 
 
@@ -40,17 +42,16 @@ def _interrupt(number: int, frame: FrameType | None) -> NoReturn:
 
 
 def _run() -> None:
+    command, *args = sys.argv[1:] or [""]
+    if command == "--version":
+        print(f"sap-lightning {__version__}")
+        sys.exit(0)
     # Here, as they take seconds in which a command can be interrupted too.
-    from sap_lightning import __version__
     from sap_lightning.commands import COMMANDS
     from sap_lightning.console import quieten
     from sap_lightning.errors import SAID, in_one_line
 
     quieten()
-    command, *args = sys.argv[1:] or [""]
-    if command == "--version":
-        print(f"sap-lightning {__version__}")
-        sys.exit(0)
     if command not in COMMANDS:
         if command and not command.startswith("-"):
             print(f"error: no command {command!r}", file=sys.stderr)
