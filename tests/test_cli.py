@@ -187,7 +187,7 @@ def test_settings_that_the_commands_make_themselves_are_refused(main):
 
 
 def test_every_option_in_the_table_of_takers_is_one(capsys):
-    shown = {command: shown_by(command, capsys) for command in OWN}
+    shown = {command: shown_by(command, capsys) for command in cli.EVERY}
     for option, commands in cli.TAKEN_BY.items():
         for command in commands:
             assert option == "h" or re.search(rf"--{re.escape(option)}\b", shown[command]), (option, command)

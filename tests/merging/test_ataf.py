@@ -144,7 +144,7 @@ def test_merge_and_its_alpha_are_those_of_the_dense_reference(side: Side) -> Non
     alpha, expected = reference(adapters, weights, 6, side)
     assert prepared.findings == {"reference": adapters[medoid(adapters)].name, "alpha": pytest.approx(alpha)}
     assert relative_gap(prepared.apply(), expected) < 1e-5
-    assert method.settings == {"steps": 6, "side": side}
+    assert method.settings == {"steps": 6, "side": side, "alpha": None}
 
 
 def test_the_chosen_alpha_is_logged(caplog: pytest.LogCaptureFixture) -> None:
