@@ -459,7 +459,7 @@ def test_noise_for_anchors_is_scored_anew_by_a_method_with_settings(finished, tm
         over = json.dumps({"anchors.noise": noise})
         shutil.copytree(finished, tmp_path / name)
         options = [f"--sweep.methods={method}", f"--sweep.over={over}", "--sweep.unseen=[sketch]"]
-        run("sweep", *options, f"--federation.run_dir={tmp_path / name}")
+        run("sweep", *options, f"--federation.run_dir={tmp_path / name}", "--federation.report=false")
     label = "sap (scope layer), noise=True"
     both, alone = (Results(tmp_path / name) for name in ("both", "alone"))
     (together,), (apart,) = both.of(label), alone.of(label)
@@ -511,6 +511,7 @@ def test_points_of_other_settings_stay_known(copy, run) -> None:
         return len([row for row in Results(copy).rows if row.model == "sap" and row.unseen == "sketch"])
 
     own = ["--sweep.unseen=[sketch]", "--sweep.methods=[average,sap]", f"--federation.run_dir={copy}"]
+    own += ["--federation.report=false"]
     run("sweep", *own)
     known = measured()
     run("sweep", *own, "--anchors.num_pairs=4")
