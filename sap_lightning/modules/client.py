@@ -6,6 +6,7 @@ import copy
 from abc import ABC, abstractmethod
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any, Self
 
@@ -16,8 +17,11 @@ from torch.nn.functional import cross_entropy
 from sap_lightning.data.domains import DomainDataModule
 from sap_lightning.data.loaders import Batch
 from sap_lightning.functional.fisher import fisher_trace, sample_squares
+from sap_lightning.functional.lora import LoRALayer
 from sap_lightning.functional.reach import Reach
+from sap_lightning.io.adapter import sha256_of
 from sap_lightning.io.manifest import Kind, Manifest
+from sap_lightning.io.peft_config import public_name
 from sap_lightning.modules.classifier import CLIPClassifier
 from sap_lightning.modules.turn import ONE_SHOT, Turn
 
@@ -99,6 +103,23 @@ class ClientModule(CLIPClassifier, ABC):
         Raises:
             InputError: when the folder already exists.
         """
+
+    def manifest_of(
+        self, part: Mapping[str, LoRALayer], domain: str, num_samples: int, packages: Sequence[str], **own: Any
+    ) -> Manifest:
+        """What a client says of the part that it sends; its class of clients adds what is its own."""
+        return Manifest(
+            base=public_name(self.base),
+            base_fingerprint=self.base_fingerprint,
+            domain=domain,
+            class_names=tuple(self.class_names),
+            num_samples=num_samples,
+            seed=self.seed,
+            packages={name: version(name) for name in packages},
+            tensors_sha256=sha256_of(part),
+            round=self._turn.number,
+            **own,
+        )
 
     def trained_parameters(self) -> dict[str, nn.Parameter]:
         """The part, by name."""

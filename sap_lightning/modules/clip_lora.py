@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any, Literal, Self, get_args
 
@@ -22,9 +21,9 @@ from sap_lightning.data.loaders import Batch
 from sap_lightning.errors import InputError, check_at_least, check_share
 from sap_lightning.functional.lora import LoRALayer
 from sap_lightning.functional.reach import Reach
-from sap_lightning.io.adapter import Expected, sha256_of, write_adapter
+from sap_lightning.io.adapter import Expected, write_adapter
 from sap_lightning.io.manifest import Manifest, base_with
-from sap_lightning.io.peft_config import in_text_tower, public_name
+from sap_lightning.io.peft_config import in_text_tower
 from sap_lightning.models.clip import Base, TextEncoder, load_base
 from sap_lightning.models.layers import block_of, blocks_of, layer_shapes, linear_weight
 from sap_lightning.modules.classifier import data_of
@@ -287,21 +286,16 @@ class CLIPLoRAModule(ClientModule):
         sent, is_whole = self._turn.sent, blocks is None
         if sent == "A":  # what stays at home counts as nothing
             layers = {name: layer._replace(B=torch.zeros_like(layer.B)) for name, layer in layers.items()}
-        manifest = Manifest(
-            base=public_name(self.base),
-            base_fingerprint=self.base_fingerprint,
-            domain=domain,
-            class_names=tuple(self.class_names),
-            num_samples=num_samples,
+        manifest = self.manifest_of(
+            layers,
+            domain,
+            num_samples,
+            packages=("lightning", "peft", "torch", "transformers"),
             rank=self.rank,
             alpha=self.alpha,
             targets=tuple(self.targets),
-            seed=self.seed,
-            packages={name: version(name) for name in ("lightning", "peft", "torch", "transformers")},
-            tensors_sha256=sha256_of(layers),
             reach=reach or {},
             format_version=1 if self._turn.rounds == 1 and is_whole else 2,
-            round=self._turn.number,
             parts=Expected(sent).parts,
             layers=() if is_whole else tuple(layers),
         )

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Collection, Sequence
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -19,10 +18,8 @@ from sap_lightning.data.loaders import Batch
 from sap_lightning.errors import InputError, check_at_least, check_positive, check_share
 from sap_lightning.functional.lora import LoRALayer
 from sap_lightning.functional.reach import Reach
-from sap_lightning.io.adapter import sha256_of
 from sap_lightning.io.context import ClassPosition, as_layer, class_position_of, context_layer
 from sap_lightning.io.manifest import Manifest
-from sap_lightning.io.peft_config import public_name
 from sap_lightning.io.prompt import PARTS, read_prompt, write_prompt
 from sap_lightning.models.clip import TextEncoder, load_base
 from sap_lightning.models.prompt import ClassPrompts, room_in
@@ -225,22 +222,17 @@ class CLIPPromptModule(ClientModule):
     ) -> Path:
         """Writes the context, and its manifest."""
         layers = self.layers()
-        manifest = Manifest(
-            base=public_name(self.base),
-            base_fingerprint=self.base_fingerprint,
-            domain=domain,
-            class_names=tuple(self.class_names),
-            num_samples=num_samples,
+        manifest = self.manifest_of(
+            layers,
+            domain,
+            num_samples,
+            packages=("lightning", "torch", "transformers"),
             rank=len(self.context),
             alpha=len(self.context),
             targets=tuple(layers),
-            seed=self.seed,
-            packages={name: version(name) for name in ("lightning", "torch", "transformers")},
-            tensors_sha256=sha256_of(layers),
             format_version=2,
             kind=self.kind,
             parts=PARTS,
-            round=self._turn.number,
             layers=tuple(layers),
         )
         return write_prompt(folder, layers, manifest)
