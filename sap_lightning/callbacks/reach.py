@@ -11,6 +11,7 @@ from sap_lightning.callbacks.sent_blocks import SentBlocks
 from sap_lightning.functional.reach import LENGTHS, MEASURED
 from sap_lightning.functional.styles import STYLES
 from sap_lightning.modules.classifier import data_of
+from sap_lightning.modules.client import undisturbed
 from sap_lightning.modules.clip_lora import CLIPLoRAModule
 
 IMAGES = 64
@@ -41,12 +42,11 @@ class ReachCallback(L.Callback):
             return
         pl_module.to(trainer.strategy.root_device)  # by now Lightning has taken it off
         images, labels = batch.images.to(pl_module.device).float() / 255, batch.labels.to(pl_module.device)
-        pl_module.eval()
-        for style in MEASURED:
-            changed = STYLES[style](images) if style in STYLES else images
-            inputs = data_of(trainer).normalised(batch._replace(images=255 * changed)).images
-            self.reach[style] = tuple(self._certainty(pl_module, inputs, labels, length) for length in LENGTHS)
-        pl_module.train()
+        with undisturbed(pl_module):
+            for style in MEASURED:
+                changed = STYLES[style](images) if style in STYLES else images
+                inputs = data_of(trainer).normalised(batch._replace(images=255 * changed)).images
+                self.reach[style] = tuple(self._certainty(pl_module, inputs, labels, length) for length in LENGTHS)
 
     def _certainty(self, module: CLIPLoRAModule, images: Tensor, labels: Tensor, length: float) -> float:
         """Mean probability of the right class at base + length · ΔW."""

@@ -167,16 +167,12 @@ class DomainDataModule(PixelDataModule):
     def inputs(self, at_once: int, device: torch.device) -> Iterator[Tensor]:
         """All images of the domain in order, as the tower's normalised input (at_once, 3, h, w) on a device."""
         self._load()
-        images = self._part(torch.arange(len(self._labels)))
-        for part in images.rows.split(at_once):
-            batch = images[part.tolist()]
-            yield self.normalised(batch._replace(images=batch.images.to(device))).images
+        for batch in self._as_input(self._part(torch.arange(len(self._labels))), at_once, device):
+            yield batch.images
 
     def unchanged(self, at_once: int, device: torch.device) -> Iterator[Batch]:
         """The images that are trained on, in order and as they are, as the tower's input; known after `setup`."""
-        for positions in torch.arange(len(self._train)).split(at_once):
-            batch = self._train[positions.tolist()]
-            yield self.normalised(Batch(*(part.to(device) for part in batch)))
+        return self._as_input(self._train, at_once, device)
 
     @property
     def training_part(self) -> PixelDataset:
@@ -275,6 +271,11 @@ class DomainDataModule(PixelDataModule):
         self._pixels = load_pixels(samples.pictures, samples.fingerprint, self._preprocess, self.cache)
         report_corrupt(samples.pictures, self._pixels, f"{self.root}: domain {self.domain!r}")
         self._fingerprint = samples.fingerprint
+
+    def _as_input(self, part: PixelDataset, at_once: int, device: torch.device) -> Iterator[Batch]:
+        """Images of a part in order, as the tower's input on a device."""
+        for positions in torch.arange(len(part)).split(at_once):
+            yield self.normalised(Batch(*(tensor.to(device) for tensor in part[positions.tolist()])))
 
     def _part(self, rows: Tensor) -> PixelDataset:
         return PixelDataset(self._pixels.images, self._labels, rows)
