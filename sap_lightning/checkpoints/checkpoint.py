@@ -9,11 +9,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from huggingface_hub import snapshot_download
 
-from sap_lightning.errors import InputError, first_line
+from sap_lightning.errors import InputError
 from sap_lightning.fingerprints import file_fingerprint
-from sap_lightning.io.peft_config import HUB_ID
+from sap_lightning.io.hub import from_hub, is_hub_id
 from sap_lightning.io.rules import errors_in, object_from, short
 from sap_lightning.io.upload_files import regular_file
 from sap_lightning.io.weights import OpenFile, SafetensorsFile, Stated
@@ -45,7 +44,7 @@ class Checkpoint:
 
     def __init__(self, model: str) -> None:
         self.name = model
-        self.folder = _folder_of(model)
+        self.folder = from_hub(model, ["*.safetensors", *BESIDE_WEIGHTS]) if is_hub_id(model) else Path(model)
         self.shards = {name: SafetensorsFile.at(regular_file(self.folder, name)) for name in _shard_names(self.folder)}
         self.stated: dict[str, Stated] = {}
         self._shard_of: dict[str, str] = {}
@@ -107,15 +106,6 @@ class Checkpoint:
         """The files beside its weights that make it a model, by name."""
         found = {path.name for pattern in BESIDE_WEIGHTS for path in self.folder.glob(pattern)}
         return {name: regular_file(self.folder, name) for name in sorted(found) if not name.startswith(".")}
-
-
-def _folder_of(model: str) -> Path:
-    if os.path.isdir(model) or not HUB_ID.fullmatch(model):
-        return Path(model)
-    try:
-        return Path(snapshot_download(model, allow_patterns=["*.safetensors", *BESIDE_WEIGHTS]))
-    except Exception as error:  # the hub's client raises many kinds
-        raise InputError(f"{model}: no such folder, and not to be had from the hub: {first_line(error)}") from error
 
 
 def _shard_names(folder: Path) -> list[str]:

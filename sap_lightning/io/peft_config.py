@@ -14,10 +14,10 @@ from peft import LoraConfig
 
 from sap_lightning.errors import InputError
 from sap_lightning.functional.lora import LoRALayer
+from sap_lightning.io.hub import is_hub_id
 from sap_lightning.io.rules import NUMBER, OBJECT, RANK, TEXT, TEXT_BY_NAME, Rule, matches, require, short
 
 CONFIG_FILE = "adapter_config.json"
-HUB_ID = re.compile(r"[\w-][\w.-]*/[\w.-]+")
 MAX_PATTERNS = 4096
 _MAX_TO_MATCH = 64
 _MAX_STEPS = 2 * 10**7
@@ -256,7 +256,7 @@ def base_name(config: Mapping[str, Any]) -> str:
 
 def public_name(base: str) -> str:
     """A hub id as it is, of a folder its own name: its path is nobody else's business."""
-    return base if HUB_ID.fullmatch(base) and not Path(base).exists() else Path(base).name
+    return base if is_hub_id(base) else Path(base).name
 
 
 def require_targets(config: Mapping[str, Any], layers: Iterable[str]) -> list[str]:

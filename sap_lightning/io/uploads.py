@@ -7,10 +7,9 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
 import torch
-from huggingface_hub import snapshot_download
 
 from sap_lightning.console import track
-from sap_lightning.errors import InputError, first_line
+from sap_lightning.errors import InputError
 from sap_lightning.files import cache_folder
 from sap_lightning.functional.lora import LoRALayer
 from sap_lightning.io.adapter import (
@@ -25,8 +24,8 @@ from sap_lightning.io.adapter import (
 )
 from sap_lightning.io.context import class_position_of
 from sap_lightning.io.factors import NOTHING_BESIDE, Beside, Factors, Shapes
+from sap_lightning.io.hub import from_hub, is_hub_id
 from sap_lightning.io.manifest import BaseFingerprint, require_base
-from sap_lightning.io.peft_config import HUB_ID
 from sap_lightning.io.prompt import Room, prompt_files, read_prompt
 from sap_lightning.io.rules import errors_in
 from sap_lightning.io.upload_files import PROMPT_FILE, UPLOAD_FILES, WEIGHTS_FILE, FilesInFolder
@@ -112,8 +111,9 @@ def _read(
     path = Path(upload)
     if path.suffix == ".ckpt" and path.is_file():
         return _read_checkpoint(path, shapes, base_fingerprint)
-    if not path.exists() and HUB_ID.fullmatch(str(upload)):
-        path = _download(str(upload))
+    if is_hub_id(str(upload)):
+        # Into a folder of its own: the hub's cache is made of links, and an upload may not lead outside its folder.
+        path = from_hub(str(upload), UPLOAD_FILES, cache_folder() / "uploads" / str(upload).replace("/", "--"))
     if FilesInFolder(path).has(PROMPT_FILE):
         return _read_prompt(path, base_fingerprint, room)
     return read_adapter(path, shapes, base_fingerprint, beside, expected)
@@ -134,16 +134,6 @@ def _require_one_kind(adapters: Sequence[Adapter]) -> None:
         if "prompt" in (adapter.kind, first.kind) and {*adapter.layers} != {*first.layers}:
             said = ", ".join(f"{one.name!r} of {min(one.layers)}" for one in (first, adapter))
             raise InputError(f"uploads are {said}; merge adapters alone, or prompts with the class's name at one place")
-
-
-def _download(hub_id: str) -> Path:
-    folder = cache_folder() / "uploads" / hub_id.replace("/", "--")
-    try:
-        # Into a folder of its own: the hub's cache is made of links, and an upload may not lead outside its folder.
-        snapshot_download(hub_id, local_dir=folder, allow_patterns=list(UPLOAD_FILES))
-    except Exception as error:  # the hub's client raises many kinds
-        raise InputError(f"{hub_id}: no such folder, and not to be had from the hub: {first_line(error)}") from error
-    return folder
 
 
 def _read_checkpoint(path: Path, shapes: Shapes | None, base_fingerprint: BaseFingerprint) -> Adapter:

@@ -22,8 +22,9 @@ from sap_lightning.functional.lora import LoRALayer, Update, dense, recompress
 from sap_lightning.functional.rescaling import relative_error
 from sap_lightning.io.adapter import Adapter, adapter_files
 from sap_lightning.io.context import as_layer
+from sap_lightning.io.hub import is_hub_id
 from sap_lightning.io.manifest import Kind
-from sap_lightning.io.peft_config import HUB_ID, public_name
+from sap_lightning.io.peft_config import public_name
 from sap_lightning.io.prompt import prompt_files
 from sap_lightning.merging.method import MergeMethod, Prepared
 from sap_lightning.models.clip import load_clip
@@ -233,7 +234,7 @@ def model_card(
 ) -> ModelCard:
     """A model card that the hub accepts."""
     data = ModelCardData(
-        base_model=base if HUB_ID.fullmatch(base) and not Path(base).exists() else None,
+        base_model=base if is_hub_id(base) else None,
         library_name=library,
         tags=["merge", *tags],
     )

@@ -195,7 +195,7 @@ def hub(tmp_path, monkeypatch) -> Path:
             if file.name in allow_patterns:
                 shutil.copy(file, local_dir)
 
-    monkeypatch.setattr("sap_lightning.io.uploads.snapshot_download", snapshot_download)
+    monkeypatch.setattr("sap_lightning.io.hub.snapshot_download", snapshot_download)
     monkeypatch.chdir(tmp_path)
     return tmp_path / "hub"
 
