@@ -40,7 +40,6 @@ class Asked(NamedTuple):
         number: of the round, from 1: the first is asked before there is a federation.
         handed: what the rounds before have handed over.
         last: the clients that take part, and the last round before in which each did, if it did.
-        agreed: how the rounds are played.
         expected: of an upload.
     """
 
@@ -48,7 +47,6 @@ class Asked(NamedTuple):
     number: int
     handed: Sequence[Handed]
     last: Mapping[str, int | None]
-    agreed: Agreement
     expected: Expected
 
 
@@ -264,7 +262,7 @@ class RoundsFederation(OneShotFederation):
     def _ask_round(self, unseen: str, number: int, handed: Sequence[Handed]) -> None:
         assert self._ask is not None
         last = {domain: self._last_round(unseen, number, domain) for domain in self.chosen(unseen, number)}
-        self._ask(Asked(unseen, number, handed, last, self.agreed, self._expected(number, handed)))
+        self._ask(Asked(unseen, number, handed, last, self._expected(number, handed)))
 
     def _train_round(self, unseen: str, number: int, handed: Sequence[Handed]) -> None:
         folder, chosen, trainings = self.folder.round(unseen, number), self.chosen(unseen, number), []

@@ -79,12 +79,15 @@ class Sites:
         self.grid, self.cli, self.run = grid, cli, run
         self.folder: RunFolder = cli.run_folder
         self.register = _register(grid, cli)
+        settings = cli.config_init.federation
+        played = settings.rounds, settings.aggregation, settings.optimizer, settings.schedule
+        self.agreed = Agreement(*played, blocks=cli.model.named_blocks)
 
     @cached_property
     def question(self) -> Question:
         """What is asked in the first round."""
         self.cli.merge.configure_model()
-        agreed = agreement_of(self.cli)
+        agreed = self.agreed
         return Question(
             self.cli.merge.base_fingerprint,
             self.cli.datamodule.class_names,
@@ -105,7 +108,7 @@ class Sites:
         standing = [upload for upload in self.folder.uploads if domains is None or upload.name in domains]
         if self.folder.has_later_rounds:
             return standing
-        expected = agreement_of(self.cli).expected(0, self.cli.model.drawn)
+        expected = self.agreed.expected(0, self.cli.model.drawn)
         known = self.cli.merge.read_uploads(standing, expected)
         return self._collection(self.question, self.folder, expected, known).wait(self.run.quorum, self.run.timeout)
 
@@ -133,7 +136,7 @@ class Sites:
             )
             for domain, last in asked.last.items()
         }
-        log.info("round %d of %d, %s unseen", asked.number + 1, asked.agreed.rounds, asked.unseen)
+        log.info("round %d of %d, %s unseen", asked.number + 1, self.agreed.rounds, asked.unseen)
         collection = self._collection(question, folder, asked.expected, known, later)
         collection.wait(len(later), self.run.timeout)
 
@@ -158,13 +161,6 @@ class Sites:
     ) -> Collection:
         read = partial(self.cli.merge.read_upload, expected=expected)
         return Collection(self.grid, self.register, question, read, folder, known, later)
-
-
-def agreement_of(cli: SapCLI) -> Agreement:
-    """How the rounds of a command are played."""
-    settings = cli.config_init.federation
-    played = settings.rounds, settings.aggregation, settings.optimizer, settings.schedule
-    return Agreement(*played, blocks=cli.model.named_blocks)
 
 
 def _in_one_line(record: logging.LogRecord) -> bool:

@@ -99,7 +99,7 @@ class SiteTurn:
         """
         if self.question.round == 0:
             return []
-        folded = [self._read(files, name) for name, files in self._kept().items()]
+        folded = self._folded()
         start = self._read(self.parts[START], START, self._before()) if START in self.parts else None
         said = [start.sha256 if start else "", *(adapter.sha256 for adapter in folded)]
         if said != [self.question.start, *self.question.folded]:
@@ -117,17 +117,17 @@ class SiteTurn:
             raise InputError(f"{name}: the server hands over {sorted(files)}, expected {', '.join(_HANDED_FILES)}")
         return self.cli.merge.read_upload(files, name, expected)
 
-    def _kept(self) -> Mapping[str, Mapping[str, bytes]]:
-        """The files of all that was added to the base; those that came just now are kept first."""
-        found: dict[str, Mapping[str, bytes]] = {}
+    def _folded(self) -> list[Adapter]:
+        """All that was added to the base; what came just now is kept, once it could be read."""
+        found = []
         for number in range(self.question.round):
             name, folder = f"{FOLDED} {number}", self.folder.handed(self.question.unseen, number) / FOLDED
-            if name in self.parts and not folder.exists():
-                self._read(self.parts[name], name)
+            if folder.exists():
+                found.append(self._read({file: (folder / file).read_bytes() for file in _HANDED_FILES}, name))
+            elif name in self.parts:
+                found.append(self._read(self.parts[name], name))
                 with new_folder(folder) as staging:
                     write_files(staging, self.parts[name])
-            if folder.exists():
-                found[name] = {file: (folder / file).read_bytes() for file in _HANDED_FILES}
         return found
 
 
