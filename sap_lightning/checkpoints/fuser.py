@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property, partial
 from hashlib import sha256
@@ -16,8 +16,8 @@ from sap_lightning.errors import InputError
 from sap_lightning.functional.consensus import weighted_sum
 from sap_lightning.functional.lora import Update, dense
 from sap_lightning.functional.masking import RunningThreshold
-from sap_lightning.functional.spaces import Parameters
 from sap_lightning.merging import MergeMethod, PruningMethod
+from sap_lightning.merging.pruning import kept_by
 
 BLOCK = 2**22
 """Elements that are fused at a time where each depends on itself alone."""
@@ -134,7 +134,7 @@ class Fuser:
             return weighted_sum([change.layers[key] for change in part.changes], self.shares)
         if self.thresholds is None or not isinstance(method, PruningMethod):
             return method.merge_weight(key, part.changes, self.shares)
-        masks = [partial(_kept_by, threshold) for threshold in self.thresholds]
+        masks = [partial(kept_by, threshold) for threshold in self.thresholds]
         return method.pruning(part.changes, self.shares).masked_by(masks)[key]
 
     def _is_averaged(self, key: str) -> bool:
@@ -150,7 +150,3 @@ class Fuser:
         """A weight, whole or in blocks of its rows, as the method takes it."""
         for rows in self.sources.blocks(key, BLOCK if self.method.by_element else None):
             yield self.sources.part(key, rows)
-
-
-def _kept_by(threshold: RunningThreshold, scores: Mapping[str, Parameters]) -> dict[str, Parameters]:
-    return {name: tuple(threshold.keep(score) for score in layer) for name, layer in scores.items()}

@@ -156,8 +156,9 @@ class RunningThreshold:
 
 def _order_bits(values: Tensor) -> np.ndarray:
     """Whole numbers from 0 to 2³² − 1 in the order of the values, flat; −0 and 0 are the same."""
-    bits = (values.flatten().float() + 0.0).numpy().view(np.int32).astype(np.int64)
-    return np.where(bits < 0, -1 - bits, bits + 2**31)
+    bits = (values.flatten().float() + 0.0).numpy().view(np.uint32)
+    negative = np.uint32(2**31)
+    return np.where(bits >= negative, ~bits, bits | negative)
 
 
 def keep_in_rows(scores: Tensor, sparsity: float) -> Tensor:

@@ -34,6 +34,7 @@ class OPNP(PruningMethod):
     name = "opnp"
     needs_anchors = True
     not_asked = frozenset({"sparsity", "largest", "scope"})
+    has_one_threshold = False
 
     sparsity: float = 0.5
     largest: float = 0.01

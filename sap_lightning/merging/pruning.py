@@ -9,6 +9,7 @@ from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
+from itertools import chain
 from typing import Any, Literal, cast
 
 import torch
@@ -18,7 +19,7 @@ from sap_lightning.console import track
 from sap_lightning.errors import InputError, check_share
 from sap_lightning.functional.consensus import Consensus, FactorSum, WeightedSum
 from sap_lightning.functional.lora import Update, times
-from sap_lightning.functional.masking import Scope, keep_masks
+from sap_lightning.functional.masking import RunningThreshold, Scope, keep_masks
 from sap_lightning.functional.rescaling import Rescale, rescaled
 from sap_lightning.functional.saliency import AnchorLoss
 from sap_lightning.functional.spaces import SPACES, Parameters, Space, SpaceName
@@ -51,6 +52,7 @@ class PruningMethod(MergeMethod):
         loss: the anchors' loss that ``examine`` looks at.
         not_asked: names of settings that ``examine`` does not depend on.
         scores_elements: whether an element's score in delta space depends on this element alone.
+        has_one_threshold: whether, where the scope is global, ``masks`` keeps what is above one threshold.
     """
 
     sparsity: float
@@ -66,6 +68,7 @@ class PruningMethod(MergeMethod):
     has_masks = True
     merges_weights = True
     scores_elements = False
+    has_one_threshold = True
 
     @property
     def needs_factors(self) -> bool:  # type: ignore[override]  # follows from the space
@@ -120,7 +123,7 @@ class PruningMethod(MergeMethod):
     def scores(self, source: Source, spaces: Mapping[str, Space], answer: Answer) -> Mapping[str, Parameters]:
         """How much each parameter matters, by layer, for at least the layers in ``spaces``.
 
-        These are one layer at a time unless a scope is ``global``: then all layers of the adapter.
+        A layer's depend on this layer and what the anchors said alone.
 
         Args:
             source: whose parameters they are.
@@ -129,7 +132,7 @@ class PruningMethod(MergeMethod):
         """
 
     def masks(self, scores: Mapping[str, Parameters], sparsity: float) -> Mapping[str, Parameters]:
-        """True for the parameters that stay, of the layers whose scores are given (one, or all: see ``scores``)."""
+        """True for the parameters that stay, of the layers whose scores are given: all, where the scope is global."""
         return keep_masks(scores, sparsity, self.scope)
 
     def made_up(self, source: Source, pruned: Mapping[str, Update], sparsity: float) -> Mapping[str, Update]:
@@ -206,14 +209,26 @@ class Pruning(Prepared):
         return {name: space.update(masked(space.parameters, masks[name])) for name, space in spaces.items()}
 
     def apply(self, sparsity: float | None = None) -> dict[str, Update]:
-        names, title, share = layer_names(self.adapters), self.method.name, self._sparsity(sparsity)
+        method, names, share = self.method, layer_names(self.adapters), self._sparsity(sparsity)
         masks = [self._masks(share)] * len(self.adapters)
-        if "global" in (self.method.scope, self.method.rescale_scope):
-            return self._merge_layers(names, share, masks, f"{title}: clients")
+        if method.rescale_scope == "global" or (method.scope == "global" and not method.has_one_threshold):
+            return self._merge_layers(names, share, masks, f"{method.name}: clients")
+        if method.scope == "global":
+            masks = [partial(kept_by, threshold) for threshold in self._thresholds(names, share)]
         merged: dict[str, Update] = {}
-        for name in track(names, f"{title}: layers"):
+        for name in track(names, f"{method.name}: layers"):
             merged |= self._merge_layers([name], share, masks)
         return merged
+
+    def _thresholds(self, names: Sequence[str], sparsity: float) -> list[RunningThreshold]:
+        """Each client's threshold over these layers, of which one is in memory at a time."""
+        thresholds = [RunningThreshold(sparsity) for _ in self.adapters]
+        for look in (RunningThreshold.count, RunningThreshold.refine):
+            for name in track(names, f"{self.method.name}: threshold"):
+                for threshold, source in zip(thresholds, self.adapters, strict=True):
+                    for score in chain.from_iterable(self.scores(source, [name]).values()):
+                        look(threshold, score)
+        return thresholds
 
     def masked_by(self, masks: Sequence[Masks]) -> dict[str, Update]:
         """The merge at the method's sparsity where the masks of each client are known otherwise than by its layers."""
@@ -234,6 +249,11 @@ class Pruning(Prepared):
 
     def _sparsity(self, sparsity: float | None) -> float:
         return self.method.sparsity if sparsity is None else sparsity
+
+
+def kept_by(threshold: RunningThreshold, scores: Mapping[str, Parameters]) -> dict[str, Parameters]:
+    """The masks of layers by a threshold over more layers than these, whose turn it is."""
+    return {name: tuple(threshold.keep(score) for score in layer) for name, layer in scores.items()}
 
 
 def masked(parameters: Parameters, masks: Sequence[Tensor]) -> Parameters:

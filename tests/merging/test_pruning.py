@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
+from itertools import groupby
 from typing import ClassVar
 
 import pytest
@@ -12,7 +13,7 @@ from adapters import exact_delta
 from probes import FC2, PROJECTION, Q, probe, random_adapter, relative_gap
 
 from sap_lightning.errors import InputError
-from sap_lightning.functional.lora import dense
+from sap_lightning.functional.lora import LoRALayer, dense
 from sap_lightning.functional.spaces import Parameters, Space, magnitudes
 from sap_lightning.io.adapter import Adapter
 from sap_lightning.merging import GRASP, METHODS, PrunerZero
@@ -84,6 +85,43 @@ def test_what_is_pruned_is_what_the_masks_keep_at_the_method_s_sparsity_or_anoth
                 assert relative_gap({name: pruned[name]}, {name: expected}) < 1e-6
                 share = 0.5 if sparsity is None else sparsity
                 assert sum(int((~mask).sum()) for mask in masks[name]) == round(share * (A.numel() + B.numel()))
+
+
+class OneThreshold(Magnitudes):
+    scope = "global"
+
+
+class Watched(Mapping[str, LoRALayer]):
+    """Layers that note in which order they are read."""
+
+    def __init__(self, layers: Mapping[str, LoRALayer]) -> None:
+        self.layers = layers
+        self.read: list[str] = []
+
+    def __getitem__(self, name: str) -> LoRALayer:
+        layer = self.layers[name]
+        self.read.append(name)
+        return layer
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.layers)
+
+    def __len__(self) -> int:
+        return len(self.layers)
+
+
+def test_one_threshold_over_all_layers_is_found_in_three_looks_at_one_layer_after_another():
+    signs = {name: LoRALayer(A.sign(), B.sign()) for name, (A, B, _) in random_adapter(2).layers.items()}
+    pair = [random_adapter(1, (PROJECTION, Q)), replace(random_adapter(2), layers=signs)]  # all of the second are tied
+    by_one_sort = [OneThreshold().prepare(pair, [0.25, 0.75]).pruned(adapter) for adapter in pair]
+    watched = [replace(adapter, layers=Watched(adapter.layers)) for adapter in pair]
+    merged = OneThreshold().prepare(watched, [0.25, 0.75]).apply()
+    expected = {name: 0.75 * exact_delta(layer) for name, layer in by_one_sort[1].items()}
+    for name, layer in by_one_sort[0].items():
+        expected[name] = expected[name] + 0.25 * exact_delta(layer)
+    assert relative_gap(merged, expected) < 1e-6
+    for adapter in watched:
+        assert [name for name, _ in groupby(adapter.layers.read)] == 3 * sorted(adapter.layers)
 
 
 def test_some_layers_can_be_pruned_alone():
