@@ -12,6 +12,7 @@ from sap_lightning.functional.lora import (
     LoRALayer,
     dense,
     inner,
+    largest_triplets,
     left_singular_vectors,
     recompress,
     scaled,
@@ -164,6 +165,54 @@ def test_recompress_has_the_least_error_of_its_rank(rank: int, d_in: int, d_out:
     for smaller in range(1, rank):
         error = torch.linalg.matrix_norm(layer.delta() - recompress(layer, smaller).delta())
         assert_close(error, tail_norm(layer.delta(), smaller), atol=1e-12, rtol=1e-7)
+
+
+def pruned_update(d_out: int = 200, d_in: int = 320) -> Tensor:
+    """A third of a LoRA's elements, at random: few large σ over a bulk that lies close together."""
+    delta = random_layer(16, d_in, d_out).delta()
+    return delta * (torch.rand(delta.shape, generator=torch.Generator().manual_seed(1)) < 1 / 3)
+
+
+def slowly_decaying() -> Tensor:
+    Q, _ = torch.linalg.qr(randn64(2, 300, 240))
+    P, _ = torch.linalg.qr(randn64(3, 240, 240))
+    return (Q * torch.arange(1, 241, dtype=torch.float64) ** -0.2) @ P
+
+
+@pytest.mark.parametrize("count", [1, 8, 16])
+@pytest.mark.parametrize(
+    "make",
+    [
+        pruned_update,
+        lambda: pruned_update(320, 200),
+        slowly_decaying,
+        lambda: torch.eye(200, dtype=torch.float64),
+        lambda: random_layer(3, 250, 200).delta(),
+        lambda: torch.zeros(200, 250, dtype=torch.float64),
+    ],
+    ids=["pruned", "pruned tall", "slowly decaying", "all alike", "of rank 3", "zero"],
+)
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+def test_the_largest_triplets_leave_the_error_of_an_svd(make: Callable[[], Tensor], count: int, dtype: torch.dtype):
+    delta = make()
+    U, sigma, V = (part.double() for part in largest_triplets(delta.to(dtype), count))
+    identity, loose = torch.eye(count, dtype=torch.float64), 1e-9 if dtype == torch.float64 else 2e-5
+    assert_close(U.T @ U, identity, atol=loose, rtol=0)
+    assert_close(V @ V.T, identity, atol=loose, rtol=0)
+    assert (sigma.diff() <= 0).all()
+    error = torch.linalg.matrix_norm(delta - (U * sigma) @ V)
+    assert error <= tail_norm(delta, count) * (1 + 1e-5) + 1e-6 * torch.linalg.matrix_norm(delta)
+
+
+def test_few_triplets_of_a_large_update_take_no_svd_of_it(monkeypatch) -> None:
+    taken, svd = [], torch.linalg.svd
+    monkeypatch.setattr(
+        torch.linalg, "svd", lambda matrix, **options: taken.append(matrix.shape) or svd(matrix, **options)
+    )
+    largest_triplets(pruned_update(400, 600), 4)
+    assert [d_out for d_out, d_in in taken if d_in > 200] == []
+    largest_triplets(pruned_update(400, 600), 300)
+    assert taken[-1] == (600, 400)
 
 
 def test_recompress_never_exceeds_the_rank_asked_for() -> None:
