@@ -53,7 +53,7 @@ class RegMean(MergeMethod):
         self, adapters: Sequence[Adapter], weights: Sequence[float], anchors: AnchorProbe | None = None
     ) -> Prepared:
         problems = regressions(adapters, weights, required(anchors, self), self.off_diagonal, self.name)
-        return PreparedLayers(list(problems), lambda name: nearest(problems[name]), {}, self.name)
+        return PreparedLayers(list(problems), lambda name: nearest(problems[name], self.off_diagonal), {}, self.name)
 
 
 class Regression(NamedTuple):
@@ -95,10 +95,11 @@ def regressions(
     return problems
 
 
-def nearest(problem: Regression) -> Tensor:
+def nearest(problem: Regression, off_diagonal: float) -> Tensor:
     """Of the ΔW that minimise the squares the one nearest to the average."""
     average = dense(problem.average).double()
-    return (average + (problem.product - average @ problem.gram) @ inverse(problem.gram)).float()
+    residual = problem.product - average @ problem.gram
+    return (average + residual @ inverse(problem.gram, off_diagonal)).float()
 
 
 def shrunk(gram: Tensor, off_diagonal: float) -> Tensor:
@@ -106,14 +107,23 @@ def shrunk(gram: Tensor, off_diagonal: float) -> Tensor:
     return off_diagonal * gram + (1 - off_diagonal) * gram.diag().diag()
 
 
-def inverse(gram: Tensor) -> Tensor:
+def inverse(gram: Tensor, off_diagonal: float = 1.0) -> Tensor:
     """G⁻¹ of a float64 Gram matrix; a generalised inverse where directions are missing.
 
-    Inputs are brought to one size first, since a few of CLIP's are hundreds of times larger than the rest.
+    Inputs are brought to one size first, since a few of CLIP's are hundreds of times larger than the rest. Of a matrix
+    that is shrunk, no eigenvalue is then below 1 − ``off_diagonal``, and Cholesky's method finds the same inverse
+    without any of them.
+
+    Args:
+        gram: G, shape (n, n).
+        off_diagonal: what its off-diagonal elements were multiplied by.
     """
     sizes = gram.diag().clamp(min=0).sqrt()
-    sizes = torch.where(sizes > 0, sizes, 1)
-    outer = sizes.outer(sizes)
+    missing = (sizes == 0).double()
+    outer = (sizes + missing).outer(sizes + missing)
+    if 1 - off_diagonal > _NOISE * len(gram):  # the largest eigenvalue is at most n
+        factor = torch.linalg.cholesky(gram / outer + missing.diag())
+        return (torch.cholesky_inverse(factor) - missing.diag()) / outer
     return torch.linalg.pinv(gram / outer, rtol=_NOISE, hermitian=True) / outer
 
 

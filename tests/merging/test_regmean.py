@@ -22,7 +22,7 @@ from torch.testing import assert_close
 
 from sap_lightning.errors import InputError
 from sap_lightning.io.adapter import Adapter
-from sap_lightning.merging.regmean import RegMean, inverse
+from sap_lightning.merging.regmean import RegMean, inverse, shrunk
 
 MANY = 40
 """Anchors whose tokens (5 each, 1 for the projection) are more than any layer has inputs."""
@@ -122,3 +122,12 @@ def test_a_bad_off_diagonal_is_refused_by_name(off_diagonal: float) -> None:
 def test_anchors_are_required() -> None:
     with pytest.raises(InputError, match="regmean looks at anchors"):
         RegMean().merge([random_adapter(1)])
+
+
+@pytest.mark.parametrize("off_diagonal", [0.0, 0.5, 0.9, 0.999])
+def test_a_shrunk_gram_matrix_has_the_same_inverse_without_eigenvalues(off_diagonal: float) -> None:
+    X = torch.randn(6, 20, generator=torch.Generator().manual_seed(3), dtype=torch.float64)  # fewer tokens than inputs
+    X[:, 4] *= 300
+    X[:, 7] = 0
+    shrunk_gram = shrunk(X.T @ X, off_diagonal)
+    assert_close(inverse(shrunk_gram, off_diagonal), inverse(shrunk_gram), rtol=1e-9, atol=1e-12)
