@@ -7,6 +7,8 @@ from pathlib import Path
 
 import pytest
 from llamas import TEXTS, llama, saved, tokenizer, trained
+from places import SHAPES_CLIP
+from transformers import CLIPModel
 
 
 @pytest.fixture(scope="session")
@@ -31,3 +33,14 @@ def speaking(trio: list[str], tmp_path_factory: pytest.TempPathFactory) -> list[
 def texts(tmp_path: Path) -> str:
     (tmp_path / "texts.txt").write_text("\n\n".join(TEXTS) + "\n")
     return str(tmp_path / "texts.txt")
+
+
+@pytest.fixture(scope="session")
+def clips(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
+    """A, B and their base, which is the shipped CLIP."""
+    folder = tmp_path_factory.mktemp("clips")
+    for seed, name in enumerate("ab"):
+        shutil.copytree(SHAPES_CLIP, folder / name)
+        saved(trained(CLIPModel.from_pretrained(SHAPES_CLIP), seed), folder / name, shard="1MB")
+        (folder / name / "model.safetensors").unlink()
+    return [str(folder / "a"), str(folder / "b"), SHAPES_CLIP]

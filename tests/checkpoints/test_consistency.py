@@ -1,4 +1,4 @@
-"""ATAF's share of the others, found by what language models predict on texts."""
+"""ATAF's share of the others, found by what models predict on texts or anchors."""
 
 from __future__ import annotations
 
@@ -9,13 +9,15 @@ import torch
 from llamas import TEXTS, ids_of, weights_in
 from torch.nn.functional import kl_div
 from torch.testing import assert_close
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, AutoTokenizer, CLIPModel
 
 from sap_lightning.checkpoints.checkpoint import Checkpoint
 from sap_lightning.checkpoints.consistency import divergences, most_consistent
 from sap_lightning.checkpoints.fusion import Fusion
+from sap_lightning.checkpoints.pairs import Pairs
 from sap_lightning.checkpoints.sources import Sources
 from sap_lightning.checkpoints.texts import Texts
+from sap_lightning.data.anchors import AnchorDataModule
 from sap_lightning.functional.agreement import divergence
 from sap_lightning.merging import ATAF
 
@@ -62,3 +64,24 @@ def test_divergence_is_symmetric_and_as_by_kullback_leibler() -> None:
     p, q = torch.rand(2, 5, 7, generator=torch.Generator().manual_seed(0)).softmax(-1)
     assert_close(divergence(p, q), jensen_shannon(p, q))
     assert_close(divergence(p, q), divergence(q, p))
+
+
+def test_clip_models_are_consistent_in_what_they_say_of_anchors(clips, world, tmp_path) -> None:
+    *models, base = clips
+    anchors = AnchorDataModule(str(world / "anchors"), 3, models[0], cache=False)
+    sources = Sources.of([Checkpoint(model) for model in models], Checkpoint(base))
+    found = divergences(ATAF(steps=3), [0.5, 0.5], sources, Pairs(anchors, Path(models[0])))
+    tokens = AutoTokenizer.from_pretrained(base)(anchors.captions, padding=True, return_tensors="pt")
+
+    @torch.inference_mode()
+    def predictions(folder: str | Path) -> torch.Tensor:
+        model = CLIPModel.from_pretrained(folder)
+        return model(pixel_values=anchors.images(), **tokens).logits_per_image.softmax(-1)
+
+    for alpha, value in found.items():
+        fused = Fusion(models, str(tmp_path / str(alpha)), base, ATAF(alpha=alpha)).run()
+        expected = [jensen_shannon(predictions(fused), predictions(model)).mean() for model in models]
+        assert_close(torch.tensor(value), sum(expected) / 2, atol=1e-6, rtol=1e-3)
+    Fusion(models, str(tmp_path / "out"), base, ATAF(steps=3), anchors=anchors).run()
+    chosen = json.loads((tmp_path / "out" / "merge.json").read_text())["findings"]["alpha"]
+    assert chosen == most_consistent(found)

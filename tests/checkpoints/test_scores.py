@@ -112,17 +112,6 @@ def test_language_models_keep_what_matters_to_their_texts(method, speaking, text
     check(weights_in(tmp_path / "out"), expected(method, base, found), weights_in(base))
 
 
-@pytest.fixture(scope="module")
-def clips(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
-    """A, B and their base, which is the shipped CLIP."""
-    folder = tmp_path_factory.mktemp("clips")
-    for seed, name in enumerate("ab"):
-        shutil.copytree(SHAPES_CLIP, folder / name)
-        saved(trained(CLIPModel.from_pretrained(SHAPES_CLIP), seed), folder / name, shard="1MB")
-        (folder / name / "model.safetensors").unlink()
-    return [str(folder / "a"), str(folder / "b"), SHAPES_CLIP]
-
-
 def test_clip_models_keep_what_matters_to_the_anchors_in_both_towers(clips, world, tmp_path) -> None:
     *models, base = map(Path, clips)
     anchors = AnchorDataModule(str(world / "anchors"), 3, clips[0], cache=False)
