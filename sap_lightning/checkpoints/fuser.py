@@ -2,22 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from functools import cached_property, partial
+from functools import cached_property
 from hashlib import sha256
 from typing import Any, BinaryIO
 
 from torch import Tensor
 
-from sap_lightning.checkpoints.sources import Part, Sources, bytes_of
+from sap_lightning.checkpoints.scores import Scores
+from sap_lightning.checkpoints.sources import Part, Rows, Sources, bytes_of
 from sap_lightning.console import track
 from sap_lightning.errors import InputError
 from sap_lightning.functional.consensus import weighted_sum
 from sap_lightning.functional.lora import Update, dense
 from sap_lightning.functional.masking import RunningThreshold
+from sap_lightning.functional.spaces import Parameters
 from sap_lightning.merging import MergeMethod, PruningMethod
-from sap_lightning.merging.pruning import kept_by
 
 BLOCK = 2**22
 """Elements that are fused at a time where each depends on itself alone."""
@@ -52,17 +53,20 @@ class Tally:
 class Fuser:
     """Fuses the weights of whole models.
 
-    A method with one threshold over a whole model finds it by two looks at all weights before the first is written.
+    A method with one threshold over a whole model finds it by two looks at all weights before the first is written, and
+    one with a threshold for each weight by two looks at a weight that is larger than a block.
 
     Attributes:
         method: the merge method.
         shares: each model's share of the whole.
         sources: the models.
+        scores: how much every element of each model's change matters, for a method that asks data.
     """
 
     method: MergeMethod
     shares: Sequence[float]
     sources: Sources
+    scores: Sequence[Scores] = ()
 
     @cached_property
     def kept(self) -> dict[str, str]:
@@ -74,16 +78,24 @@ class Fuser:
     @cached_property
     def thresholds(self) -> list[RunningThreshold] | None:
         """Each model's threshold over all of its weights; None where the method has none."""
-        method = self.method
-        if not (isinstance(method, PruningMethod) and method.scope == "global"):
-            return None
+        if isinstance(self.method, PruningMethod) and self.method.scope == "global":
+            return self._thresholds_over(self.method, self._pruned_keys)
+        return None
+
+    def _thresholds_of(self, key: str) -> list[RunningThreshold] | None:
+        """Each model's threshold for a weight: over all weights, or over this one where it is fused in blocks."""
+        in_blocks = len(list(self._blocks(key))) > 1
+        if self.thresholds is None and in_blocks and isinstance(self.method, PruningMethod):
+            return self._thresholds_over(self.method, [key])
+        return self.thresholds
+
+    def _thresholds_over(self, method: PruningMethod, keys: Sequence[str]) -> list[RunningThreshold]:
         thresholds = [RunningThreshold(method.sparsity) for _ in self.sources.models]
         for look in (RunningThreshold.count, RunningThreshold.refine):
-            for key in track(self._pruned_keys, f"{method.name}: threshold"):
+            for key in track(keys, f"{method.name}: threshold"):
                 for part in self.parts(key):
-                    pruning = method.pruning(part.changes, self.shares)
-                    for threshold, change in zip(thresholds, part.changes, strict=True):
-                        for score in pruning.scores(change)[key]:
+                    for threshold, scores in zip(thresholds, self._scores(method, key, part), strict=True):
+                        for score in scores:
                             look(threshold, score)
         return thresholds
 
@@ -111,16 +123,17 @@ class Fuser:
                     tally.digests[0].update(chunk)
                     file.write(chunk)
             else:
+                thresholds = self._thresholds_of(key)
                 for part in self.parts(key):
-                    result = self._fused(key, part)
+                    result = self._fused(key, part, thresholds)
                     tally.add(part, result)
                     file.write(bytes_of(result))
         return tally
 
-    def _fused(self, key: str, part: Part) -> Tensor:
+    def _fused(self, key: str, part: Part, thresholds: Sequence[RunningThreshold] | None) -> Tensor:
         """A part in the first model's dtype."""
         dtype = part.changes[0].stored.dtype
-        result = (part.base + dense(self._update(key, part))).to(dtype)
+        result = (part.base + dense(self._update(key, part, thresholds))).to(dtype)
         if not result.isfinite().all():
             raise InputError(
                 f"{key}: what {self.method.name} makes of it is not finite in {dtype}; check the models and the"
@@ -128,14 +141,32 @@ class Fuser:
             )
         return result
 
-    def _update(self, key: str, part: Part) -> Update:
+    def _update(self, key: str, part: Part, thresholds: Sequence[RunningThreshold] | None) -> Update:
         method = self.method
         if self._is_averaged(key):
             return weighted_sum([change.layers[key] for change in part.changes], self.shares)
-        if self.thresholds is None or not isinstance(method, PruningMethod):
-            return method.merge_weight(key, part.changes, self.shares)
-        masks = [partial(kept_by, threshold) for threshold in self.thresholds]
-        return method.pruning(part.changes, self.shares).masked_by(masks)[key]
+        if isinstance(method, PruningMethod) and (self.scores or thresholds):
+            masks = self._masks(method, key, part, thresholds)
+            return method.pruning(part.changes, self.shares).masked_by(masks)[key]
+        return method.merge_weight(key, part.changes, self.shares)
+
+    def _masks(
+        self, method: PruningMethod, key: str, part: Part, thresholds: Sequence[RunningThreshold] | None
+    ) -> Iterator[Mapping[str, Parameters]]:
+        """What stays of each model's change."""
+        for index, scores in enumerate(self._scores(method, key, part)):
+            if thresholds is None:
+                yield method.masks({key: scores}, method.sparsity)
+            else:
+                yield {key: tuple(map(thresholds[index].keep, scores))}
+
+    def _scores(self, method: PruningMethod, key: str, part: Part) -> Iterator[Parameters]:
+        """How much what each model has changed matters: as data says, or its own numbers."""
+        if self.scores:
+            yield from ((own.rows(key, part.rows),) for own in self.scores)
+        else:
+            pruning = method.pruning(part.changes, self.shares)
+            yield from (pruning.scores(change)[key] for change in part.changes)
 
     def _is_averaged(self, key: str) -> bool:
         """Whether a method that looks at matrices has none here."""
@@ -148,5 +179,8 @@ class Fuser:
 
     def parts(self, key: str) -> Iterator[Part]:
         """A weight, whole or in blocks of its rows, as the method takes it."""
-        for rows in self.sources.blocks(key, BLOCK if self.method.by_element else None):
+        for rows in self._blocks(key):
             yield self.sources.part(key, rows)
+
+    def _blocks(self, key: str) -> Iterator[Rows]:
+        return self.sources.blocks(key, BLOCK if self.method.by_element else None)

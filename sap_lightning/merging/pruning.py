@@ -6,7 +6,7 @@ import hashlib
 import math
 from abc import abstractmethod
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from itertools import chain
@@ -30,8 +30,6 @@ from sap_lightning.models.probe import AnchorProbe, Answer
 from sap_lightning.models.scores import ScoreFile
 
 MeanOf = Literal["delta", "factors"]
-Masks = Callable[[Mapping[str, Parameters]], Mapping[str, Parameters]]
-"""From a client's scores by layer to what stays of it."""
 NOTHING = Answer({}, float("nan"))
 """What anchors say that were not asked."""
 
@@ -79,8 +77,8 @@ class PruningMethod(MergeMethod):
         return self.space == "singular"
 
     @property
-    def by_element(self) -> bool:  # type: ignore[override]  # of an adapter's one threshold only an element's score
-        return self.scope == "global" and self.space == "delta" and self.scores_elements
+    def by_element(self) -> bool:  # type: ignore[override]  # but for the threshold, which is known before
+        return self.space == "delta" and self.scores_elements and self.rescale not in ("l1", "l2")
 
     def merge_weight(self, name: str, models: Sequence[Source], weights: Sequence[float]) -> Update:
         return self.pruning(models, weights).apply()[name]
@@ -186,7 +184,7 @@ class Pruning(Prepared):
 
     def kept(self, source: Source, sparsity: float | None = None) -> Mapping[str, Parameters]:
         """The masks of one client: True for the parameters that stay."""
-        return self._masks(self._sparsity(sparsity))(self.scores(source))
+        return self.method.masks(self.scores(source), self._sparsity(sparsity))
 
     def scores(self, source: Source, names: Iterable[str] | None = None) -> dict[str, Parameters]:
         """How much each parameter of a client matters, of its layers or those of these names."""
@@ -198,26 +196,24 @@ class Pruning(Prepared):
         self, source: Source, sparsity: float | None = None, names: Iterable[str] | None = None
     ) -> dict[str, Update]:
         """One client's update, or its layers of these names, pruned but not yet rescaled."""
-        return self._pruned(source, self._masks(self._sparsity(sparsity)), names)
+        masks = self.method.masks(self.scores(source, names), self._sparsity(sparsity))
+        return self._masked(source, masks, names)
 
-    def _masks(self, sparsity: float) -> Masks:
-        return partial(self.method.masks, sparsity=sparsity)
-
-    def _pruned(self, source: Source, masks_of: Masks, names: Iterable[str] | None) -> dict[str, Update]:
-        masks = masks_of(self.scores(source, names))
+    def _masked(
+        self, source: Source, masks: Mapping[str, Parameters], names: Iterable[str] | None = None
+    ) -> dict[str, Update]:
         spaces = self.spaces(source, names)
         return {name: space.update(masked(space.parameters, masks[name])) for name, space in spaces.items()}
 
     def apply(self, sparsity: float | None = None) -> dict[str, Update]:
         method, names, share = self.method, layer_names(self.adapters), self._sparsity(sparsity)
-        masks = [self._masks(share)] * len(self.adapters)
         if method.rescale_scope == "global" or (method.scope == "global" and not method.has_one_threshold):
-            return self._merge_layers(names, share, masks, f"{method.name}: clients")
-        if method.scope == "global":
-            masks = [partial(kept_by, threshold) for threshold in self._thresholds(names, share)]
+            clients = map(partial(self.pruned, sparsity=share), track(self.adapters, f"{method.name}: clients"))
+            return self._merged(names, clients, share)
+        thresholds = self._thresholds(names, share) if method.scope == "global" else None
         merged: dict[str, Update] = {}
         for name in track(names, f"{method.name}: layers"):
-            merged |= self._merge_layers([name], share, masks)
+            merged |= self._merged([name], self._layer_of_each(name, share, thresholds), share)
         return merged
 
     def _thresholds(self, names: Sequence[str], sparsity: float) -> list[RunningThreshold]:
@@ -230,30 +226,36 @@ class Pruning(Prepared):
                         look(threshold, score)
         return thresholds
 
-    def masked_by(self, masks: Sequence[Masks]) -> dict[str, Update]:
-        """The merge at the method's sparsity where the masks of each client are known otherwise than by its layers."""
-        return self._merge_layers(layer_names(self.adapters), self.method.sparsity, masks)
+    def _layer_of_each(
+        self, name: str, sparsity: float, thresholds: Sequence[RunningThreshold] | None
+    ) -> Iterator[dict[str, Update]]:
+        """A layer of one client after another, pruned by its threshold over all layers, if there is one."""
+        for index, source in enumerate(self.adapters):
+            scores = self.scores(source, [name])
+            if thresholds is None:
+                masks = self.method.masks(scores, sparsity)
+            else:
+                masks = {of: tuple(map(thresholds[index].keep, layer)) for of, layer in scores.items()}
+            yield self._masked(source, masks, [name])
 
-    def _merge_layers(
-        self, names: Sequence[str], sparsity: float, masks: Sequence[Masks], progress: str | None = None
+    def masked_by(self, masks: Iterable[Mapping[str, Parameters]]) -> dict[str, Update]:
+        """The merge at the method's sparsity where the masks of each client are known otherwise than by its layers."""
+        pruned = (self._masked(source, own) for source, own in zip(self.adapters, masks, strict=True))
+        return self._merged(layer_names(self.adapters), pruned)
+
+    def _merged(
+        self, names: Sequence[str], pruned: Iterable[Mapping[str, Update]], sparsity: float | None = None
     ) -> dict[str, Update]:
-        """Prunes these layers together and merges them, one client in memory at a time."""
+        """Merges these layers of all clients, pruned together, one client in memory at a time."""
         method = self.method
         merged: dict[str, Consensus] = defaultdict(method.new_consensus)
-        clients = list(zip(self.adapters, self.weights, masks, strict=True))
-        for source, weight, masks_of in track(clients, progress) if progress else clients:
-            pruned = self._pruned(source, masks_of, names)
-            for name, update in method.made_up(source, pruned, sparsity).items():
+        for source, weight, layers in zip(self.adapters, self.weights, pruned, strict=True):
+            for name, update in method.made_up(source, layers, self._sparsity(sparsity)).items():
                 merged[name].add(update, weight)
         return times({name: merged[name].result() for name in names}, method.factor(len(self.adapters)))
 
     def _sparsity(self, sparsity: float | None) -> float:
         return self.method.sparsity if sparsity is None else sparsity
-
-
-def kept_by(threshold: RunningThreshold, scores: Mapping[str, Parameters]) -> dict[str, Parameters]:
-    """The masks of layers by a threshold over more layers than these, whose turn it is."""
-    return {name: tuple(threshold.keep(score) for score in layer) for name, layer in scores.items()}
 
 
 def masked(parameters: Parameters, masks: Sequence[Tensor]) -> Parameters:

@@ -7,8 +7,11 @@ from pathlib import Path
 
 import torch
 from safetensors.torch import load_file
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
+from tokenizers.pre_tokenizers import Whitespace
 from torch import Tensor
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel, PreTrainedTokenizerFast
 
 SIZES = {
     "hidden_size": 32,
@@ -19,13 +22,17 @@ SIZES = {
     "vocab_size": 40,
 }
 
+WORDS = ["[UNK]", *["the", "cat", "dog", "sat", "ran", "on", "under", "a", "mat", "bed"]]
+TEXTS = ["the cat sat on the mat", "a dog ran under the bed", "the dog sat"]
+"""Texts, and all tokens that a tokenizer knows."""
+
 
 def llama(seed: int = 0, **options: object) -> LlamaForCausalLM:
     torch.manual_seed(seed)
     return LlamaForCausalLM(LlamaConfig(**SIZES | options))
 
 
-def trained(model: LlamaForCausalLM, seed: int, size: float = 0.01) -> LlamaForCausalLM:
+def trained(model: PreTrainedModel, seed: int, size: float = 0.01) -> PreTrainedModel:
     """A model of the same weights but for what training, as if, has changed of them."""
     own = type(model)(model.config)
     generator = torch.Generator().manual_seed(seed)
@@ -41,6 +48,17 @@ def trained(model: LlamaForCausalLM, seed: int, size: float = 0.01) -> LlamaForC
 def saved(model: torch.nn.Module, folder: Path, dtype: torch.dtype = torch.float32, shard: str = "20KB") -> Path:
     model.to(dtype).save_pretrained(folder, max_shard_size=shard)
     return folder
+
+
+def tokenizer() -> PreTrainedTokenizerFast:
+    words = Tokenizer(WordLevel({word: index for index, word in enumerate(WORDS)}, "[UNK]"))
+    words.pre_tokenizer = Whitespace()
+    return PreTrainedTokenizerFast(tokenizer_object=words, unk_token="[UNK]")
+
+
+def ids_of(text: str) -> Tensor:
+    """A text's tokens, shape (1, length)."""
+    return torch.tensor([[WORDS.index(word) for word in text.split()]])
 
 
 def weights_in(folder: Path) -> dict[str, Tensor]:

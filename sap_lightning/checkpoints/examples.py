@@ -1,0 +1,55 @@
+"""Unlabelled examples that whole models are shown, and what models say of them."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, Protocol
+
+from torch import Tensor
+
+
+class Anchors(Protocol):
+    """Image–caption pairs, as an `AnchorDataModule` has them."""
+
+    @property
+    def captions(self) -> Sequence[str]:
+        """One caption per pair."""
+
+    @property
+    def fingerprint(self) -> str:
+        """Changes whenever an image or a caption does."""
+
+    @property
+    def preprocessing(self) -> Mapping[str, Any]:
+        """What becomes of an image before it is looked at."""
+
+    def images(self) -> Tensor:
+        """Normalised images, shape (pairs, 3, h, w)."""
+
+
+class Examples(ABC):
+    """Examples of one kind, for models of one kind.
+
+    Attributes:
+        fingerprint: tells them from others.
+    """
+
+    fingerprint: str
+
+    @abstractmethod
+    def load(self, folder: Path) -> Any:
+        """A model in float32, in evaluation mode.
+
+        Raises:
+            InputError: it is not of the kind that these examples are for.
+        """
+
+    @abstractmethod
+    def losses(self, model: Any) -> Iterator[Tensor]:
+        """The loss of one example after another: a number, with gradients of all parameters that it depends on."""
+
+    @abstractmethod
+    def predictions(self, model: Any) -> list[Tensor]:
+        """What a model expects: of each example probabilities, shape (positions, what there is to choose from)."""

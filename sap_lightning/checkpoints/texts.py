@@ -1,0 +1,86 @@
+"""Texts that language models are shown."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from functools import cached_property
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from torch.nn.functional import cross_entropy
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
+
+from sap_lightning.checkpoints.examples import Examples
+from sap_lightning.errors import InputError, first_line
+from sap_lightning.fingerprints import digest
+
+MOST_TEXTS = 32
+MOST_TOKENS = 64
+"""How many texts are looked at, and how many tokens of each."""
+
+
+class Texts(Examples):
+    """The first lines of a text file that are not empty, for causal language models.
+
+    Args:
+        file: of texts, one a line.
+        tokenizer: folder of the model whose tokenizer all models go by.
+
+    Raises:
+        InputError: when it cannot be read, or there is no such line.
+    """
+
+    def __init__(self, file: str, tokenizer: Path) -> None:
+        self.texts = read_texts(file)
+        self.tokenizer = tokenizer
+        self.fingerprint = digest(self.texts)
+
+    def load(self, folder: Path) -> PreTrainedModel:
+        try:
+            model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(
+                folder, dtype=torch.float32, trust_remote_code=False, use_safetensors=True
+            )
+        except Exception as error:  # transformers raises whatever a faulty file leads it to
+            raise InputError(
+                f"{folder}: is no causal language model that fuse.texts could be shown to ({first_line(error)});"
+                " CLIP models are shown --anchors.root"
+            ) from error
+        return model.eval()
+
+    def losses(self, model: PreTrainedModel) -> Iterator[Tensor]:
+        """Mean loss of the next token, text after text; a text of one token has no next one."""
+        for one in self._tokens:
+            if one.shape[1] > 1:
+                yield cross_entropy(model(one).logits[0, :-1], one[0, 1:])
+
+    @torch.inference_mode()
+    def predictions(self, model: PreTrainedModel) -> list[Tensor]:
+        """The probability of every next token at every position."""
+        return [model(one).logits[0].softmax(-1) for one in self._tokens]
+
+    @cached_property
+    def _tokens(self) -> list[Tensor]:
+        try:
+            tokenizer = AutoTokenizer.from_pretrained(self.tokenizer, trust_remote_code=False)
+        except Exception as error:
+            raise InputError(
+                f"{self.tokenizer}: has no tokenizer for fuse.texts ({first_line(error)}); save it beside the model"
+            ) from error
+        tokens = [tokenizer(text, return_tensors="pt").input_ids[:, :MOST_TOKENS] for text in self.texts]
+        return [one for one in tokens if one.numel()]
+
+
+def read_texts(file: str) -> list[str]:
+    """The first lines of a text file that are not empty.
+
+    Raises:
+        InputError: when it cannot be read, or there is no such line.
+    """
+    try:
+        lines = Path(file).read_text(encoding="utf-8").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise InputError(f"fuse.texts {file}: cannot be read as UTF-8 text ({first_line(error)})") from error
+    if not (texts := [line for line in lines if line.strip()][:MOST_TEXTS]):
+        raise InputError(f"fuse.texts {file}: has no text; give one a line")
+    return texts
