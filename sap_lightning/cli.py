@@ -20,6 +20,7 @@ from lightning.pytorch.callbacks import ProgressBar
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 
 from sap_lightning.checkpoints.fusion import Fusion
+from sap_lightning.compression.compression import Compression
 from sap_lightning.data.anchors import AnchorDataModule
 from sap_lightning.data.domains import DomainDataModule
 from sap_lightning.errors import InputError, first_line
@@ -38,15 +39,16 @@ from sap_lightning.option_errors import option_error
 
 TRAINING = ("fit", "sweep", "client")
 MERGING = ("fit", "sweep", "merge")
+SHOWN_ANCHORS = (*MERGING, "compress")
 LABELLED = (*TRAINING, "test")
 ALL = (*TRAINING, "merge", "test", "predict")
-EVERY = (*ALL, "fuse")
+EVERY = (*ALL, "fuse", "compress")
 TAKEN_BY: dict[str, tuple[str, ...]] = {
     "config": EVERY,
     "print_config": EVERY,
     "help": EVERY,
     "h": EVERY,
-    "seed_everything": ("fit", "client", "merge", "test", "predict"),
+    "seed_everything": ("fit", "client", "merge", "test", "predict", "compress"),
     "model": TRAINING,
     "model.base": ALL,
     "model.templates": (*LABELLED, "predict"),
@@ -58,7 +60,7 @@ TAKEN_BY: dict[str, tuple[str, ...]] = {
     "data.cache": LABELLED,
     "data.domain_column": LABELLED,
     "data.label_column": LABELLED,
-    "anchors": MERGING,
+    "anchors": SHOWN_ANCHORS,
     "prune": MERGING,
     "merge": MERGING,
     "merge.method": ("fit", "merge"),
@@ -76,6 +78,7 @@ TAKEN_BY: dict[str, tuple[str, ...]] = {
     "uploads": ("merge", "test", "predict"),
     "predict": ("predict",),
     "fuse": ("fuse",),
+    "compress": ("compress",),
     "trainer": TRAINING,
     "trainer.accelerator": ALL,
     "trainer.strategy": (*TRAINING, "merge", "test"),
@@ -270,6 +273,10 @@ class SapCLI(LightningCLI):
             parser.add_class_arguments(Predict, "predict")
         if self.command == "fuse":
             parser.add_class_arguments(Fusion, "fuse")
+        if self.command == "compress":
+            parser.add_argument("compress.model", help="folder or hub id of the model")
+            parser.add_class_arguments(Compression, "compress", skip={"model"})
+            parser.link_arguments("seed_everything", "compress.seed")
         if self.command in TAKEN_BY["uploads"]:
             parser.add_argument("--uploads", nargs="+", default=[], help=UPLOADS)
 
@@ -307,7 +314,7 @@ class SapCLI(LightningCLI):
         last = self.config_init.federation.last_method if self.command == "fit" else None
         if method in (None, SAP.name):
             method = self.config_init.prune
-        elif last != SAP.name and (given := self._given("prune")):
+        elif last != SAP.name and (given := self.given("prune")):
             raise InputError(f"{given}: merge.method is not sap, so nothing would use it; leave one of them out")
         return MergeModule(self.model.base, self.model.templates, method, **settings)
 
@@ -319,7 +326,7 @@ class SapCLI(LightningCLI):
                     f"trainer.{name} is 0, at which nothing is trained; set it to 1 or more, or leave it out"
                 )
 
-    def _given(self, group: str) -> str | None:
+    def given(self, group: str) -> str | None:
         """The first option of a group that stands on the command line."""
         return next((arg.partition("=")[0] for arg in self.line if re.match(rf"--{group}[.=]|--{group}$", arg)), None)
 
@@ -337,7 +344,7 @@ class SapCLI(LightningCLI):
                 " not what follows from another"
             )
         varied = next((f"sweep.over.{name}" for name in sweep.over if name.split(".")[0] == "prune"), None)
-        if SAP.name not in sweep.methods and (given := self._given("prune") or varied):
+        if SAP.name not in sweep.methods and (given := self.given("prune") or varied):
             raise InputError(
                 f"{given}: sweep.methods does not name sap, so nothing would use it; leave one of them out"
             )
