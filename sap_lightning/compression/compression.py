@@ -14,6 +14,7 @@ from sap_lightning.compression.gradpruner import GradPruner
 from sap_lightning.compression.grasp import Grasp, Refresh, Score
 from sap_lightning.compression.loading import Data, is_clip, opened
 from sap_lightning.compression.output import Format, Stored, write_beside, write_record, write_weights
+from sap_lightning.compression.recovery import recover
 from sap_lightning.compression.work import Layers, Work
 from sap_lightning.data.anchors import AnchorDataModule
 from sap_lightning.data.texts import Texts
@@ -37,6 +38,7 @@ TAKEN_BY: dict[str, tuple[Method, ...]] = {
     "format": ("grasp",),
     "density": ("gradpruner",),
     "steps": ("gradpruner",),
+    "recovery_epochs": ("grasp", "gradpruner"),
 }
 """Which methods take a setting; others take all."""
 PLAN_FILE = "plan"
@@ -61,6 +63,8 @@ class Compression:
             once, at first.
         density: of gradpruner: share of a weight that may be added where signs are equal; 0.2 if not given.
         steps: of gradpruner: how many steps of LoRA are looked at; 40 if not given.
+        recovery_epochs: how often the changed blocks are trained on what the model was shown, once all are compressed;
+            not at all if not given.
         texts: text file that a language model is shown; CLIP is shown the anchors.
         rows: how many rows of the texts it is shown; 32 if not given.
         tokens: how many tokens a row has; 128 if not given.
@@ -84,14 +88,16 @@ class Compression:
         refresh: Refresh | None = None,
         density: float | None = None,
         steps: int | None = None,
+        recovery_epochs: int | None = None,
         texts: str | None = None,
         rows: int | None = None,
         tokens: int | None = None,
         format: Format | None = None,
         seed: int = 0,
     ) -> None:
-        given = {"retain": retain, "compression": compression, "score": score, "refresh": refresh, "format": format}
-        for name, value in {**given, "density": density, "steps": steps}.items():
+        of_grasp = {"retain": retain, "compression": compression, "score": score, "refresh": refresh, "format": format}
+        others = {"density": density, "steps": steps, "recovery_epochs": recovery_epochs}
+        for name, value in {**of_grasp, **others}.items():
             if value is not None and method not in TAKEN_BY[name]:
                 raise InputError(f"compress.{name}: {method} would ignore it; it is for {', '.join(TAKEN_BY[name])}")
         if not isinstance(layers, list):
@@ -116,6 +122,9 @@ class Compression:
             steps=40 if steps is None else steps,
             seed=seed,
         )
+        self.seed = seed
+        self.recovery_epochs = 0 if recovery_epochs is None else recovery_epochs
+        check_at_least("compress.recovery_epochs", self.recovery_epochs, 0)
         self.format: Format = format or "factors" if method == "grasp" else "dense"
         check_at_least("compress.rows", self.rows, 1)
         check_at_least("compress.tokens", self.tokens, 2)
@@ -123,7 +132,7 @@ class Compression:
     @property
     def needs_data(self) -> bool:
         """Whether the model has to be shown anything."""
-        if self.method == "gradpruner" or not isinstance(self.layers, list):
+        if self.method == "gradpruner" or self.recovery_epochs or not isinstance(self.layers, list):
             return True
         return self.method == "grasp" and self.grasp.needs_gradients
 
@@ -136,7 +145,8 @@ class Compression:
     def record(self) -> dict[str, Any]:
         """What decides the result beside the model and what it is shown."""
         settings = {"grasp": self.grasp.settings, "gradpruner": self.pruner.settings, "drop": {}}[self.method]
-        return {"method": self.method, "format": self.format, "settings": {"layers": self.layers, **settings}}
+        every = {"layers": self.layers, "recovery_epochs": self.recovery_epochs, **settings}
+        return {"method": self.method, "format": self.format, "settings": every}
 
     def run(self, anchors: AnchorDataModule | None = None) -> Path:
         """Writes the compressed model; blocks that an interrupted run has finished are kept.
@@ -184,6 +194,9 @@ class Compression:
         stored = Stored.of(checkpoint, blocks)
         loss, redundancy = (shown.loss(), shown.redundancy(blocks)) if shown else (math.nan, [])
         changed, findings = self._compress(Work(blocks, stored, shown, workplace), redundancy)
+        if shown and self.recovery_epochs:
+            findings["loss before recovery"] = shown.loss()
+            recover(shown, [blocks[number] for number in changed], self.recovery_epochs, self.seed)
         if shown:
             findings |= {"loss": [loss, shown.loss()], "redundancy": redundancy}
         write_weights(folder, stored, blocks, changed, self.format)

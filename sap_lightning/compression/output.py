@@ -22,6 +22,7 @@ from sap_lightning.checkpoints.keys import matched
 from sap_lightning.compression.blocks import Blocks
 from sap_lightning.compression.loading import COMPRESSED_FILE, RANKS_FILE, is_clip
 from sap_lightning.compression.low_rank import LowRank
+from sap_lightning.errors import InputError
 from sap_lightning.files import as_json, sha256_of_file, write_json, write_text
 from sap_lightning.fingerprints import sealed
 from sap_lightning.io.hub import is_hub_id
@@ -54,13 +55,30 @@ class Stored:
         return cls(checkpoint, blocks.name, matched(list(blocks.tower.state_dict()), list(checkpoint.stated)))
 
     def key(self, number: int, weight: str) -> str:
-        """The key of a block's weight by its name in the block."""
-        return self.keys[f"{self.list_name}.{number}.{weight}"]
+        """The key of a block's weight by its name in the block.
+
+        Raises:
+            InputError: when the checkpoint has it in another form, which transformers converts.
+        """
+        name = f"{self.list_name}.{number}.{weight}"
+        if name not in self.keys:
+            raise InputError(
+                f"{self.checkpoint.name}: has no {name}, which transformers makes of other weights; load the model and"
+                " save it with save_pretrained"
+            )
+        return self.keys[name]
 
     def dtype(self, number: int, weight: str) -> torch.dtype:
-        """In which a block's weight is stored."""
-        dtype = self.checkpoint.stated[self.key(number, weight)].dtype
-        return dtype if isinstance(dtype, torch.dtype) else torch.float32
+        """In which a block's weight is stored.
+
+        Raises:
+            InputError: when it is quantised.
+        """
+        key = self.key(number, weight)
+        dtype = self.checkpoint.stated[key].dtype
+        if not isinstance(dtype, torch.dtype):
+            raise InputError(f"{self.checkpoint.name}: {key} is stored as {dtype}; compress it in floating point")
+        return dtype
 
     @cached_property
     def block_of(self) -> dict[str, int]:

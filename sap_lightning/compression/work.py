@@ -8,7 +8,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from torch import Tensor, tensor
+import torch
+from torch import Tensor
 
 from sap_lightning.compression.blocks import Blocks
 from sap_lightning.compression.calibration import Calibration
@@ -52,7 +53,7 @@ class Work:
             return sorted(layers)
         if not (count := round(layers * len(self.blocks.numbers))):
             raise InputError(f"compress.layers {layers:g}: is no whole block of {len(self.blocks.numbers)}; take more")
-        return highest(tensor(redundancy), count).tolist()
+        return highest(torch.tensor(redundancy), count).tolist()
 
     def _check_numbers(self, layers: list[int]) -> None:
         numbers = self.blocks.numbers
@@ -92,16 +93,14 @@ class Work:
 
     def grasp(self, method: Grasp, chosen: list[int]) -> dict[str, Any]:
         """Compresses blocks from the last to the first, and returns which weights stay as they are."""
-        for number in chosen:
-            self.blocks.linears(number)  # one that cannot be compressed is refused before the first is
+        dtypes = {number: self._dtypes(number) for number in chosen}  # what cannot be compressed is refused at once
         first = method.first_look(self.blocks, chosen, self.shown)
         kept = []
         for number in track(chosen[::-1], "grasp: blocks"):
             layers = self.blocks.linears(number)
             found = self._finished(number)
             if found is None:
-                dtypes = {name: self.stored.dtype(number, f"{name}.weight") for name in layers}
-                found = method.compress(self.blocks, number, self.shown, first.get(number), dtypes)
+                found = method.compress(self.blocks, number, self.shown, first.get(number), dtypes[number])
                 write_tensors(self._file(number), _as_tensors(found))
             else:
                 for name, factors in found.items():
@@ -109,6 +108,10 @@ class Work:
             kept += [f"{self.blocks.name}.{number}.{name}" for name in layers if name not in found]
             log.info("grasp: block %d has %d of %d layers in low rank", number, len(found), len(layers))
         return {"no smaller in low rank": sorted(kept)} if kept else {}
+
+    def _dtypes(self, number: int) -> dict[str, torch.dtype]:
+        """In which each linear layer of a block is stored, by its name in the block."""
+        return {name: self.stored.dtype(number, f"{name}.weight") for name in self.blocks.linears(number)}
 
     def _file(self, number: int) -> Path:
         return self.workplace / f"block-{number}.safetensors"

@@ -368,6 +368,25 @@ def test_without_texts_nothing_is_read(compressed, monkeypatch) -> None:
         compressed(model=str(SHAPES_CLIP))
 
 
+def test_anchors_that_nobody_is_shown_are_refused(run, speaker, texts, tmp_path) -> None:
+    options = [f"--compress.output={tmp_path / 'out'}", "--anchors.num_pairs=4"]
+    with pytest.raises(InputError, match=r"--anchors\.\w+: .* is shown no anchors by grasp; leave it out"):
+        run("compress", speaker, f"--compress.texts={texts}", *options)
+    with pytest.raises(InputError, match=r"is shown no anchors by drop; leave it out"):
+        run("compress", SHAPES_CLIP, "--compress.method=drop", "--compress.layers=[0]", *options)
+
+
+def test_quantised_weights_are_refused_by_name(compressed, speaker, tmp_path) -> None:
+    folder = Path(shutil.copytree(speaker, tmp_path / "quantised"))
+    key = "model.layers.1.mlp.up_proj.weight"
+    (shard,) = (path for path in folder.glob("*.safetensors") if key in load_file(path))
+    tensors = load_file(shard)
+    save_file({**tensors, key: tensors[key].to(torch.float8_e4m3fn)}, shard, {"format": "pt"})
+    with pytest.raises(InputError, match=rf"quantised: {key} is stored as F8_E4M3; compress it in floating"):
+        compressed(model=str(folder), layers=[1, 2])
+    assert not (tmp_path / "out").exists()
+
+
 def test_a_result_that_stands_is_not_overwritten(compressed) -> None:
     compressed()
     with pytest.raises(InputError, match="already exists and is not overwritten"):
