@@ -53,7 +53,7 @@ class Work:
             return sorted(layers)
         if not (count := round(layers * len(self.blocks.numbers))):
             raise InputError(f"compress.layers {layers:g}: is no whole block of {len(self.blocks.numbers)}; take more")
-        return highest(torch.tensor(redundancy), count).tolist()
+        return highest(torch.tensor(redundancy, dtype=torch.float64), count).tolist()
 
     def _check_numbers(self, layers: list[int]) -> None:
         numbers = self.blocks.numbers
@@ -83,13 +83,12 @@ class Work:
         dropped = {number: self.blocks[number] for number in chosen}
         self.drop(chosen)
         findings = {"importance": importance, "loss without merging": self.shown.loss()}
-        merged = {}
+        changed = set()
         for number, block in dropped.items():
-            before = [kept for kept in self.blocks.numbers if kept < number]
-            if before:
+            if before := [kept for kept in self.blocks.numbers if kept < number]:
                 method.merge(self.blocks[before[-1]], block, steps[number])
-                merged[number] = before[-1]
-        return chosen, sorted(set(merged.values())), findings
+                changed.add(before[-1])
+        return chosen, sorted(changed), findings
 
     def grasp(self, method: Grasp, chosen: list[int]) -> dict[str, Any]:
         """Compresses blocks from the last to the first, and returns which weights stay as they are."""
