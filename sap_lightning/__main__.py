@@ -67,7 +67,7 @@ def _run() -> None:
     if command not in commands:
         if command and not command.startswith("-"):
             print(f"error: no command {command!r}", file=sys.stderr)
-        lines = (f"  {name:8}{function.__doc__}" for name, function in commands.items())
+        lines = (f"  {name:9}{function.__doc__}" for name, function in commands.items())
         print("usage: python -m sap_lightning COMMAND [--help] [--config FILE] [options]\n", *lines, sep="\n")
         sys.exit(0 if command in ("--help", "-h") else 2)
     try:

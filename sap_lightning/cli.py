@@ -17,6 +17,7 @@ from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.callbacks import ProgressBar
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 
+from sap_lightning.compression.compression import Compression
 from sap_lightning.data.anchors import AnchorDataModule
 from sap_lightning.data.domains import DomainDataModule
 from sap_lightning.errors import InputError, first_line
@@ -213,6 +214,10 @@ class SapCLI(LightningCLI):
                 group.add_argument(f"--merge.{name}", **option)
         if self.command == "predict":
             parser.add_class_arguments(Predict, "predict")
+        if self.command == "compress":
+            parser.add_argument("compress.model", help="folder or hub id of the model")
+            parser.add_class_arguments(Compression, "compress", skip={"model"})
+            parser.link_arguments("seed_everything", "compress.seed")
         if self.command in TAKEN_BY["uploads"]:
             parser.add_argument("--uploads", nargs="+", default=[], help=UPLOADS)
 
@@ -248,7 +253,7 @@ class SapCLI(LightningCLI):
         last = self.config_init.federation.last_method if self.command == "fit" else None
         if method in (None, SAP.name):
             method = self.config_init.prune
-        elif last != SAP.name and (given := self._given("prune")):
+        elif last != SAP.name and (given := self.given("prune")):
             raise InputError(f"{given}: merge.method is not sap, so nothing would use it; leave one of them out")
         return MergeModule(self.model.base, self.model.templates, method, **settings)
 
@@ -260,7 +265,7 @@ class SapCLI(LightningCLI):
                     f"trainer.{name} is 0, at which nothing is trained; set it to 1 or more, or leave it out"
                 )
 
-    def _given(self, group: str) -> str | None:
+    def given(self, group: str) -> str | None:
         """The first option of a group that stands on the command line."""
         return next((arg.partition("=")[0] for arg in self.line if re.match(rf"--{group}[.=]|--{group}$", arg)), None)
 
@@ -278,7 +283,7 @@ class SapCLI(LightningCLI):
                 " not what follows from another"
             )
         varied = next((f"sweep.over.{name}" for name in sweep.over if name.split(".")[0] == "prune"), None)
-        if SAP.name not in sweep.methods and (given := self._given("prune") or varied):
+        if SAP.name not in sweep.methods and (given := self.given("prune") or varied):
             raise InputError(
                 f"{given}: sweep.methods does not name sap, so nothing would use it; leave one of them out"
             )

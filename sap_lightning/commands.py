@@ -107,6 +107,17 @@ def _merge_on_anchors(cli: SapCLI) -> dict[str, float]:
     return {"anchor_loss": float(trainer.callback_metrics["anchor_loss"])}
 
 
+def compress(args: Sequence[str]) -> None:
+    """Compress blocks of MODEL, CLIP or a language model, into --compress.output. Continues an interrupted run."""
+    cli = SapCLI("compress", args, compress.__doc__)
+    compression = cli.config_init.compress
+    if (given := cli.given("anchors")) and not compression.looks_at_anchors:
+        raise InputError(f"{given}: {compression.model} is shown no anchors by {compression.method}; leave it out")
+    # Images are preprocessed as the model says itself.
+    anchors = cli.varied({"model.base": compression.model}).config_init.anchors
+    print(f"Compressed by {compression.method}: {compression.run(anchors)}")
+
+
 @rank_zero_only
 def _leave_behind(merged: Merged, module: MergeModule, options: Any, metrics: Mapping[str, float]) -> None:
     module.save(options.output, metrics)
@@ -180,6 +191,7 @@ COMMANDS = {
     "client": client,
     "merge": merge,
     "fuse": fuse,
+    "compress": compress,
     "test": test,
     "predict": predict,
     "flower": flower,

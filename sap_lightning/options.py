@@ -18,13 +18,13 @@ TRAINING = ("fit", "sweep", "client")
 MERGING = ("fit", "sweep", "merge")
 LABELLED = (*TRAINING, "test")
 ALL = (*TRAINING, "merge", "test", "predict")
-EVERY = (*ALL, "fuse")
+EVERY = (*ALL, "fuse", "compress")
 TAKEN_BY: dict[str, tuple[str, ...]] = {
     "config": EVERY,
     "print_config": EVERY,
     "help": EVERY,
     "h": EVERY,
-    "seed_everything": ("fit", "client", "merge", "test", "predict"),
+    "seed_everything": ("fit", "client", "merge", "test", "predict", "compress"),
     "model": TRAINING,
     "model.base": ALL,
     "model.templates": (*LABELLED, "predict"),
@@ -36,7 +36,7 @@ TAKEN_BY: dict[str, tuple[str, ...]] = {
     "data.cache": LABELLED,
     "data.domain_column": LABELLED,
     "data.label_column": LABELLED,
-    "anchors": (*MERGING, "fuse"),
+    "anchors": (*MERGING, "fuse", "compress"),
     "prune": MERGING,
     "merge": MERGING,
     "merge.method": ("fit", "merge"),
@@ -54,6 +54,7 @@ TAKEN_BY: dict[str, tuple[str, ...]] = {
     "uploads": ("merge", "test", "predict"),
     "predict": ("predict",),
     "fuse": ("fuse",),
+    "compress": ("compress",),
     "trainer": TRAINING,
     "trainer.accelerator": ALL,
     "trainer.strategy": (*TRAINING, "merge", "test"),

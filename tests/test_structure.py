@@ -19,6 +19,7 @@ ORDER = (
     ("models",),
     ("merging",),
     ("checkpoints",),
+    ("compression",),
     ("modules",),
     ("callbacks",),
     ("federation",),

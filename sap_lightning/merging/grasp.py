@@ -14,6 +14,7 @@ from torch import Tensor
 from sap_lightning.errors import check_share
 from sap_lightning.functional.lora import LoRALayer
 from sap_lightning.functional.spaces import Parameters, SingularSpace, Space
+from sap_lightning.functional.triplets import Triplets, triplet_scores
 from sap_lightning.io.adapter import Adapter
 from sap_lightning.merging.clients import Source
 from sap_lightning.merging.pruning import PruningMethod
@@ -24,8 +25,7 @@ from sap_lightning.models.probe import AnchorProbe, Answer
 class GRASP(PruningMethod):
     """Mean of the adapters without the singular triplets Φ_k = (u_k, σ_k, v_k) of ΔW that matter least.
 
-    ``paper``: I(Φ_k) = T(σ_k) + Σ_i T(u_ik) + Σ_j T(v_kj) with T(θ) = |θ·∂L/∂θ| of every element. (With signed terms
-    the three sums would be equal.) ``code``: T(σ_k) alone. The paper prunes the weights of a language model on a
+    ``paper`` and ``code`` are those of `triplet_scores`. The paper prunes the weights of a language model on a
     language-modelling loss; here it is ΔW on the anchors' alignment loss.
 
     Args:
@@ -50,8 +50,7 @@ class GRASP(PruningMethod):
         return Answer(scores, loss)
 
     def _score(self, parameters: Parameters, gradients: Parameters) -> Tensor:
-        of_u, of_sigma, of_v = ((theta * g).abs() for theta, g in zip(parameters, gradients, strict=True))
-        return of_sigma if self.score == "code" else of_sigma + of_u.sum(0) + of_v.sum(1)
+        return triplet_scores(Triplets(*parameters), Triplets(*gradients), self.score)
 
     def scores(self, source: Source, spaces: Mapping[str, Space], answer: Answer) -> Mapping[str, Parameters]:
         return answer.of

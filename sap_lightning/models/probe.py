@@ -165,7 +165,7 @@ class AnchorProbe:
         self.patched.set_update(update)
         sums = {name: GradientSum(space, reduction) for name, space in spaces.items()}
         total, count = torch.zeros(()), torch.zeros(())
-        with self._hooked({name: _on_gradient(layer_sum.add, self.device) for name, layer_sum in sums.items()}):
+        with self._hooked({name: on_gradient(layer_sum.add, self.device) for name, layer_sum in sums.items()}):
             for images, indices in self._chosen_batches():
                 # Every weight is frozen: the images carry the graph.
                 features = self._image_features(images.detach().requires_grad_()).float()
@@ -270,10 +270,15 @@ class AnchorProbe:
                 yield images[looked_at], indices[looked_at]
 
     def _hooked(self, hooks: Mapping[str, Hook]) -> ExitStack:
-        handles = ExitStack()
-        for name, hook in hooks.items():
-            handles.callback(self.patched.layer(name).register_forward_hook(hook).remove)
-        return handles
+        return hooked((self.patched.layer(name), hook) for name, hook in hooks.items())
+
+
+def hooked(hooks: Iterable[tuple[nn.Module, Hook]]) -> ExitStack:
+    """Forward hooks on layers, until it is left."""
+    handles = ExitStack()
+    for layer, hook in hooks:
+        handles.callback(layer.register_forward_hook(hook).remove)
+    return handles
 
 
 class _GramSum:
@@ -287,7 +292,9 @@ class _GramSum:
         self.tokens += len(x)
 
 
-def _on_gradient(add: Callable[[Tensor, Tensor], None], device: torch.device) -> Hook:
+def on_gradient(add: Callable[[Tensor, Tensor], None], device: torch.device) -> Hook:
+    """A forward hook that adds a layer's inputs (n, T, d_in) and, once they are there, its output's gradients."""
+
     def on_forward(module: nn.Module, inputs: tuple[Tensor], output: Tensor) -> None:
         x = _by_token(inputs[0].detach()).to(device)
         if not output.requires_grad:  # tokens carry no graph as images do

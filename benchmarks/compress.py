@@ -1,0 +1,170 @@
+"""A model compressed by GRASP and its controls, and by leaving blocks out, at as many parameters: loss, size, speed.
+
+python benchmarks/compress.py FOLDER --texts FILE.txt      # a causal language model
+python benchmarks/compress.py FOLDER --anchors FOLDER      # the vision tower of a CLIPModel
+
+A language model is shown rows of the first nine tenths of the text and measured on the last; CLIP is shown the first
+half of the pairs of images and captions and measured on the others. Of blocks as many are dropped as leave a few more
+parameters than GRASP, as leave a few less, and as GRASP compressed. Speed is of the forward pass, by seconds of the
+processor, of which the shortest of three is taken.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import time
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from jsonargparse import auto_cli
+from torch import nn
+from transformers import AutoTokenizer, CLIPModel
+
+from sap_lightning.checkpoints.checkpoint import Checkpoint
+from sap_lightning.compression.calibration import Batch, Calibration, caption_losses, next_token_losses
+from sap_lightning.compression.compression import Compression
+from sap_lightning.compression.loading import IMAGES, RANKS_FILE, ROWS, load_compressed, load_language_model
+from sap_lightning.console import quieten
+from sap_lightning.data.anchors import AnchorDataModule
+from sap_lightning.data.texts import Texts
+from sap_lightning.models.clip import load_base, vision_tower
+
+Losses = Callable[[nn.Module, Batch], torch.Tensor]
+
+
+class Held(NamedTuple):
+    """What was held out: batches, the loss on one, and how many tokens or images they are."""
+
+    batches: list[Batch]
+    losses: Losses
+    size: int
+
+
+def main(
+    model: Path,
+    texts: Path | None = None,
+    anchors: Path | None = None,
+    layers: float = 0.25,
+    retain: float = 0.1,
+    rows: int = 16,
+    tokens: int = 64,
+    pairs: int = 64,
+    steps: int = 16,
+    recovery: int = 0,
+    work: Path = Path("runs/compress"),
+) -> None:
+    """Prints the table.
+
+    Args:
+        model: folder of the model.
+        texts: for a language model.
+        anchors: for CLIP.
+        layers: share of the blocks.
+        retain: share of the triplets.
+        rows: of tokens, shown and held out.
+        tokens: of a row.
+        pairs: of images and captions, in all.
+        steps: of GradPruner.
+        recovery: epochs of a row of its own; 0 leaves it out.
+        work: where compressed models stay; one that stands is not made again.
+    """
+    quieten()
+    work.mkdir(parents=True, exist_ok=True)
+    if texts:
+        shown, held = split_text(model, texts, rows, tokens, work)
+        data, seen = {"texts": str(shown), "rows": rows, "tokens": tokens}, None
+    else:
+        seen, held = split_pairs(model, str(anchors), pairs)
+        data = {}
+    compress = partial(compressed, model, seen, work, **data)
+    unit = "tokens" if texts else "images"
+    print(f"| | loss, shown | loss, held out | parameters | MB | {unit} a CPU second |\n|---|---:|---:|---:|---:|---:|")
+    scores = {"GRASP, paper": "paper", "GRASP, code": "code", "largest σ": "sigma", "random groups": "random"}
+    for name, score in scores.items():
+        record = compress(f"{score}-{layers}-{retain}", layers=layers, retain=retain, score=score)
+        if score == "paper":
+            show("as it is", record, 0, model, held)
+        show(name, record, 1, work / f"{score}-{layers}-{retain}", held)
+    if recovery:
+        name = f"recovered-{layers}-{retain}"
+        record = compress(name, layers=layers, retain=retain, recovery_epochs=recovery)
+        show(f"GRASP, paper, {recovery} epochs of recovery", record, 1, work / name, held)
+    before, after = record["parameters"]
+    blocks, chosen = len(record["findings"]["redundancy"]), len(record["findings"]["blocks"])
+    fewer = (before - after) // block_size(model)
+    for count in sorted({fewer, fewer + 1, chosen} - {0}):
+        record = compress(f"drop-{count}", method="drop", layers=count / blocks)
+        show(f"{count} blocks dropped", record, 1, work / f"drop-{count}", held)
+    record = compress(f"gradpruner-{fewer + 1}", method="gradpruner", layers=(fewer + 1) / blocks, steps=steps)
+    show(f"GradPruner, {fewer + 1} blocks", record, 1, work / f"gradpruner-{fewer + 1}", held)
+
+
+# Compressing
+
+
+def compressed(model: Path, seen: AnchorDataModule | None, work: Path, name: str, **options: Any) -> dict[str, Any]:
+    """Compresses into a folder of that name, unless it stands, and returns the record."""
+    folder = work / name
+    if not folder.exists():
+        Compression(str(model), str(folder), **options).run(seen)
+    return dict(json.loads((folder / "compress.json").read_text()))
+
+
+def block_size(model: Path) -> int:
+    """Parameters of one block."""
+    shapes = Checkpoint(str(model)).shapes
+    inside = [key for key in shapes if ".layers.0." in key and "text_model" not in key]
+    return sum(math.prod(shapes[key]) for key in inside)
+
+
+# Measuring
+
+
+def split_text(model: Path, texts: Path, rows: int, tokens: int, work: Path) -> tuple[Path, Held]:
+    """A file of the first nine tenths, and rows of the last."""
+    text = texts.read_text(encoding="utf-8")
+    shown = work / "shown.txt"
+    shown.write_text(text[: len(text) * 9 // 10], encoding="utf-8")
+    ids = Texts(text[len(text) * 9 // 10 :], rows, tokens, str(texts)).ids(AutoTokenizer.from_pretrained(model))
+    return shown, Held([(some,) for some in ids.split(ROWS)], next_token_losses, ids.numel())
+
+
+def split_pairs(model: Path, anchors: str, pairs: int) -> tuple[AnchorDataModule, Held]:
+    """The first half of the pairs, and the others."""
+    every = AnchorDataModule(anchors, pairs, str(model))
+    images, captions = every.images()[pairs // 2 :], load_base(str(model)).texts(every.captions[pairs // 2 :])
+    batches = list(zip(images.split(IMAGES), captions.split(IMAGES), strict=True))
+    return AnchorDataModule(anchors, pairs // 2, str(model)), Held(batches, caption_losses, len(images))
+
+
+def loaded(folder: Path) -> nn.Module:
+    """What of a model is compressed, from factors or dense."""
+    if (folder / RANKS_FILE).is_file():
+        model = load_compressed(folder)
+        return vision_tower(model) if isinstance(model, CLIPModel) else model
+    if Checkpoint(str(folder)).config["model_type"] == "clip":
+        return load_base(str(folder)).tower
+    return load_language_model(folder)
+
+
+def show(name: str, record: dict[str, Any], when: int, folder: Path, held: Held) -> None:
+    """A row of a model as the record has it before (0) or after (1)."""
+    calibration = Calibration(loaded(folder), held.batches, held.losses)
+    loss, speed = calibration.loss(), held.size / min(timed(calibration) for _ in range(3))
+    size = f"{record['parameters'][when] / 1e6:.1f} M | {record['bytes'][when] / 1e6:.1f}"
+    print(f"| {name} | {record['findings']['loss'][when]:.3f} | {loss:.3f} | {size} | {speed:.0f} |", flush=True)
+
+
+def timed(calibration: Calibration) -> float:
+    """Seconds of the processor for a forward pass over all."""
+    started = time.process_time()
+    calibration.loss()
+    return time.process_time() - started
+
+
+if __name__ == "__main__":
+    auto_cli(main)

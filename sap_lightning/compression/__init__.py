@@ -1,0 +1,1 @@
+"""Whole models made smaller: blocks in low rank, or gone."""

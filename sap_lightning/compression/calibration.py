@@ -1,0 +1,86 @@
+"""What a model is shown to find out what of it matters: texts or anchors, its losses on them and their gradients."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import cross_entropy
+
+from sap_lightning.compression.blocks import Blocks
+from sap_lightning.compression.low_rank import weight_of
+from sap_lightning.functional.saliency import GradientSum, alignment_loss
+from sap_lightning.functional.spaces import DeltaSpace
+from sap_lightning.functional.triplets import token_cosines
+from sap_lightning.models.probe import hooked, on_gradient
+
+Batch = tuple[Tensor, ...]
+
+
+@dataclass(frozen=True)
+class Calibration:
+    """What a model is shown, and its losses.
+
+    Attributes:
+        tower: the model, whose weights are frozen.
+        batches: what it is shown.
+        losses: of the model on a batch, shape (n,).
+    """
+
+    tower: nn.Module
+    batches: Sequence[Batch]
+    losses: Callable[[nn.Module, Batch], Tensor]
+
+    @torch.no_grad()
+    def loss(self) -> float:
+        """The mean."""
+        return float(torch.cat([self.losses(self.tower, batch) for batch in self.batches]).double().mean())
+
+    @torch.enable_grad()
+    def gradients(self, layers: Mapping[str, nn.Module]) -> dict[str, Tensor]:
+        """G = ∂L/∂W of the mean loss for the weights of linear layers, shape (d_out, d_in) each, by the same names."""
+        sums = {name: GradientSum(DeltaSpace(weight_of(layer)), "mean_then_abs") for name, layer in layers.items()}
+        device = next(self.tower.parameters()).device
+        with hooked((layer, on_gradient(sums[name].add, device)) for name, layer in layers.items()):
+            for batch in self.batches:
+                self.losses(self.tower, batch).sum().backward()
+        shown = sum(len(batch[0]) for batch in self.batches)
+        return {name: total.mean(shown)[0] for name, total in sums.items()}
+
+    @torch.no_grad()
+    def redundancy(self, blocks: Blocks) -> list[float]:
+        """How little each block changes: the mean over all tokens of its input's cosine with its output."""
+        cosines: list[list[Tensor]] = [[] for _ in blocks]
+
+        def watch(number: int) -> Callable[..., None]:
+            def on_forward(module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
+                entering = args[0] if args else kwargs["hidden_states"]
+                leaving = output[0] if isinstance(output, tuple) else output
+                cosines[number].append(token_cosines(entering, leaving))
+
+            return on_forward
+
+        handles = [block.register_forward_hook(watch(i), with_kwargs=True) for i, block in enumerate(blocks)]
+        try:
+            for batch in self.batches:
+                self.losses(self.tower, batch)
+        finally:
+            for handle in handles:
+                handle.remove()
+        return [float(torch.cat(found).mean()) for found in cosines]
+
+
+def next_token_losses(model: nn.Module, batch: Batch) -> Tensor:
+    """Mean negative log-likelihood of every row's tokens but its first, shape (n,), from token ids (n, length)."""
+    (tokens,) = batch
+    logits = model(input_ids=tokens, use_cache=False).logits[:, :-1].float()
+    return cross_entropy(logits.transpose(1, 2), tokens[:, 1:], reduction="none").mean(1)
+
+
+def caption_losses(tower: nn.Module, batch: Batch) -> Tensor:
+    """1 − cos of every image with its caption, shape (n,), from normalised images (n, 3, h, w) and features (n, d)."""
+    images, captions = batch
+    return alignment_loss(tower(images).image_embeds, captions)

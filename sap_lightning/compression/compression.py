@@ -1,0 +1,237 @@
+"""A whole model made smaller: what is asked for, and whether it can be done."""
+
+from __future__ import annotations
+
+import math
+import shutil
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+from sap_lightning.checkpoints.checkpoint import Checkpoint
+from sap_lightning.compression.blocks import Blocks
+from sap_lightning.compression.gradpruner import GradPruner
+from sap_lightning.compression.grasp import Grasp, Refresh, Score
+from sap_lightning.compression.loading import Data, is_clip, opened
+from sap_lightning.compression.output import Format, Stored, write_beside, write_record, write_weights
+from sap_lightning.compression.recovery import recover
+from sap_lightning.compression.work import Layers, Work
+from sap_lightning.data.anchors import AnchorDataModule
+from sap_lightning.data.texts import Texts
+from sap_lightning.errors import InputError, check_at_least, check_share
+from sap_lightning.files import (
+    clear_unfinished_at,
+    locked,
+    new_folder,
+    refuse_existing,
+    write_text,
+    writing,
+)
+from sap_lightning.fingerprints import digest
+
+Method = Literal["grasp", "gradpruner", "drop"]
+TAKEN_BY: dict[str, tuple[Method, ...]] = {
+    "retain": ("grasp",),
+    "compression": ("grasp",),
+    "score": ("grasp", "gradpruner"),
+    "refresh": ("grasp",),
+    "format": ("grasp",),
+    "density": ("gradpruner",),
+    "steps": ("gradpruner",),
+    "recovery_epochs": ("grasp", "gradpruner"),
+}
+"""Which methods take a setting; others take all."""
+PLAN_FILE = "plan"
+"""Holds a digest of all that decides the result, in the workplace, and in the result until all is done."""
+
+
+class Compression:
+    """Compresses the blocks of a causal language model, or of the vision tower of a CLIPModel.
+
+    Args:
+        model: folder or hub id of the model, in safetensors.
+        output: new folder for the result.
+        method: grasp (in the chosen blocks, weights keep the singular triplets that matter), gradpruner (the chosen
+            blocks go, and what matters most of them is added to those before) or drop (they go).
+        layers: share of the blocks that is chosen, those that change least of what comes in, of gradpruner those that
+            LoRA pulls at least; or their numbers, from 0.
+        retain: of grasp: share of each weight's triplets that is kept; 0.1 if neither this nor compression is given.
+        compression: of grasp: share of each weight's parameters that goes, in place of retain.
+        score: of grasp: how a triplet matters, by the paper (if not given), by its code or by its gradient; or, as
+            controls, by its singular value (sigma) or at random. Of gradpruner: how a block does, by paper or code.
+        refresh: of grasp: gradients are of the model before each half of a block (if not given), before each block, or
+            once, at first.
+        density: of gradpruner: share of a weight that may be added where signs are equal; 0.2 if not given.
+        steps: of gradpruner: how many steps of LoRA are looked at; 40 if not given.
+        recovery_epochs: how often the changed blocks are trained on what the model was shown, once all are compressed;
+            not at all if not given.
+        texts: text file that a language model is shown; CLIP is shown the anchors.
+        rows: how many rows of the texts it is shown; 32 if not given.
+        tokens: how many tokens a row has; 128 if not given.
+        format: of grasp: two factors for each weight (if not given), which load_compressed reads, or their product,
+            dense, which any loader reads and is no smaller.
+        seed: of a random choice.
+
+    Raises:
+        InputError: when a setting is none, or would be ignored.
+    """
+
+    def __init__(
+        self,
+        model: str,
+        output: str,
+        method: Method = "grasp",
+        layers: Layers = 0.25,
+        retain: float | None = None,
+        compression: float | None = None,
+        score: Score | None = None,
+        refresh: Refresh | None = None,
+        density: float | None = None,
+        steps: int | None = None,
+        recovery_epochs: int | None = None,
+        texts: str | None = None,
+        rows: int | None = None,
+        tokens: int | None = None,
+        format: Format | None = None,
+        seed: int = 0,
+    ) -> None:
+        of_grasp = {"retain": retain, "compression": compression, "score": score, "refresh": refresh, "format": format}
+        others = {"density": density, "steps": steps, "recovery_epochs": recovery_epochs}
+        for name, value in {**of_grasp, **others}.items():
+            if value is not None and method not in TAKEN_BY[name]:
+                raise InputError(f"compress.{name}: {method} would ignore it; it is for {', '.join(TAKEN_BY[name])}")
+        if not isinstance(layers, list):
+            check_share("compress.layers", layers)
+        if texts is None and (rows, tokens) != (None, None):
+            raise InputError(
+                "compress.rows and compress.tokens are of compress.texts, which is not set; leave them out"
+            )
+        self.model = model
+        self.output = output
+        self.method = method
+        self.layers = layers
+        self.grasp = Grasp(retain, compression, score or "paper", refresh or "half", seed)
+        self.texts = texts
+        self.rows = 32 if rows is None else rows
+        self.tokens = 128 if tokens is None else tokens
+        if method == "gradpruner" and score not in (None, "paper", "code"):
+            raise InputError(f"compress.score {score}: is for grasp; gradpruner has paper and code")
+        self.pruner = GradPruner(
+            score="code" if score == "code" else "paper",
+            density=0.2 if density is None else density,
+            steps=40 if steps is None else steps,
+            seed=seed,
+        )
+        self.seed = seed
+        self.recovery_epochs = 0 if recovery_epochs is None else recovery_epochs
+        check_at_least("compress.recovery_epochs", self.recovery_epochs, 0)
+        self.format: Format = format or "factors" if method == "grasp" else "dense"
+        check_at_least("compress.rows", self.rows, 1)
+        check_at_least("compress.tokens", self.tokens, 2)
+
+    @property
+    def needs_data(self) -> bool:
+        """Whether the model has to be shown anything."""
+        if self.method == "gradpruner" or self.recovery_epochs or not isinstance(self.layers, list):
+            return True
+        return self.method == "grasp" and self.grasp.needs_gradients
+
+    @property
+    def looks_at_anchors(self) -> bool:
+        """Whether the model is CLIP that is shown anchors."""
+        return self.needs_data and is_clip(Checkpoint(self.model))
+
+    @property
+    def record(self) -> dict[str, Any]:
+        """What decides the result beside the model and what it is shown."""
+        settings = {"grasp": self.grasp.settings, "gradpruner": self.pruner.settings, "drop": {}}[self.method]
+        every = {"layers": self.layers, "recovery_epochs": self.recovery_epochs, **settings}
+        return {"method": self.method, "format": self.format, "settings": every}
+
+    def run(self, anchors: AnchorDataModule | None = None) -> Path:
+        """Writes the compressed model; blocks that an interrupted run has finished are kept.
+
+        Args:
+            anchors: what a CLIPModel is shown.
+
+        Raises:
+            InputError: when the model is faulty or none that can be compressed, it needs to be shown what is not given,
+                or something of the output's name already stands.
+        """
+        checkpoint, output = Checkpoint(self.model), Path(self.output)
+        data = self._data(checkpoint, anchors)
+        workplace = output.with_name(f".{output.name}.compressing")
+        plan = digest(self.record, checkpoint.fingerprint, _shown(data))
+        if _plan_in(output) != plan:
+            refuse_existing(output)
+            with locked(workplace), writing(workplace):
+                _begin(workplace, plan)
+                clear_unfinished_at(output)
+                with new_folder(output) as folder:
+                    self._fill(folder, checkpoint, data, workplace)
+                    write_text(folder / PLAN_FILE, plan)
+        shutil.rmtree(workplace, ignore_errors=True)
+        (output / PLAN_FILE).unlink(missing_ok=True)
+        return output
+
+    def _data(self, checkpoint: Checkpoint, anchors: AnchorDataModule | None) -> Data | None:
+        """What the model is shown."""
+        if is_clip(checkpoint):
+            if self.texts:
+                raise InputError(f"compress.texts: {self.model} is CLIP, which is shown --anchors.*; leave it out")
+            if self.needs_data and anchors is None:
+                raise InputError(f"{self.method} shows a CLIPModel anchors, and none are given")
+            return anchors if self.needs_data else None
+        if self.needs_data and self.texts is None:
+            raise InputError(
+                f"compress.texts is not set: {self.method} looks at what {self.model} makes of it; name a text file"
+            )
+        return Texts.of(self.texts, self.rows, self.tokens, "compress.texts") if self.texts else None
+
+    def _fill(self, folder: Path, checkpoint: Checkpoint, data: Data | None, workplace: Path) -> None:
+        tower, shown = opened(checkpoint, data)
+        blocks = Blocks(tower)
+        stored = Stored.of(checkpoint, blocks)
+        loss, redundancy = (shown.loss(), shown.redundancy(blocks)) if shown else (math.nan, [])
+        changed, findings = self._compress(Work(blocks, stored, shown, workplace), redundancy)
+        if shown and self.recovery_epochs:
+            findings["loss before recovery"] = shown.loss()
+            recover(shown, [blocks[number] for number in changed], self.recovery_epochs, self.seed)
+        if shown:
+            findings |= {"loss": [loss, shown.loss()], "redundancy": redundancy}
+        write_weights(folder, stored, blocks, changed, self.format)
+        write_beside(folder, checkpoint, blocks)
+        write_record(folder, checkpoint, {**self.record, "shown": _shown(data)}, findings)
+
+    def _compress(self, work: Work, redundancy: Sequence[float]) -> tuple[list[int], dict[str, Any]]:
+        """Compresses the model in place, and returns which blocks are left but not as they were, and what was found."""
+        if self.method == "gradpruner":
+            chosen, changed, findings = work.gradpruner(self.pruner, self.layers)
+            return changed, {"blocks": chosen, **findings}
+        chosen = work.chosen(self.layers, redundancy)
+        if self.method == "drop":
+            work.drop(chosen)
+            return [], {"blocks": chosen}
+        return chosen, {"blocks": chosen, **work.grasp(self.grasp, chosen)}
+
+
+def _shown(data: Data | None) -> dict[str, Any]:
+    """What tells one look at data from another."""
+    if data is None:
+        return {}
+    if isinstance(data, Texts):
+        return {"texts": digest(data.text), "rows": data.rows, "tokens": data.tokens}
+    return {"anchors": data.fingerprint, "num_pairs": data.num_pairs}
+
+
+def _plan_in(folder: Path) -> str | None:
+    file = folder / PLAN_FILE
+    return file.read_text() if file.is_file() else None
+
+
+def _begin(workplace: Path, plan: str) -> None:
+    """Leaves nothing of another compression in the workplace."""
+    if _plan_in(workplace) != plan:
+        for path in workplace.glob("*.safetensors*"):
+            path.unlink()
+        write_text(workplace / PLAN_FILE, plan)

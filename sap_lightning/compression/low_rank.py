@@ -1,0 +1,60 @@
+"""A linear layer of low rank, in the place of a whole one."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import linear
+from transformers.pytorch_utils import Conv1D
+
+from sap_lightning.functional.lora import LoRALayer
+
+
+class LowRank(nn.Module):
+    """x ↦ up·(down·x) + bias.
+
+    Args:
+        factors: down as A, shape (K, d_in), and up as B, shape (d_out, K).
+        bias: shape (d_out,), or none.
+        transposed: whether it stands for a layer that has its weight as (d_in, d_out).
+    """
+
+    def __init__(self, factors: LoRALayer, bias: Tensor | None, transposed: bool = False) -> None:
+        super().__init__()
+        self.down = nn.Parameter(factors.A, requires_grad=False)
+        self.up = nn.Parameter(factors.B, requires_grad=False)
+        self.bias = None if bias is None else nn.Parameter(bias, requires_grad=False)
+        self.transposed = transposed
+
+    @classmethod
+    def in_place_of(cls, layer: nn.Module, factors: LoRALayer) -> LowRank:
+        """With the layer's own bias."""
+        bias = layer.bias
+        assert bias is None or isinstance(bias, Tensor)
+        return cls(factors, None if bias is None else bias.detach(), isinstance(layer, Conv1D))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return linear(linear(x, self.down), self.up, self.bias)
+
+    @property
+    def rank(self) -> int:
+        """K."""
+        return len(self.down)
+
+    def dense(self) -> Tensor:
+        """The weight as the layer that it stands for has it."""
+        weight = self.up @ self.down
+        return weight.T if self.transposed else weight
+
+
+def weight_of(layer: nn.Module) -> Tensor:
+    """The weight of a linear layer as (d_out, d_in), whichever way it has it."""
+    weight = layer.weight
+    assert isinstance(weight, Tensor)
+    return weight.data.T if isinstance(layer, Conv1D) else weight.data
+
+
+def empty_in_place_of(layer: nn.Module, rank: int) -> LowRank:
+    """One of this rank, to be loaded."""
+    d_out, d_in = weight_of(layer).shape
+    return LowRank.in_place_of(layer, LoRALayer(torch.zeros(rank, d_in), torch.zeros(d_out, rank)))

@@ -1,0 +1,160 @@
+"""Which singular triplets of a weight matter for a loss, and the weight without the others: GRASP's maths.
+
+Liu et al. 2024, arXiv:2501.00339; reference code: LyoAI/GRASP, modeling_grasp.py (``dynamic_svd_selection``).
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Literal, NamedTuple
+
+from torch import Tensor
+from torch.nn.functional import cosine_similarity
+
+from sap_lightning.functional.lora import LoRALayer, singular_triplets
+
+TripletScore = Literal["paper", "code", "gradient"]
+
+
+class Triplets(NamedTuple):
+    """The thin SVD W = U·diag(σ)·V of a weight (d_out, d_in), or gradients of its parts.
+
+    Attributes:
+        U: shape (d_out, k), k = min(d_out, d_in).
+        sigma: shape (k,), descending.
+        V: shape (k, d_in).
+    """
+
+    U: Tensor
+    sigma: Tensor
+    V: Tensor
+
+    @classmethod
+    def of(cls, weight: Tensor) -> Triplets:
+        """Those of a weight, in float64, so that σ that nearly tie have one order.
+
+        Example:
+            >>> import torch
+            >>> from sap_lightning.functional.triplets import Triplets
+            >>> Triplets.of(torch.tensor([[2.0, 1.0], [1.0, 2.0]])).sigma.round(decimals=3).tolist()
+            [3.0, 1.0]
+        """
+        return cls(*singular_triplets(weight.double()))
+
+    def gradients(self, G: Tensor) -> Triplets:
+        """∂L/∂U = G·Vᵀ·diag(σ), ∂L/∂σ_k = u_kᵀ·G·v_k and ∂L/∂V = diag(σ)·Uᵀ·G, from G = ∂L/∂W.
+
+        Example:
+            >>> import torch
+            >>> from sap_lightning.functional.triplets import Triplets
+            >>> triplets = Triplets(torch.eye(2), torch.tensor([3.0, 1.0]), torch.eye(2))
+            >>> triplets.gradients(torch.tensor([[1.0, 2.0], [4.0, 5.0]])).sigma.tolist()
+            [1.0, 5.0]
+        """
+        G = G.to(self.U.dtype)
+        of_u, of_v = G @ self.V.T, self.U.T @ G
+        return Triplets(of_u * self.sigma, (self.U * of_u).sum(0), self.sigma[:, None] * of_v)
+
+    def factors(self, kept: Tensor) -> LoRALayer:
+        """The weight of these triplets alone, σ shared by both factors: A = √σ·V (K, d_in) and B = U·√σ (d_out, K).
+
+        Args:
+            kept: indices of the triplets, shape (K,).
+
+        Example:
+            >>> import torch
+            >>> from sap_lightning.functional.triplets import Triplets
+            >>> triplets = Triplets(torch.eye(2), torch.tensor([4.0, 1.0]), torch.eye(2))
+            >>> triplets.factors(torch.tensor([0])).delta().tolist()
+            [[4.0, 0.0], [0.0, 0.0]]
+        """
+        root = self.sigma[kept].sqrt()
+        return LoRALayer(root[:, None] * self.V[kept], self.U[:, kept] * root)
+
+
+def triplet_scores(triplets: Triplets, gradients: Triplets, score: TripletScore) -> Tensor:
+    """How much each triplet Φ_k = (u_k, σ_k, v_k) matters, shape (k,), with T(θ) = |θ·∂L/∂θ| of every element.
+
+    ``paper``: I(Φ_k) = T(σ_k) + Σ_i T(u_ik) + Σ_j T(v_kj). (With signed terms the three sums would be equal.)
+    ``code``: T(σ_k) alone. ``gradient``: |∂L/∂σ_k|.
+
+    Example:
+        >>> import torch
+        >>> from sap_lightning.functional.triplets import Triplets, triplet_scores
+        >>> triplets = Triplets(torch.eye(2), torch.tensor([3.0, 1.0]), torch.eye(2))
+        >>> gradients = triplets.gradients(torch.tensor([[1.0, 2.0], [4.0, -5.0]]))
+        >>> for score in ("paper", "code", "gradient"):
+        ...     print(score, triplet_scores(triplets, gradients, score).tolist())
+        paper [9.0, 15.0]
+        code [3.0, 5.0]
+        gradient [1.0, 5.0]
+    """
+    if score == "gradient":
+        return gradients.sigma.abs()
+    of_u, of_sigma, of_v = ((theta * gradient).abs() for theta, gradient in zip(triplets, gradients, strict=True))
+    return of_sigma if score == "code" else of_sigma + of_u.sum(0) + of_v.sum(1)
+
+
+def highest(scores: Tensor, count: int) -> Tensor:
+    """Indices of the highest scores in ascending order; of equal ones the first are taken.
+
+    Example:
+        >>> import torch
+        >>> from sap_lightning.functional.triplets import highest
+        >>> highest(torch.tensor([1.0, 3.0, 2.0, 2.0]), count=2).tolist()
+        [1, 2]
+    """
+    return scores.argsort(descending=True, stable=True)[:count].sort().values
+
+
+def kept_by_share(shape: tuple[int, int], retain: float) -> int:
+    """K = ⌈r·ℓ⌉ of a weight's ℓ = min(d_out, d_in) triplets, as the paper counts.
+
+    Example:
+        >>> from sap_lightning.functional.triplets import kept_by_share
+        >>> kept_by_share((8, 30), retain=0.1)
+        1
+    """
+    return math.ceil(round(retain * min(shape), 9))  # 0.1·30 is a little above 3
+
+
+def kept_by_parameters(shape: tuple[int, int], compression: float) -> int:
+    """K = ⌊d_out·d_in·(1 − c) / (d_out + d_in)⌋, as the code counts: factors of a share 1 − c of the parameters.
+
+    Example:
+        >>> from sap_lightning.functional.triplets import kept_by_parameters
+        >>> kept_by_parameters((10, 10), compression=0.2)
+        4
+    """
+    d_out, d_in = shape
+    return math.floor(round(d_out * d_in * (1 - compression) / (d_out + d_in), 9))
+
+
+def is_smaller(shape: tuple[int, int], kept: int) -> bool:
+    """Whether a weight's two factors have fewer parameters than the weight, K·(d_out + d_in) < d_out·d_in.
+
+    Example:
+        >>> from sap_lightning.functional.triplets import is_smaller
+        >>> is_smaller((10, 10), 4), is_smaller((10, 10), 5)
+        (True, False)
+    """
+    return kept * sum(shape) < math.prod(shape)
+
+
+def token_cosines(inputs: Tensor, outputs: Tensor) -> Tensor:
+    """cos(h_i,t, h_i+1,t) of every token t, float64: how little a block changes it.
+
+    Args:
+        inputs: of the block, shape (…, d).
+        outputs: of the block, before any norm that follows, shape (…, d).
+
+    Returns:
+        Shape (tokens,).
+
+    Example:
+        >>> import torch
+        >>> from sap_lightning.functional.triplets import token_cosines
+        >>> token_cosines(torch.tensor([[[1.0, 0.0], [0.0, 2.0]]]), torch.tensor([[[2.0, 0.0], [3.0, 4.0]]])).tolist()
+        [1.0, 0.8]
+    """
+    return cosine_similarity(inputs.double(), outputs.double(), dim=-1).flatten()
