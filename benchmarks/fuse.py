@@ -287,4 +287,4 @@ def write_shard(path: Path, shapes: dict[str, tuple[int, ...]], numbers: Tensor 
 
 
 if __name__ == "__main__":
-    auto_cli(main)
+    auto_cli(main, as_positional=False)

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Mapping
+from contextlib import ExitStack
 from pathlib import Path
 from typing import BinaryIO
 
+import torch
 from torch import Tensor, nn
 
 from sap_lightning.checkpoints.examples import Examples
@@ -42,18 +44,19 @@ class Scores:
 def write_scores(file: BinaryIO, method: SAP, sources: Sources, index: int, examples: Examples) -> None:
     """Scores what the model of this number has changed of each weight that can be fused.
 
-    The model's weights and one gradient of each are in memory together.
+    The model's weights and their gradients are in memory together.
 
     Raises:
         InputError: when the model is not of the kind that the examples are for, or a score is not finite.
     """
     checkpoint, own = sources.models[index], sources.keys[index]
-    gradients = mean_gradients(examples.load(checkpoint.folder), examples, method.reduction)
+    gradients, loss = mean_gradients(examples.load(checkpoint.folder), examples, method.reduction)
+    log.info("%s: %s has a mean loss of %.4f", method.name, checkpoint.name, loss)
     names = matched(list(checkpoint.stated), list(gradients))
     keys = [key for key in sources.first.stated if key not in sources.kept]
     file.write(head_of({key: sources.first.stated[key].shape for key in keys}))
     for key in track(keys, f"{method.name}: scores"):
-        gradient = gradients.get(names.get(own[key], ""))
+        gradient = gradients.get(names.get(own[key], ""))  # a weight that the model does not use has none
         for rows in sources.blocks(key, BLOCK):
             delta = sources.change(index, key, rows).layers[key]
             (score,) = method.score((delta,), (_rows_of(gradient, rows, delta),))
@@ -62,28 +65,28 @@ def write_scores(file: BinaryIO, method: SAP, sources: Sources, index: int, exam
             file.write(bytes_of(score))
 
 
-def mean_gradients(model: nn.Module, examples: Examples, reduction: Reduction) -> Mapping[str, Tensor]:
-    """Each parameter's gradients of the examples' losses, as one; none of those that no loss depends on."""
-    sums: dict[nn.Parameter, Tensor] = {}
+def mean_gradients(model: nn.Module, examples: Examples, reduction: Reduction) -> tuple[Mapping[str, Tensor], float]:
+    """Each parameter's gradients of the examples' losses, as one, and the mean loss."""
+    sums = {parameter: torch.zeros_like(parameter, requires_grad=False) for parameter in model.parameters()}
 
     def add(parameter: Tensor) -> None:
         assert isinstance(parameter, nn.Parameter) and parameter.grad is not None
-        gradient, parameter.grad = term(parameter.grad, reduction), None
-        sums[parameter] = sums[parameter].add_(gradient) if parameter in sums else gradient
+        sums[parameter] += term(parameter.grad, reduction)
+        parameter.grad = None
 
-    for parameter in model.parameters():
-        parameter.register_post_accumulate_grad_hook(add)
     losses = []
-    for loss in examples.losses(model):
-        loss.backward()
-        losses.append(float(loss.detach()))
+    with ExitStack() as hooks:  # which would keep the model alive
+        for parameter in model.parameters():
+            hooks.callback(parameter.register_post_accumulate_grad_hook(add).remove)
+        for loss in examples.losses(model):
+            loss.backward()
+            losses.append(float(loss.detach()))
     if not losses:
         raise InputError("fuse.texts: no text has a second token, which the first could tell; give longer ones")
-    log.info("the mean loss of %d examples is %.4f", len(losses), sum(losses) / len(losses))
     for total in sums.values():
         total /= len(losses)
     every = model.named_parameters(remove_duplicate=False)  # a head that is tied has both names
-    return {name: sums[parameter] for name, parameter in every if parameter in sums}
+    return {name: sums[parameter] for name, parameter in every}, sum(losses) / len(losses)
 
 
 def _rows_of(gradient: Tensor | None, rows: Rows, like: Tensor) -> Tensor:

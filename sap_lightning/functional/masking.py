@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from functools import cached_property
 from typing import Literal
 
@@ -13,6 +13,8 @@ from torch import Tensor
 from sap_lightning.functional.spaces import Parameters
 
 Scope = Literal["global", "layer", "tensor"]
+
+_PIECE = 2**20
 
 
 def keep_mask(scores: Tensor, sparsity: float) -> Tensor:
@@ -113,23 +115,26 @@ class RunningThreshold:
 
     def count(self, values: Tensor) -> None:
         """Looks at a part for the first time."""
-        self._upper += np.bincount(_order_bits(values) >> 16, minlength=2**16)
+        for bits in _order_bits(values):
+            self._upper += np.bincount(bits >> 16, minlength=2**16)
 
     def refine(self, values: Tensor) -> None:
         """Looks at a part for the second time."""
-        bits = _order_bits(values)
-        self._lower += np.bincount(bits[bits >> 16 == self._half] & 0xFFFF, minlength=2**16)
+        for bits in _order_bits(values):
+            self._lower += np.bincount(bits[bits >> 16 == self._half] & 0xFFFF, minlength=2**16)
 
     def keep(self, values: Tensor) -> Tensor:
         """True where a value of a part stays, of its shape; of equal values the first ones shown go first."""
         if not self._drop:
             return torch.ones_like(values, dtype=torch.bool)
-        bits = _order_bits(values)
-        keep = bits >= self._threshold
+        return torch.from_numpy(np.concatenate([self._keep(bits) for bits in _order_bits(values)])).view(values.shape)
+
+    def _keep(self, bits: np.ndarray) -> np.ndarray:
+        keep: np.ndarray = bits >= self._threshold
         equal = np.flatnonzero(bits == self._threshold)[: self.equal_that_go]
         keep[equal] = False
         self.equal_that_go -= len(equal)
-        return torch.from_numpy(keep).view(values.shape)
+        return keep
 
     @cached_property
     def equal_that_go(self) -> int:
@@ -154,11 +159,12 @@ class RunningThreshold:
         return self._half << 16 | int(np.searchsorted(self._lower.cumsum(), self._drop - self._below))
 
 
-def _order_bits(values: Tensor) -> np.ndarray:
-    """Whole numbers from 0 to 2³² − 1 in the order of the values, flat; −0 and 0 are the same."""
-    bits = (values.flatten().float() + 0.0).numpy().view(np.uint32)
+def _order_bits(values: Tensor) -> Iterator[np.ndarray]:
+    """Whole numbers from 0 to 2³² − 1 in the order of the values, piece by piece; −0 and 0 are the same."""
     negative = np.uint32(2**31)
-    return np.where(bits >= negative, ~bits, bits | negative)
+    for piece in values.flatten().split(_PIECE):
+        bits = (piece.float() + 0.0).numpy().view(np.uint32)
+        yield np.where(bits >= negative, ~bits, bits | negative)
 
 
 def keep_in_rows(scores: Tensor, sparsity: float) -> Tensor:

@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 from references import reproducibly
 from torch import Tensor
 
+from sap_lightning.functional import masking
 from sap_lightning.functional.masking import (
     RunningThreshold,
     Scope,
@@ -193,7 +194,8 @@ def test_ranks_run_from_zero_to_one_and_of_equal_scores_the_first_is_lower(
 
 @pytest.mark.parametrize("sparsity", [0.0, 0.3, 0.5, 0.999, 1.0])
 @pytest.mark.parametrize("values", ["magnitudes", "signed", "ties", "equal"])
-def test_a_running_threshold_keeps_what_one_look_at_all_would(values: str, sparsity: float) -> None:
+def test_a_running_threshold_keeps_what_one_look_at_all_would(values: str, sparsity: float, monkeypatch) -> None:
+    monkeypatch.setattr(masking, "_PIECE", 150)
     drawn = torch.randn(997, generator=torch.Generator().manual_seed(0))
     every = {"magnitudes": drawn.abs(), "signed": drawn, "ties": (4 * drawn).round().abs(), "equal": 0 * drawn}[values]
     parts = every.split([100, 0, 500, 397])

@@ -13,7 +13,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load, save
 
 from sap_lightning.errors import InputError
-from sap_lightning.io.weights import MAX_HEADER_BYTES, SafetensorsFile
+from sap_lightning.io.weights import MAX_HEADER_BYTES, SafetensorsFile, head_of
 
 TENSORS = {
     "a": torch.arange(6.0).view(2, 3),
@@ -31,6 +31,15 @@ def header_and_data(content: bytes) -> tuple[dict, bytes]:
 def file_of(header: object, data: bytes) -> bytes:
     text = header if isinstance(header, bytes) else json.dumps(header).encode()
     return len(text).to_bytes(8, "little") + text + data
+
+
+def test_a_head_for_tensors_to_come_is_one_that_the_library_reads() -> None:
+    tensors = {"b": torch.rand(2, 3), "a": torch.rand(()), "c": torch.rand(0, 4)}
+    head = head_of({key: tensor.shape for key, tensor in tensors.items()})
+    content = head + b"".join(tensor.numpy().tobytes() for tensor in tensors.values())
+    assert all(torch.equal(tensor, tensors[key]) for key, tensor in load(content).items())
+    with SafetensorsFile.of(content, "here").opened() as opened:
+        assert opened.head() == head and opened.in_order()[0] == "b"
 
 
 def keys_of(content: bytes) -> set[str]:
