@@ -20,6 +20,7 @@ from lightning.pytorch.callbacks import ProgressBar
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 
 from sap_lightning.checkpoints.fusion import Fusion
+from sap_lightning.checkpoints.methods import FUSE_METHODS
 from sap_lightning.data.anchors import AnchorDataModule
 from sap_lightning.data.domains import DomainDataModule
 from sap_lightning.errors import InputError, first_line
@@ -574,10 +575,11 @@ def with_class_paths(args: Sequence[str]) -> list[str]:
 
 
 def _class_path(option: str, name: str, has_settings: bool) -> str:
+    methods = FUSE_METHODS if option.startswith("--fuse.") else METHODS
     # Without settings of its own sap is what the group prune says, and a method under another is recorded by its name.
-    if name not in METHODS or (not has_settings and (name == SAP.name or option != METHOD_OPTION)):
+    if name not in methods or (not has_settings and (name == SAP.name or option != METHOD_OPTION)):
         return name
-    return _path_of(METHODS[name])
+    return _path_of(methods[name])
 
 
 def _path_of(named: type) -> str:

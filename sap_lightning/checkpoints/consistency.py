@@ -4,40 +4,21 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 
 import torch
 from torch import Tensor
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
+from transformers import PreTrainedModel
 
 from sap_lightning.checkpoints.fuser import Fuser
 from sap_lightning.checkpoints.keys import matched
 from sap_lightning.checkpoints.sources import Sources
+from sap_lightning.checkpoints.texts import language_model, tokens_of
 from sap_lightning.console import track
-from sap_lightning.errors import InputError, first_line
 from sap_lightning.functional.agreement import divergence
 from sap_lightning.functional.lora import dense
 from sap_lightning.merging import ATAF
 
 log = logging.getLogger(__name__)
-MOST_TEXTS = 32
-MOST_TOKENS = 64
-"""How many texts are looked at, and how many tokens of each."""
-
-
-def read_texts(file: str) -> list[str]:
-    """The first lines of a text file that are not empty.
-
-    Raises:
-        InputError: when it cannot be read, or there is no such line.
-    """
-    try:
-        lines = Path(file).read_text(encoding="utf-8").splitlines()
-    except (OSError, UnicodeDecodeError) as error:
-        raise InputError(f"fuse.texts {file}: cannot be read as UTF-8 text ({first_line(error)})") from error
-    if not (texts := [line for line in lines if line.strip()][:MOST_TEXTS]):
-        raise InputError(f"fuse.texts {file}: has no text; give one a line")
-    return texts
 
 
 def divergences(method: ATAF, shares: Sequence[float], sources: Sources, texts: Sequence[str]) -> dict[float, float]:
@@ -49,9 +30,9 @@ def divergences(method: ATAF, shares: Sequence[float], sources: Sources, texts: 
     Raises:
         InputError: when the first model is no causal language model with a tokenizer.
     """
-    tokens = _tokens(sources.first.folder, texts)
-    own = [_predictions(_loaded(model.folder), tokens) for model in sources.models]
-    model, towards = _loaded(sources.first.folder), _towards(ATAF(side=method.side, alpha=1.0), shares, sources)
+    tokens = tokens_of(texts, sources.first.folder)
+    own = [_predictions(language_model(model.folder), tokens) for model in sources.models]
+    model, towards = language_model(sources.first.folder), _towards(ATAF(side=method.side, alpha=1.0), shares, sources)
     weights = model.state_dict()
     names = matched(list(towards), list(weights))
     start = {key: weights[name].clone() for key, name in names.items()}
@@ -79,30 +60,6 @@ def _towards(method: ATAF, shares: Sequence[float], sources: Sources) -> dict[st
         (part,) = fuser.parts(key)
         found[key] = dense(method.merge_weight(key, part.changes, shares)) - part.changes[0].layers[key]
     return found
-
-
-def _loaded(folder: Path) -> PreTrainedModel:
-    try:
-        model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(
-            folder, dtype=torch.float32, trust_remote_code=False, use_safetensors=True
-        )
-    except Exception as error:  # transformers raises whatever a faulty file leads it to
-        raise InputError(
-            f"{folder}: is no causal language model that fuse.texts could be shown to ({first_line(error)}); give"
-            " --fuse.method.alpha"
-        ) from error
-    return model.eval()
-
-
-def _tokens(folder: Path, texts: Sequence[str]) -> list[Tensor]:
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
-    except Exception as error:
-        raise InputError(
-            f"{folder}: has no tokenizer for fuse.texts ({first_line(error)}); give --fuse.method.alpha"
-        ) from error
-    tokens = [tokenizer(text, return_tensors="pt").input_ids[:, :MOST_TOKENS] for text in texts]
-    return [one for one in tokens if one.numel()]
 
 
 @torch.inference_mode()

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property, partial
 from hashlib import sha256
 from typing import Any, BinaryIO
 
 from torch import Tensor
 
+from sap_lightning.checkpoints.method import Seen, WholeMethod
 from sap_lightning.checkpoints.sources import Part, Sources, bytes_of
 from sap_lightning.console import track
 from sap_lightning.errors import InputError
@@ -58,18 +59,25 @@ class Fuser:
         method: the merge method.
         shares: each model's share of the whole.
         sources: the models.
+        seen: what a method of whole models has seen of them.
     """
 
     method: MergeMethod
     shares: Sequence[float]
     sources: Sources
+    seen: Seen = field(default_factory=dict)
 
     @cached_property
     def kept(self) -> dict[str, str]:
         """Weights that stay as the first model has them, by key, and why."""
-        shapes = self.sources.first.shapes
-        by_method = {key: f"{self.method.name} leaves it" for key in shapes if self.method.keeps(key, shapes[key])}
-        return by_method | self.sources.kept
+        return self._kept_by_method | self.sources.kept
+
+    @property
+    def _kept_by_method(self) -> dict[str, str]:
+        method, shapes = self.method, self.sources.first.shapes
+        if isinstance(method, WholeMethod):
+            return method.kept(self.sources, self.seen)
+        return {key: f"{method.name} leaves it" for key in shapes if method.keeps(key, shapes[key])}
 
     @cached_property
     def thresholds(self) -> list[RunningThreshold] | None:
@@ -120,13 +128,18 @@ class Fuser:
     def _fused(self, key: str, part: Part) -> Tensor:
         """A part in the first model's dtype."""
         dtype = part.changes[0].stored.dtype
-        result = (part.base + dense(self._update(key, part))).to(dtype)
+        result = self._weight(key, part).to(dtype)
         if not result.isfinite().all():
             raise InputError(
                 f"{key}: what {self.method.name} makes of it is not finite in {dtype}; check the models and the"
                 f" method's settings, {self.method.settings}"
             )
         return result
+
+    def _weight(self, key: str, part: Part) -> Tensor:
+        if isinstance(self.method, WholeMethod):
+            return self.method.fused(key, part, self.seen)
+        return part.base + dense(self._update(key, part))
 
     def _update(self, key: str, part: Part) -> Update:
         method = self.method

@@ -6,12 +6,14 @@ import math
 from pathlib import Path
 
 from sap_lightning.checkpoints.checkpoint import Checkpoint
-from sap_lightning.checkpoints.consistency import read_texts
+from sap_lightning.checkpoints.method import WholeMethod
+from sap_lightning.checkpoints.methods import FUSE_METHODS
 from sap_lightning.checkpoints.sources import Sources
+from sap_lightning.checkpoints.texts import read_texts
 from sap_lightning.checkpoints.work import Work
 from sap_lightning.errors import InputError
 from sap_lightning.files import locked, put_in_place, refuse_existing, writing
-from sap_lightning.merging import ATAF, METHODS, MergeMethod, method_named
+from sap_lightning.merging import ATAF, MergeMethod, method_named
 from sap_lightning.merging.method import check_weights
 
 
@@ -25,7 +27,8 @@ class Fusion:
         base: the model that they were trained from; median, trimmed_mean and average need none.
         method: how the models' changes of the base become one: a method, or the name of one at its own settings.
         weights: a number for each model, by which its change is multiplied; they count alike if not given.
-        texts: file of unlabelled texts, one a line, by which ataf finds its α for causal language models.
+        texts: file of unlabelled texts, one a line, that causal language models are shown; by them ataf finds its α,
+            and safe_m what is salient.
 
     Raises:
         InputError: when a method cannot fuse whole models, or the settings contradict each other.
@@ -43,7 +46,7 @@ class Fusion:
         self.models = models
         self.output = output
         self.base = base
-        self.method = method_named(method, "fuse.method") if isinstance(method, str) else method
+        self.method = method_named(method, "fuse.method", FUSE_METHODS) if isinstance(method, str) else method
         self.weights = weights
         self.texts = texts
         check_method(self.method)
@@ -55,17 +58,20 @@ class Fusion:
             raise InputError(f"fuse.models {self.models}: {method.name} needs at least {least}")
         if twice := [model for model in self.models if self.models.count(model) > 1]:
             raise InputError(f"fuse.models: {twice[0]} is given twice; give each model once")
-        if self.weights is not None:
+        if isinstance(method, WholeMethod):
+            method.check(self.models, self.base, self.weights)
+        elif self.weights is not None:
             check_weights(method, self.weights, "fuse.weights")
             if len(self.weights) != len(self.models):
                 raise InputError(f"fuse.weights {self.weights}: {len(self.weights)} for {len(self.models)} models")
         if (self.texts is not None) != method.needs_anchors:
             raise InputError(
-                f"fuse.method {method.name}: give --fuse.texts, by which it finds alpha, or --fuse.method.alpha"
+                f"fuse.method {method.name}: give --fuse.texts, {_use_of_texts(method)}"
                 if method.needs_anchors
                 else f"fuse.texts {self.texts}: {method.name} looks at none here; leave it out"
             )
-        if self.base is None and not (method.merges_prompts and math.isclose(sum(self.shares), 1)):
+        needs_base = not isinstance(method, WholeMethod)
+        if needs_base and self.base is None and not (method.merges_prompts and math.isclose(sum(self.shares), 1)):
             raise InputError(
                 f"fuse.base is not set: {method.name} fuses what the models have changed of a base; name the model that"
                 " they were trained from"
@@ -99,9 +105,15 @@ class Fusion:
 
 def check_method(method: MergeMethod) -> None:
     """Raises InputError when a method cannot fuse whole models, and says why."""
-    able = ", ".join(name for name, one in METHODS.items() if _obstacle(one()) is None)
+    able = ", ".join(name for name, one in FUSE_METHODS.items() if _obstacle(one()) is None)
     if (why := _obstacle(method)) is not None:
         raise InputError(f"fuse.method {method.name} {why}; whole models are fused by {able}")
+
+
+def _use_of_texts(method: MergeMethod) -> str:
+    if isinstance(method, ATAF):
+        return "by which it finds alpha, or --fuse.method.alpha"
+    return "which it shows the models to look at them at work"
 
 
 def _obstacle(method: MergeMethod) -> str | None:
@@ -109,6 +121,8 @@ def _obstacle(method: MergeMethod) -> str | None:
         return "looks at what clients say of their training, which whole models do not"
     if method.needs_factors:
         return "looks at the factors A and B of LoRA, which whole models have not"
+    if isinstance(method, WholeMethod):
+        return None
     if method.needs_anchors and not isinstance(method, ATAF):
         return "looks at anchors through CLIP with an adapter on it, and not at whole models"
     if not method.merges_weights:

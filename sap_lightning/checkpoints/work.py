@@ -14,10 +14,12 @@ from typing import Any
 
 from sap_lightning.checkpoints.consistency import divergences, most_consistent
 from sap_lightning.checkpoints.fuser import Fuser
+from sap_lightning.checkpoints.method import Seen, WholeMethod
 from sap_lightning.checkpoints.sources import Sources
+from sap_lightning.checkpoints.texts import Texts
 from sap_lightning.console import track
 from sap_lightning.errors import InputError
-from sap_lightning.files import as_json, replacing, sha256_of_file, write_json, write_text
+from sap_lightning.files import as_json, read_tensors, replacing, sha256_of_file, write_json, write_tensors, write_text
 from sap_lightning.fingerprints import sealed, unsealed
 from sap_lightning.io.peft_config import public_name
 from sap_lightning.merging import ATAF, MergeMethod
@@ -26,6 +28,7 @@ from sap_lightning.merging.merged import CARD_FILE, RECORD_FILE, Words, model_ca
 PLAN_FILE = "plan.json"
 """Stands in the result until all is done."""
 ALPHAS_FILE = "alphas.json"
+SEEN_FILE = "seen.safetensors"
 
 
 @dataclass(frozen=True)
@@ -37,7 +40,7 @@ class Work:
         shares: each model's share of the whole.
         sources: the models.
         workplace: the folder in which it is done, where finished shards stand.
-        texts: by which ataf finds its α.
+        texts: by which ataf finds its α, or at which a method of whole models looks.
     """
 
     method: MergeMethod
@@ -74,9 +77,10 @@ class Work:
         """
         if not self.is_planned_in(self.folder):
             shutil.rmtree(self.folder, ignore_errors=True)
-            (self.workplace / ALPHAS_FILE).unlink(missing_ok=True)
+            for name in (ALPHAS_FILE, SEEN_FILE):
+                (self.workplace / name).unlink(missing_ok=True)
             write_json(self.folder / PLAN_FILE, sealed(self.plan))
-        fuser = Fuser(self._decided(), self.shares, self.sources)
+        fuser = Fuser(self._decided(), self.shares, self.sources, self._seen())
         shards: dict[str, dict[str, Any]] = {}
         for shard in track(list(self.sources.first.shards), f"{self.method.name}: shards"):
             shards[shard] = self._record_of(shard) or self._write(shard, fuser, shards)
@@ -93,6 +97,16 @@ class Work:
             }
             write_json(file, sealed(found))
         return replace(method, alpha=most_consistent({float(alpha): one for alpha, one in found.items()}))
+
+    def _seen(self) -> Seen:
+        """What a method of whole models sees of them; nothing where it is another."""
+        method, file = self.method, self.workplace / SEEN_FILE
+        if not isinstance(method, WholeMethod):
+            return {}
+        if (seen := read_tensors(file)) is None:
+            seen = dict(method.look(self.sources, Texts.of(self.texts, self.sources.first.folder)))
+            write_tensors(file, seen)
+        return seen
 
     def _record_of(self, shard: str) -> dict[str, Any] | None:
         """What was said of a shard when it was finished; None where it is not as it was then."""
@@ -154,6 +168,7 @@ class Work:
             "renamed": self.sources.renamed,
             "unused": self.sources.unused,
             **({"alpha": fuser.method.alpha} if isinstance(fuser.method, ATAF) else {}),
+            **(fuser.method.findings(fuser.seen) if isinstance(fuser.method, WholeMethod) else {}),
             "unchanged": sum(one["unchanged"] for one in shards) / elements if elements else 1.0,
         }
 

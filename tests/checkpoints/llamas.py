@@ -7,8 +7,11 @@ from pathlib import Path
 
 import torch
 from safetensors.torch import load_file
+from tokenizers import Tokenizer as WordTokenizer
+from tokenizers.models import WordLevel
+from tokenizers.pre_tokenizers import Whitespace
 from torch import Tensor
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 SIZES = {
     "hidden_size": 32,
@@ -18,6 +21,8 @@ SIZES = {
     "intermediate_size": 48,
     "vocab_size": 40,
 }
+WORDS = ["[UNK]", *["the", "cat", "dog", "sat", "ran", "on", "under", "a", "mat", "bed"]]
+TEXTS = ["the cat sat on the mat", "a dog ran under the bed", "the dog sat"]
 
 
 def llama(seed: int = 0, **options: object) -> LlamaForCausalLM:
@@ -40,6 +45,14 @@ def trained(model: LlamaForCausalLM, seed: int, size: float = 0.01) -> LlamaForC
 
 def saved(model: torch.nn.Module, folder: Path, dtype: torch.dtype = torch.float32, shard: str = "20KB") -> Path:
     model.to(dtype).save_pretrained(folder, max_shard_size=shard)
+    return folder
+
+
+def speaking(folder: Path) -> Path:
+    """Gives a model's folder a tokenizer, of ``WORDS``."""
+    tokenizer = WordTokenizer(WordLevel({word: index for index, word in enumerate(WORDS)}, "[UNK]"))
+    tokenizer.pre_tokenizer = Whitespace()
+    PreTrainedTokenizerFast(tokenizer_object=tokenizer, unk_token="[UNK]").save_pretrained(folder)
     return folder
 
 

@@ -3,47 +3,23 @@
 from __future__ import annotations
 
 import json
-import shutil
 from pathlib import Path
 
 import pytest
 import torch
-from llamas import weights_in
-from tokenizers import Tokenizer
-from tokenizers.models import WordLevel
-from tokenizers.pre_tokenizers import Whitespace
+from llamas import TEXTS, WORDS, weights_in
 from torch.nn.functional import kl_div
 from torch.testing import assert_close
-from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
+from transformers import AutoModelForCausalLM
 
 from sap_lightning.checkpoints.checkpoint import Checkpoint
-from sap_lightning.checkpoints.consistency import divergences, most_consistent, read_texts
+from sap_lightning.checkpoints.consistency import divergences, most_consistent
 from sap_lightning.checkpoints.fusion import Fusion
 from sap_lightning.checkpoints.sources import Sources
+from sap_lightning.checkpoints.texts import read_texts
 from sap_lightning.errors import InputError
 from sap_lightning.functional.agreement import divergence
 from sap_lightning.merging import ATAF
-
-WORDS = ["[UNK]", *["the", "cat", "dog", "sat", "ran", "on", "under", "a", "mat", "bed"]]
-TEXTS = ["the cat sat on the mat", "a dog ran under the bed", "the dog sat"]
-
-
-@pytest.fixture(scope="module")
-def speaking(trio: list[str], tmp_path_factory: pytest.TempPathFactory) -> list[str]:
-    """A, B and C with a tokenizer."""
-    tokenizer = Tokenizer(WordLevel({word: index for index, word in enumerate(WORDS)}, "[UNK]"))
-    tokenizer.pre_tokenizer = Whitespace()
-    folder = tmp_path_factory.mktemp("speaking")
-    for path in trio:
-        shutil.copytree(path, folder / Path(path).name)
-    PreTrainedTokenizerFast(tokenizer_object=tokenizer, unk_token="[UNK]").save_pretrained(folder / "a")
-    return [str(folder / name) for name in "abc"]
-
-
-@pytest.fixture
-def texts(tmp_path: Path) -> str:
-    (tmp_path / "texts.txt").write_text("\n\n".join(TEXTS) + "\n")
-    return str(tmp_path / "texts.txt")
 
 
 def jensen_shannon(p: torch.Tensor, q: torch.Tensor) -> torch.Tensor:
@@ -52,8 +28,8 @@ def jensen_shannon(p: torch.Tensor, q: torch.Tensor) -> torch.Tensor:
     return (kl_div(middle, p, reduction="none") + kl_div(middle, q, reduction="none")).sum(-1) / 2
 
 
-def test_the_divergence_of_each_alpha_is_that_of_the_model_fused_at_it(speaking, texts, tmp_path) -> None:
-    *models, base = speaking
+def test_the_divergence_of_each_alpha_is_that_of_the_model_fused_at_it(speakers, texts, tmp_path) -> None:
+    *models, base = speakers
     sources = Sources.of([Checkpoint(model) for model in models], Checkpoint(base))
     found = divergences(ATAF(steps=3), [0.5, 0.5], sources, read_texts(texts))
     assert list(found) == [0.0, 0.5, 1.0]
@@ -70,8 +46,8 @@ def test_the_divergence_of_each_alpha_is_that_of_the_model_fused_at_it(speaking,
         assert_close(torch.tensor(value), sum(expected) / 2, atol=1e-6, rtol=1e-3)
 
 
-def test_the_fusion_takes_the_most_consistent_alpha_and_says_so(speaking, texts, tmp_path) -> None:
-    *models, base = speaking
+def test_the_fusion_takes_the_most_consistent_alpha_and_says_so(speakers, texts, tmp_path) -> None:
+    *models, base = speakers
     Fusion(models, str(tmp_path / "out"), base, "ataf", texts=texts).run()
     alpha = json.loads((tmp_path / "out" / "merge.json").read_text())["findings"]["alpha"]
     sources = Sources.of([Checkpoint(model) for model in models], Checkpoint(base))
@@ -91,8 +67,8 @@ def test_divergence_is_symmetric_and_as_by_kullback_leibler() -> None:
     assert_close(divergence(p, q), divergence(q, p))
 
 
-def test_texts_that_are_none_or_ignored_are_refused(speaking, texts, tmp_path) -> None:
-    *models, base = speaking
+def test_texts_that_are_none_or_ignored_are_refused(speakers, texts, tmp_path) -> None:
+    *models, base = speakers
     with pytest.raises(InputError, match=r"fuse.method ataf: give --fuse.texts, by which it finds alpha, or --fuse"):
         Fusion(models, str(tmp_path / "out"), base, "ataf")
     with pytest.raises(InputError, match=r"ties looks at none here; leave it out"):

@@ -1,0 +1,9 @@
+"""Methods of whole models alone. Each lives in a file of its name and cites its source."""
+
+from sap_lightning.checkpoints.methods.safe_m import SafeM
+from sap_lightning.merging import METHODS, MergeMethod
+
+FUSE_METHODS: dict[str, type[MergeMethod]] = METHODS | {method.name: method for method in (SafeM,)}
+"""All methods that the command fuse knows by name."""
+
+__all__ = ["FUSE_METHODS", "SafeM"]

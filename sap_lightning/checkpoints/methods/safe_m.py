@@ -1,0 +1,110 @@
+"""SAFE-M: what a second model has learned where it is salient and in no conflict with the first.
+
+Reference code: Harris-X/DGSM, merge/SAFE (mask_generation.py, merge.py); we found no paper under this name.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from sap_lightning.checkpoints.activations import Means, watched
+from sap_lightning.checkpoints.keys import matched
+from sap_lightning.checkpoints.method import Seen, WholeMethod
+from sap_lightning.checkpoints.sources import Part, Sources
+from sap_lightning.checkpoints.texts import Texts
+from sap_lightning.errors import InputError, check_share
+from sap_lightning.functional.flatness import Sharpness, sharpness_aware_saliency
+from sap_lightning.functional.masking import keep_highest
+from sap_lightning.functional.projection import split_along
+from sap_lightning.merging.ataf import is_mixed
+
+
+@dataclass(frozen=True)
+class SafeM(WholeMethod):
+    """W_A + λ_p·τ∥ + λ_o·τ⊥, layer by layer: τ is what B has changed of the base, where it is let in.
+
+    X̄ and Ȳ are a layer's mean inputs and outputs over all positions of the texts. They stand for a gradient,
+    g_A = Ȳ_A·X̄_Aᵀ and g_B = (Ȳ_B − Ȳ_C)·X̄_Aᵀ, by which every weight w has the score |w·g| / (1 + a·g²) (``code``) or
+    |w·g| / (g² + ε) (``paper``). Where w_B is among the highest scores of its layer it is let in, unless w_A is among
+    the highest of A too and the two have changed the base in opposite directions. τ∥ is a row's part along A's mean
+    input X̄_A, τ⊥ the rest. Biases have g_A = Ȳ_A, g_B = Ȳ_B − Ȳ_C, and the latter as their direction.
+
+    Matrices and biases of linear layers in the blocks are fused; all else stays as A has it. X̄ and Ȳ are means over
+    positions, where the code sums over each text's, so that scores do not grow with the length of a text. Of scores
+    that are equal at the threshold the code lets all in, and here the share is exact.
+
+    Args:
+        share: of the weights of a layer, that which counts as salient.
+        sharpness: the score of the code or that of the paper.
+        a: in the score of the code.
+        along: λ_p.
+        across: λ_o.
+    """
+
+    name = "safe_m"
+    needs_base = True
+
+    share: float = 0.1
+    sharpness: Sharpness = "code"
+    a: float = 0.1
+    along: float = 1.0
+    across: float = 0.8
+
+    def __post_init__(self) -> None:
+        check_share("fuse.method.share", self.share)
+
+    def look(self, sources: Sources, texts: Texts) -> Seen:
+        (a, b), c = sources.models, sources.base
+        inputs, outputs = _means(a.folder, texts)
+        moved = [_means(model.folder, texts)[1] for model in (b, c)]
+        layers = {_layer(key) for key, shape in a.shapes.items() if is_mixed(key, shape)}
+        of_a, of_b, of_c = (matched(list(layers), list(means)) for means in (outputs, *moved))
+        found: dict[str, Tensor] = {}
+        for layer in of_a.keys() & of_b.keys() & of_c.keys():
+            found[f"{layer}.inputs"] = inputs[of_a[layer]]
+            found[f"{layer}.outputs"] = outputs[of_a[layer]]
+            found[f"{layer}.moved"] = moved[0][of_b[layer]] - moved[1][of_c[layer]]
+        if not found:
+            raise InputError(f"{a.name}: has no linear layers in blocks that {b.name} and {c.name} have too")
+        return found
+
+    def kept(self, sources: Sources, seen: Seen) -> dict[str, str]:
+        every = sources.first.shapes
+        return {
+            key: f"{self.name} leaves it"
+            for key, shape in every.items()
+            if not (is_mixed(key, shape) and f"{_layer(key)}.moved" in seen)
+        }
+
+    def fused(self, key: str, part: Part, seen: Seen) -> Tensor:
+        inputs, outputs, moved = (seen[f"{_layer(key)}.{what}"] for what in ("inputs", "outputs", "moved"))
+        a, b = (change.stored.float() for change in part.changes)
+        if key.endswith("bias"):
+            g_a, g_b, direction = outputs[None], moved[None], moved
+        else:
+            g_a, g_b, direction = torch.outer(outputs, inputs), torch.outer(moved, inputs), inputs
+        salient_a, salient_b = (self._salient(w, g.view(w.shape)) for w, g in ((a, g_a), (b, g_b)))
+        tau_a, tau_b = a - part.base, b - part.base
+        conflict = salient_a & salient_b & (tau_a.sign() != tau_b.sign())
+        let_in = tau_b * (salient_b & ~conflict)
+        along, across = split_along(let_in.view(-1, len(direction)), direction)
+        return a + (self.along * along + self.across * across).view(a.shape)
+
+    def _salient(self, weight: Tensor, direction: Tensor) -> Tensor:
+        return keep_highest(sharpness_aware_saliency(weight, direction, self.sharpness, self.a), self.share)
+
+
+def _layer(key: str) -> str:
+    return key.rpartition(".")[0]
+
+
+def _means(folder: Path, texts: Texts) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """Mean inputs and outputs of a model's linear layers."""
+    model, means = texts.model(folder), Means()
+    with watched(model, means):
+        texts.show_to(model)
+    return means.inputs, means.outputs
