@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
+from typing import NamedTuple
 
+import torch
 from torch import Tensor, nn
 
 Look = Callable[[str, Tensor, Tensor], None]
 """Is told a layer's name, its inputs (n, d_in) and its outputs (n, d_out), n positions at a time."""
+MOST_POSITIONS = 16
+"""Of an example that are kept one by one."""
 
 
 @contextmanager
@@ -53,3 +58,42 @@ class Means:
     def outputs(self) -> dict[str, Tensor]:
         """Ȳ of each layer by name, shape (d_out,)."""
         return {layer: (made / self._positions[layer]).float() for layer, (_, made) in self._sums.items()}
+
+
+class Activity(NamedTuple):
+    """What a layer was given and what it made of that, at positions of the examples.
+
+    Attributes:
+        inputs: shape (n, d_in).
+        outputs: shape (n, d_out).
+    """
+
+    inputs: Tensor
+    outputs: Tensor
+
+
+class Responses:
+    """Inputs and outputs of layers at some positions of every example, and their means over all of its positions.
+
+    Attributes:
+        positions: of each layer how many positions every example had.
+    """
+
+    def __init__(self) -> None:
+        self.positions: dict[str, list[int]] = defaultdict(list)
+        self._spread: dict[str, list[Activity]] = defaultdict(list)
+        self._means: dict[str, list[Activity]] = defaultdict(list)
+
+    def __call__(self, layer: str, inputs: Tensor, outputs: Tensor) -> None:
+        spread = torch.linspace(0, len(inputs) - 1, min(len(inputs), MOST_POSITIONS)).long()
+        self.positions[layer].append(len(inputs))
+        self._spread[layer].append(Activity(inputs[spread].clone(), outputs[spread].clone()))
+        self._means[layer].append(Activity(inputs.mean(0, keepdim=True), outputs.mean(0, keepdim=True)))
+
+    def at_positions(self) -> dict[str, Activity]:
+        """Each layer's at no more than `MOST_POSITIONS` of every example."""
+        return {layer: Activity(*map(torch.cat, zip(*parts, strict=True))) for layer, parts in self._spread.items()}
+
+    def by_example(self) -> dict[str, Activity]:
+        """Each layer's means, one an example."""
+        return {layer: Activity(*map(torch.cat, zip(*parts, strict=True))) for layer, parts in self._means.items()}

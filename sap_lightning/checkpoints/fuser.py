@@ -70,14 +70,11 @@ class Fuser:
     @cached_property
     def kept(self) -> dict[str, str]:
         """Weights that stay as the first model has them, by key, and why."""
-        return self._kept_by_method | self.sources.kept
-
-    @property
-    def _kept_by_method(self) -> dict[str, str]:
         method, shapes = self.method, self.sources.first.shapes
         if isinstance(method, WholeMethod):
             return method.kept(self.sources, self.seen)
-        return {key: f"{method.name} leaves it" for key in shapes if method.keeps(key, shapes[key])}
+        by_method = {key: f"{method.name} leaves it" for key in shapes if method.keeps(key, shapes[key])}
+        return by_method | self.sources.kept
 
     @cached_property
     def thresholds(self) -> list[RunningThreshold] | None:
@@ -162,7 +159,10 @@ class Fuser:
     def parts(self, key: str) -> Iterator[Part]:
         """A weight, whole or in blocks of its rows, as the method takes it."""
         for rows in self.sources.blocks(key, BLOCK if self.method.by_element else None):
-            yield self.sources.part(key, rows)
+            if isinstance(self.method, WholeMethod):
+                yield self.method.part(key, rows, self.sources, self.seen)
+            else:
+                yield self.sources.part(key, rows)
 
 
 def _kept_by(threshold: RunningThreshold, scores: Mapping[str, Parameters]) -> dict[str, Parameters]:

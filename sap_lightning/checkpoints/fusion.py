@@ -90,7 +90,8 @@ class Fusion:
         """
         texts = read_texts(self.texts) if self.texts else []
         models = [Checkpoint(model) for model in self.models]
-        sources = Sources.of(models, models[0] if self.base is None else Checkpoint(self.base))
+        base = models[0] if self.base is None else Checkpoint(self.base)
+        sources = Sources.of(models, base, isinstance(self.method, WholeMethod) and self.method.takes_unlike)
         output = Path(self.output)
         workplace = output.with_name(f".{output.name}.fusing")
         work = Work(self.method, self.shares, sources, workplace, texts)

@@ -8,8 +8,8 @@ from typing import Any
 
 from torch import Tensor
 
-from sap_lightning.checkpoints.sources import Part, Sources
-from sap_lightning.checkpoints.texts import Texts
+from sap_lightning.checkpoints.examples import Examples
+from sap_lightning.checkpoints.sources import Part, Rows, Sources
 from sap_lightning.errors import InputError
 from sap_lightning.io.adapter import Adapter
 from sap_lightning.merging.method import MergeMethod, Prepared
@@ -24,10 +24,12 @@ class WholeMethod(MergeMethod):
 
     Attributes:
         needs_base: whether it goes by the model that both were trained from.
+        takes_unlike: whether weights of the models may be of other shapes.
     """
 
     uses_weights = False
     needs_base = False
+    takes_unlike = False
 
     @property
     def needs_anchors(self) -> bool:  # type: ignore[override]
@@ -46,16 +48,20 @@ class WholeMethod(MergeMethod):
         )
 
     @abstractmethod
-    def look(self, sources: Sources, texts: Texts) -> Seen:
+    def look(self, sources: Sources, examples: Examples) -> Seen:
         """Looks at the models, one in memory at a time.
 
         Raises:
-            InputError: when they cannot be shown the texts.
+            InputError: when they cannot be shown the examples.
         """
 
     @abstractmethod
     def kept(self, sources: Sources, seen: Seen) -> dict[str, str]:
         """Weights of the first model that stay as they are, by key, and why."""
+
+    def part(self, key: str, rows: Rows, sources: Sources, seen: Seen) -> Part:
+        """Rows of a weight from both models."""
+        return sources.part(key, rows)
 
     @abstractmethod
     def fused(self, key: str, part: Part, seen: Seen) -> Tensor:

@@ -74,17 +74,17 @@ class Sources:
     base_keys: Mapping[str, str]
 
     @classmethod
-    def of(cls, models: Sequence[Checkpoint], base: Checkpoint) -> Sources:
+    def of(cls, models: Sequence[Checkpoint], base: Checkpoint, unlike: bool = False) -> Sources:
         """Finds each weight of the first model in the others.
 
         Raises:
-            InputError: when one of them has none of these weights in these shapes.
+            InputError: when one of them has none of these weights in these shapes, unless they may be unlike.
         """
         first = models[0]
         found = {id(one): _keys_in(one, first) for one in (*models, base)}
         for other in (*models, base):
             keys = found[id(other)]
-            if not any(first.stated[key].shape == other.stated[own].shape for key, own in keys.items()):
+            if not unlike and not any(first.stated[key].shape == other.stated[own].shape for key, own in keys.items()):
                 raise InputError(
                     f"{other.name}: has none of the weights of {first.name}, such as {next(iter(first.stated), '')!r};"
                     " fuse models of one architecture"

@@ -7,9 +7,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
+from sap_lightning.checkpoints.examples import Examples
 from sap_lightning.console import track
 from sap_lightning.errors import InputError, first_line
 
@@ -65,7 +66,7 @@ def tokens_of(texts: Sequence[str], folder: Path) -> list[Tensor]:
 
 
 @dataclass(frozen=True)
-class Texts:
+class Texts(Examples):
     """Texts as models of one vocabulary read them.
 
     Attributes:
@@ -83,16 +84,16 @@ class Texts:
         """
         return cls(tokens_of(texts, folder))
 
-    def model(self, folder: Path) -> PreTrainedModel:
-        """The model of a folder, to be shown them.
-
-        Raises:
-            InputError: when it is no causal language model.
-        """
+    def load(self, folder: Path) -> PreTrainedModel:
         return language_model(folder)
 
     @torch.inference_mode()
-    def show_to(self, model: nn.Module) -> None:
-        """Passes one text after another through a model, for what watches it."""
+    def show(self, model: PreTrainedModel) -> None:
+        vocabulary, largest = model.config.get_text_config().vocab_size, max(int(one.max()) for one in self.tokens)
+        if largest >= vocabulary:
+            raise InputError(
+                f"fuse.texts: token {largest} of the first model is none of another, which has {vocabulary};"
+                " give models of one vocabulary"
+            )
         for one in track(self.tokens, "texts"):
             model(input_ids=one)

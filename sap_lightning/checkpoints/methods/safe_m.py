@@ -8,14 +8,13 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
-import torch
 from torch import Tensor
 
 from sap_lightning.checkpoints.activations import Means, watched
+from sap_lightning.checkpoints.examples import Examples
 from sap_lightning.checkpoints.keys import matched
 from sap_lightning.checkpoints.method import Seen, WholeMethod
 from sap_lightning.checkpoints.sources import Part, Sources
-from sap_lightning.checkpoints.texts import Texts
 from sap_lightning.errors import InputError, check_share
 from sap_lightning.functional.flatness import Sharpness, sharpness_aware_saliency
 from sap_lightning.functional.masking import keep_highest
@@ -57,14 +56,14 @@ class SafeM(WholeMethod):
     def __post_init__(self) -> None:
         check_share("fuse.method.share", self.share)
 
-    def look(self, sources: Sources, texts: Texts) -> Seen:
+    def look(self, sources: Sources, examples: Examples) -> Seen:
         (a, b), c = sources.models, sources.base
-        inputs, outputs = _means(a.folder, texts)
-        moved = [_means(model.folder, texts)[1] for model in (b, c)]
+        inputs, outputs = _means(a.folder, examples)
+        moved = [_means(model.folder, examples)[1] for model in (b, c)]
         layers = {_layer(key) for key, shape in a.shapes.items() if is_mixed(key, shape)}
         of_a, of_b, of_c = (matched(list(layers), list(means)) for means in (outputs, *moved))
         found: dict[str, Tensor] = {}
-        for layer in of_a.keys() & of_b.keys() & of_c.keys():
+        for layer in sorted(of_a.keys() & of_b.keys() & of_c.keys()):
             found[f"{layer}.inputs"] = inputs[of_a[layer]]
             found[f"{layer}.outputs"] = outputs[of_a[layer]]
             found[f"{layer}.moved"] = moved[0][of_b[layer]] - moved[1][of_c[layer]]
@@ -73,12 +72,8 @@ class SafeM(WholeMethod):
         return found
 
     def kept(self, sources: Sources, seen: Seen) -> dict[str, str]:
-        every = sources.first.shapes
-        return {
-            key: f"{self.name} leaves it"
-            for key, shape in every.items()
-            if not (is_mixed(key, shape) and f"{_layer(key)}.moved" in seen)
-        }
+        left = (key for key in sources.first.shapes if f"{_layer(key)}.moved" not in seen)
+        return dict.fromkeys(left, f"{self.name} leaves it") | sources.kept
 
     def fused(self, key: str, part: Part, seen: Seen) -> Tensor:
         inputs, outputs, moved = (seen[f"{_layer(key)}.{what}"] for what in ("inputs", "outputs", "moved"))
@@ -86,13 +81,13 @@ class SafeM(WholeMethod):
         if key.endswith("bias"):
             g_a, g_b, direction = outputs[None], moved[None], moved
         else:
-            g_a, g_b, direction = torch.outer(outputs, inputs), torch.outer(moved, inputs), inputs
-        salient_a, salient_b = (self._salient(w, g.view(w.shape)) for w, g in ((a, g_a), (b, g_b)))
+            g_a, g_b, direction = outputs[:, None] * inputs, moved[:, None] * inputs, inputs
+        salient_a, salient_b = self._salient(a, g_a), self._salient(b, g_b)
         tau_a, tau_b = a - part.base, b - part.base
         conflict = salient_a & salient_b & (tau_a.sign() != tau_b.sign())
         let_in = tau_b * (salient_b & ~conflict)
-        along, across = split_along(let_in.view(-1, len(direction)), direction)
-        return a + (self.along * along + self.across * across).view(a.shape)
+        along, across = split_along(let_in, direction)
+        return a + self.along * along + self.across * across
 
     def _salient(self, weight: Tensor, direction: Tensor) -> Tensor:
         return keep_highest(sharpness_aware_saliency(weight, direction, self.sharpness, self.a), self.share)
@@ -102,9 +97,9 @@ def _layer(key: str) -> str:
     return key.rpartition(".")[0]
 
 
-def _means(folder: Path, texts: Texts) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+def _means(folder: Path, examples: Examples) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
     """Mean inputs and outputs of a model's linear layers."""
-    model, means = texts.model(folder), Means()
+    model, means = examples.load(folder), Means()
     with watched(model, means):
-        texts.show_to(model)
+        examples.show(model)
     return means.inputs, means.outputs
