@@ -8,6 +8,7 @@ import os
 import re
 from collections.abc import Mapping, Sequence
 from itertools import islice
+from operator import itemgetter
 from pathlib import Path
 from pydoc import ErrorDuringImport, locate
 from typing import Any, NoReturn
@@ -59,7 +60,7 @@ TAKEN_BY: dict[str, tuple[str, ...]] = {
     "data.cache": LABELLED,
     "data.domain_column": LABELLED,
     "data.label_column": LABELLED,
-    "anchors": MERGING,
+    "anchors": (*MERGING, "fuse"),
     "prune": MERGING,
     "merge": MERGING,
     "merge.method": ("fit", "merge"),
@@ -256,8 +257,9 @@ class SapCLI(LightningCLI):
         model = "model.init_args" if self.client else "model"
         if self.client:
             parser.set_defaults({"model": {"class_path": _path_of(self.client)}})
-        for target in ("data.base", "anchors.base"):
-            parser.link_arguments(f"{model}.base", target)
+        parser.link_arguments(f"{model}.base", "data.base")
+        if self.command != "fuse":
+            parser.link_arguments(f"{model}.base", "anchors.base")
         for target in (f"{model}.seed", "data.seed"):
             parser.link_arguments("seed_everything", target)
         if self.command == "sweep":
@@ -271,6 +273,9 @@ class SapCLI(LightningCLI):
             parser.add_class_arguments(Predict, "predict")
         if self.command == "fuse":
             parser.add_class_arguments(Fusion, "fuse")
+            parser.set_defaults({"anchors.root": None})
+            parser.link_arguments("fuse.models", "anchors.base", compute_fn=itemgetter(0))
+            parser.link_arguments("anchors", "fuse.anchors", compute_fn=if_named, apply_on="instantiate")
         if self.command in TAKEN_BY["uploads"]:
             parser.add_argument("--uploads", nargs="+", default=[], help=UPLOADS)
 
@@ -286,7 +291,7 @@ class SapCLI(LightningCLI):
         except ValueError as error:
             if (said := _first_input_error(error)) is not None:
                 if self.command == "fuse":  # of which a method does not know
-                    said = InputError(str(said).replace("merge.method", "fuse.method"))
+                    said = InputError(re.sub(r"merge\.method|\bprune(?=\.)", "fuse.method", str(said)))
                 raise said from None
             raise
 
@@ -431,6 +436,11 @@ class TrainerMaker:
 def trainer_maker(command: str, settings: str) -> TrainerMaker:
     """That of a command with these settings, as YAML."""
     return TrainerMaker(SapCLI(command, ["--config", settings]))
+
+
+def if_named(anchors: AnchorDataModule) -> AnchorDataModule | None:
+    """Anchors of which it is said where they are."""
+    return anchors if anchors.root else None
 
 
 def _first_input_error(error: BaseException | None) -> InputError | None:

@@ -13,6 +13,7 @@ from torch import Tensor
 from sap_lightning.checkpoints.activations import Activity, Responses, watched
 from sap_lightning.checkpoints.examples import Examples
 from sap_lightning.errors import InputError
+from sap_lightning.io.peft_config import in_text_tower
 
 SPACES = {
     "self_attn.q_proj": ("queries", "stream"),
@@ -64,7 +65,7 @@ class Behaviour:
 
     @classmethod
     def of(cls, model: Any, examples: Examples, name: str) -> Behaviour:
-        """Shows a model the examples.
+        """Shows a model the examples; of a CLIP model only the vision tower counts.
 
         Raises:
             InputError: when it has no blocks as Llama's or CLIP's.
@@ -74,7 +75,7 @@ class Behaviour:
             examples.show(model)
         found: dict[int, dict[str, str]] = defaultdict(dict)
         for layer in responses.positions:
-            if part := _LAYER.fullmatch(layer):
+            if (part := _LAYER.fullmatch(layer)) and not in_text_tower(layer):
                 found[int(part["number"])][part["role"]] = layer
         blocks = [found[number] for number in sorted(found)]
         if not blocks or any(len({space for role in block for space in SPACES[role]}) < 6 for block in blocks):

@@ -1,4 +1,4 @@
-"""How much of the other language models ATAF mixes in: as much as keeps predictions nearest to all models' own."""
+"""How much of the other models ATAF mixes in: as much as keeps predictions nearest to all models' own."""
 
 from __future__ import annotations
 
@@ -7,12 +7,11 @@ from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor
-from transformers import PreTrainedModel
 
+from sap_lightning.checkpoints.examples import Examples
 from sap_lightning.checkpoints.fuser import Fuser
 from sap_lightning.checkpoints.keys import matched
 from sap_lightning.checkpoints.sources import Sources
-from sap_lightning.checkpoints.texts import language_model, tokens_of
 from sap_lightning.console import track
 from sap_lightning.functional.agreement import divergence
 from sap_lightning.functional.lora import dense
@@ -21,18 +20,17 @@ from sap_lightning.merging import ATAF
 log = logging.getLogger(__name__)
 
 
-def divergences(method: ATAF, shares: Sequence[float], sources: Sources, texts: Sequence[str]) -> dict[float, float]:
-    """Mean Jensen-Shannon divergence of next-token predictions from each model's own, by α.
+def divergences(method: ATAF, shares: Sequence[float], sources: Sources, examples: Examples) -> dict[float, float]:
+    """Mean Jensen-Shannon divergence of predictions from each model's own, by α.
 
-    It is the mean over all positions of the texts and over the models. The weights of one model, what the others would
-    change of them, and all predictions are in memory together.
+    It is the mean over all positions of the examples and over the models. The weights of one model, what the others
+    would change of them, and all predictions are in memory together.
 
     Raises:
-        InputError: when the first model is no causal language model with a tokenizer.
+        InputError: when a model is not of the kind that the examples are for.
     """
-    tokens = tokens_of(texts, sources.first.folder)
-    own = [_predictions(language_model(model.folder), tokens) for model in sources.models]
-    model, towards = language_model(sources.first.folder), _towards(ATAF(side=method.side, alpha=1.0), shares, sources)
+    own = [examples.predictions(examples.load(model.folder)) for model in sources.models]
+    model, towards = examples.load(sources.first.folder), _towards(ATAF(side=method.side, alpha=1.0), shares, sources)
     weights = model.state_dict()
     names = matched(list(towards), list(weights))
     start = {key: weights[name].clone() for key, name in names.items()}
@@ -40,7 +38,7 @@ def divergences(method: ATAF, shares: Sequence[float], sources: Sources, texts: 
     for alpha in track(method.grid, f"{method.name}: alphas"):
         for key, name in names.items():
             weights[name].copy_(start[key] + alpha * towards[key].view(start[key].shape))
-        fused = _predictions(model, tokens)
+        fused = examples.predictions(model)
         found[alpha] = sum(_mean_divergence(fused, one) for one in own) / len(own)
         log.info("%s: alpha %g diverges from the models by %.3e", method.name, alpha, found[alpha])
     return found
@@ -60,12 +58,6 @@ def _towards(method: ATAF, shares: Sequence[float], sources: Sources) -> dict[st
         (part,) = fuser.parts(key)
         found[key] = dense(method.merge_weight(key, part.changes, shares)) - part.changes[0].layers[key]
     return found
-
-
-@torch.inference_mode()
-def _predictions(model: PreTrainedModel, tokens: Sequence[Tensor]) -> list[Tensor]:
-    """Of each text the probability of every next token at every position, shape (positions, vocabulary)."""
-    return [model(one).logits[0].softmax(-1) for one in tokens]
 
 
 def _mean_divergence(some: Sequence[Tensor], others: Sequence[Tensor]) -> float:

@@ -1,14 +1,23 @@
-"""Unlabelled examples that whole models are shown."""
+"""Unlabelled examples that whole models are shown, and what models say of them."""
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from torch import Tensor
+
 
 class Examples(ABC):
-    """Examples of one kind, for models of one kind."""
+    """Examples of one kind, for models of one kind.
+
+    Attributes:
+        fingerprint: tells them from others.
+    """
+
+    fingerprint: str
 
     @abstractmethod
     def load(self, folder: Path) -> Any:
@@ -23,5 +32,13 @@ class Examples(ABC):
         """Passes one example after another through a model, for what watches it.
 
         Raises:
-            InputError: when the model cannot take them.
+            InputError: the model cannot take them.
         """
+
+    @abstractmethod
+    def losses(self, model: Any) -> Iterator[Tensor]:
+        """The loss of one example after another: a number, with gradients of all parameters that it depends on."""
+
+    @abstractmethod
+    def predictions(self, model: Any) -> list[Tensor]:
+        """What a model expects: of each example probabilities, shape (positions, what there is to choose from)."""

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import cached_property, partial
+from functools import cached_property
 from hashlib import sha256
 from typing import Any, BinaryIO
 
 from torch import Tensor
 
 from sap_lightning.checkpoints.method import Seen, WholeMethod
+from sap_lightning.checkpoints.scores import Scores
 from sap_lightning.checkpoints.sources import Part, Sources, bytes_of
 from sap_lightning.console import track
 from sap_lightning.errors import InputError
@@ -59,12 +60,14 @@ class Fuser:
         method: the merge method.
         shares: each model's share of the whole.
         sources: the models.
-        seen: what a method of whole models has seen of them.
+        scores: how much every element of each model's change matters, for a method that asks data.
+        seen: what a method of whole models alone has seen of them.
     """
 
     method: MergeMethod
     shares: Sequence[float]
     sources: Sources
+    scores: Sequence[Scores] = ()
     seen: Seen = field(default_factory=dict)
 
     @cached_property
@@ -86,9 +89,8 @@ class Fuser:
         for look in (RunningThreshold.count, RunningThreshold.refine):
             for key in track(self._pruned_keys, f"{method.name}: threshold"):
                 for part in self.parts(key):
-                    pruning = method.pruning(part.changes, self.shares)
-                    for threshold, change in zip(thresholds, part.changes, strict=True):
-                        for score in pruning.scores(change)[key]:
+                    for threshold, scores in zip(thresholds, self._scores(method, key, part), strict=True):
+                        for score in scores:
                             look(threshold, score)
         return thresholds
 
@@ -142,10 +144,25 @@ class Fuser:
         method = self.method
         if self._is_averaged(key):
             return weighted_sum([change.layers[key] for change in part.changes], self.shares)
-        if self.thresholds is None or not isinstance(method, PruningMethod):
-            return method.merge_weight(key, part.changes, self.shares)
-        masks = [partial(_kept_by, threshold) for threshold in self.thresholds]
-        return method.pruning(part.changes, self.shares).masked_by(masks)[key]
+        if isinstance(method, PruningMethod) and (self.scores or self.thresholds):
+            return method.pruning(part.changes, self.shares).masked_by(self._masks(method, key, part))[key]
+        return method.merge_weight(key, part.changes, self.shares)
+
+    def _masks(self, method: PruningMethod, key: str, part: Part) -> Iterator[Mapping[str, Parameters]]:
+        """What stays of each model's change."""
+        for index, scores in enumerate(self._scores(method, key, part)):
+            if self.thresholds is None:
+                yield method.masks({key: scores}, method.sparsity)
+            else:
+                yield {key: tuple(map(self.thresholds[index].keep, scores))}
+
+    def _scores(self, method: PruningMethod, key: str, part: Part) -> Iterator[Parameters]:
+        """How much what each model has changed matters: as data says, or its own numbers."""
+        if self.scores:
+            yield from ((own.rows(key, part.rows),) for own in self.scores)
+        else:
+            pruning = method.pruning(part.changes, self.shares)
+            yield from (pruning.scores(change)[key] for change in part.changes)
 
     def _is_averaged(self, key: str) -> bool:
         """Whether a method that looks at matrices has none here."""
@@ -163,7 +180,3 @@ class Fuser:
                 yield self.method.part(key, rows, self.sources, self.seen)
             else:
                 yield self.sources.part(key, rows)
-
-
-def _kept_by(threshold: RunningThreshold, scores: Mapping[str, Parameters]) -> dict[str, Parameters]:
-    return {name: tuple(threshold.keep(score) for score in layer) for name, layer in scores.items()}

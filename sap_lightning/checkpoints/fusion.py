@@ -6,15 +6,21 @@ import math
 from pathlib import Path
 
 from sap_lightning.checkpoints.checkpoint import Checkpoint
+from sap_lightning.checkpoints.examples import Examples
 from sap_lightning.checkpoints.method import WholeMethod
 from sap_lightning.checkpoints.methods import FUSE_METHODS
+from sap_lightning.checkpoints.pairs import Pairs
 from sap_lightning.checkpoints.sources import Sources
-from sap_lightning.checkpoints.texts import read_texts
+from sap_lightning.checkpoints.texts import Texts
 from sap_lightning.checkpoints.work import Work
+from sap_lightning.data.anchors import AnchorDataModule
 from sap_lightning.errors import InputError
 from sap_lightning.files import locked, put_in_place, refuse_existing, writing
-from sap_lightning.merging import ATAF, MergeMethod, method_named
+from sap_lightning.merging import ATAF, SAP, MergeMethod, method_named
 from sap_lightning.merging.method import check_weights
+
+WHOLE = {"space": "delta", "rescale_scope": "layer", "loss": "cosine"}
+"""Settings of sap of which whole models have one value alone: their own loss, and no layers that are together."""
 
 
 class Fusion:
@@ -27,8 +33,9 @@ class Fusion:
         base: the model that they were trained from; median, trimmed_mean and average need none.
         method: how the models' changes of the base become one: a method, or the name of one at its own settings.
         weights: a number for each model, by which its change is multiplied; they count alike if not given.
-        texts: file of unlabelled texts, one a line, that causal language models are shown; by them ataf finds its α,
-            and safe_m what is salient.
+        texts: file of unlabelled texts, one a line, that language models are shown: ataf finds its α by them, sap what
+            matters, and methods of whole models alone look at models at work.
+        anchors: image–caption pairs, by which they do so for CLIP models.
 
     Raises:
         InputError: when a method cannot fuse whole models, or the settings contradict each other.
@@ -42,6 +49,7 @@ class Fusion:
         method: MergeMethod | str = "average",
         weights: list[float] | None = None,
         texts: str | None = None,
+        anchors: AnchorDataModule | None = None,
     ) -> None:
         self.models = models
         self.output = output
@@ -49,6 +57,7 @@ class Fusion:
         self.method = method_named(method, "fuse.method", FUSE_METHODS) if isinstance(method, str) else method
         self.weights = weights
         self.texts = texts
+        self.anchors = anchors
         check_method(self.method)
         self._check_settings()
 
@@ -64,17 +73,28 @@ class Fusion:
             check_weights(method, self.weights, "fuse.weights")
             if len(self.weights) != len(self.models):
                 raise InputError(f"fuse.weights {self.weights}: {len(self.weights)} for {len(self.models)} models")
-        if (self.texts is not None) != method.needs_anchors:
-            raise InputError(
-                f"fuse.method {method.name}: give --fuse.texts, {_use_of_texts(method)}"
-                if method.needs_anchors
-                else f"fuse.texts {self.texts}: {method.name} looks at none here; leave it out"
-            )
+        self._check_data()
         needs_base = not isinstance(method, WholeMethod)
         if needs_base and self.base is None and not (method.merges_prompts and math.isclose(sum(self.shares), 1)):
             raise InputError(
                 f"fuse.base is not set: {method.name} fuses what the models have changed of a base; name the model that"
                 " they were trained from"
+            )
+
+    def _check_data(self) -> None:
+        """Data for a method that looks at any, of one kind; anchors of a config file may be there for others."""
+        method = self.method
+        if self.texts is not None and not method.needs_anchors:
+            raise InputError(f"fuse.texts {self.texts}: {method.name} looks at none here; leave it out")
+        if self.texts is not None and self.anchors is not None:
+            raise InputError(
+                f"fuse.texts {self.texts}: is for language models, anchors.root for CLIP models; leave one of them out"
+            )
+        if method.needs_anchors and self.texts is None and self.anchors is None:
+            alone = ", or --fuse.method.alpha" if isinstance(method, ATAF) else ""
+            raise InputError(
+                f"fuse.method {method.name} looks at data: give --fuse.texts for language models, or --anchors.root for"
+                f" CLIP models{alone}"
             )
 
     @property
@@ -88,13 +108,12 @@ class Fusion:
         Raises:
             InputError: when a model is faulty, nothing in it fits, or something of the output's name already stands.
         """
-        texts = read_texts(self.texts) if self.texts else []
         models = [Checkpoint(model) for model in self.models]
         base = models[0] if self.base is None else Checkpoint(self.base)
         sources = Sources.of(models, base, isinstance(self.method, WholeMethod) and self.method.takes_unlike)
         output = Path(self.output)
         workplace = output.with_name(f".{output.name}.fusing")
-        work = Work(self.method, self.shares, sources, workplace, texts)
+        work = Work(self.method, self.shares, sources, workplace, self._examples(models[0].folder))
         if not work.is_planned_in(output):
             refuse_existing(output)
             with locked(workplace), writing(workplace):
@@ -103,18 +122,24 @@ class Fusion:
         work.finish(output)
         return output
 
+    def _examples(self, first: Path) -> Examples | None:
+        """What the models are shown, in tokens of the first model's."""
+        if not self.method.needs_anchors:
+            return None
+        if self.texts is not None:
+            return Texts(self.texts, first)
+        assert self.anchors is not None
+        return Pairs(self.anchors, first)
+
 
 def check_method(method: MergeMethod) -> None:
     """Raises InputError when a method cannot fuse whole models, and says why."""
     able = ", ".join(name for name, one in FUSE_METHODS.items() if _obstacle(one()) is None)
     if (why := _obstacle(method)) is not None:
         raise InputError(f"fuse.method {method.name} {why}; whole models are fused by {able}")
-
-
-def _use_of_texts(method: MergeMethod) -> str:
-    if isinstance(method, ATAF):
-        return "by which it finds alpha, or --fuse.method.alpha"
-    return "which it shows the models to look at them at work"
+    for name, value in WHOLE.items() if isinstance(method, SAP) else ():
+        if (given := getattr(method, name)) != value:
+            raise InputError(f"fuse.method.{name} {given}: sap looks at whole models with {value} alone; leave it out")
 
 
 def _obstacle(method: MergeMethod) -> str | None:
@@ -124,7 +149,7 @@ def _obstacle(method: MergeMethod) -> str | None:
         return "looks at the factors A and B of LoRA, which whole models have not"
     if isinstance(method, WholeMethod):
         return None
-    if method.needs_anchors and not isinstance(method, ATAF):
+    if method.needs_anchors and not isinstance(method, ATAF | SAP):
         return "looks at anchors through CLIP with an adapter on it, and not at whole models"
     if not method.merges_weights:
         return "looks at all layers at once, which are not in memory together"

@@ -53,6 +53,7 @@ class Change:
 class Part(NamedTuple):
     """Some rows of a weight as the base has them, in float32, and what every model has changed of them."""
 
+    rows: Rows
     base: Tensor
     changes: Sequence[Change]
 
@@ -142,13 +143,19 @@ class Sources:
 
     def part(self, key: str, rows: Rows) -> Part:
         """Rows of a weight from all of the models."""
-        base = self.base.rows(self.base_keys[key], *rows)
-        own = base.float()
-        changes = [
-            Change(model.name, key, model.rows(keys[key], *rows), own)
-            for model, keys in zip(self.models, self.keys, strict=True)
-        ]
-        return Part(own, changes)
+        base = self._base_rows(key, rows)
+        return Part(rows, base, [self._change(index, key, rows, base) for index in range(len(self.models))])
+
+    def change(self, index: int, key: str, rows: Rows) -> Change:
+        """What the model of this number has changed of rows of a weight."""
+        return self._change(index, key, rows, self._base_rows(key, rows))
+
+    def _change(self, index: int, key: str, rows: Rows, base: Tensor) -> Change:
+        model = self.models[index]
+        return Change(model.name, key, model.rows(self.keys[index][key], *rows), base)
+
+    def _base_rows(self, key: str, rows: Rows) -> Tensor:
+        return self.base.rows(self.base_keys[key], *rows).float()
 
 
 def _keys_in(model: Checkpoint, first: Checkpoint) -> dict[str, str]:

@@ -1,22 +1,86 @@
-"""Texts that causal language models are shown."""
+"""Texts that language models are shown."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator
+from functools import cached_property
 from pathlib import Path
 
 import torch
 from torch import Tensor
+from torch.nn.functional import cross_entropy
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
 from sap_lightning.checkpoints.examples import Examples
 from sap_lightning.console import track
 from sap_lightning.errors import InputError, first_line
+from sap_lightning.fingerprints import digest
 
 MOST_TEXTS = 32
 MOST_TOKENS = 64
 """How many texts are looked at, and how many tokens of each."""
+
+
+class Texts(Examples):
+    """The first lines of a text file that are not empty, for causal language models.
+
+    Args:
+        file: of texts, one a line.
+        tokenizer: folder of the model whose tokenizer all models go by.
+
+    Raises:
+        InputError: when it cannot be read, or there is no such line.
+    """
+
+    def __init__(self, file: str, tokenizer: Path) -> None:
+        self.texts = read_texts(file)
+        self.tokenizer = tokenizer
+        self.fingerprint = digest(self.texts)
+
+    def load(self, folder: Path) -> PreTrainedModel:
+        try:
+            model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(
+                folder, dtype=torch.float32, trust_remote_code=False, use_safetensors=True
+            )
+        except Exception as error:  # transformers raises whatever a faulty file leads it to
+            raise InputError(
+                f"{folder}: is no causal language model that fuse.texts could be shown to ({first_line(error)});"
+                " CLIP models are shown --anchors.root"
+            ) from error
+        return model.eval()
+
+    @torch.inference_mode()
+    def show(self, model: PreTrainedModel) -> None:
+        vocabulary, largest = model.config.get_text_config().vocab_size, max(int(one.max()) for one in self._tokens)
+        if largest >= vocabulary:
+            raise InputError(
+                f"fuse.texts: token {largest} of the first model is none of another, which has {vocabulary};"
+                " give models of one vocabulary"
+            )
+        for one in track(self._tokens, "texts"):
+            model(one)
+
+    def losses(self, model: PreTrainedModel) -> Iterator[Tensor]:
+        """Mean loss of the next token, text after text; a text of one token has no next one."""
+        for one in self._tokens:
+            if one.shape[1] > 1:
+                yield cross_entropy(model(one).logits[0, :-1], one[0, 1:])
+
+    @torch.inference_mode()
+    def predictions(self, model: PreTrainedModel) -> list[Tensor]:
+        """The probability of every next token at every position."""
+        return [model(one).logits[0].softmax(-1) for one in self._tokens]
+
+    @cached_property
+    def _tokens(self) -> list[Tensor]:
+        try:
+            tokenizer = AutoTokenizer.from_pretrained(self.tokenizer, trust_remote_code=False)
+        except Exception as error:
+            raise InputError(
+                f"{self.tokenizer}: has no tokenizer for fuse.texts ({first_line(error)}); save it beside the model"
+            ) from error
+        tokens = [tokenizer(text, return_tensors="pt").input_ids[:, :MOST_TOKENS] for text in self.texts]
+        return [one for one in tokens if one.numel()]
 
 
 def read_texts(file: str) -> list[str]:
@@ -32,68 +96,3 @@ def read_texts(file: str) -> list[str]:
     if not (texts := [line for line in lines if line.strip()][:MOST_TEXTS]):
         raise InputError(f"fuse.texts {file}: has no text; give one a line")
     return texts
-
-
-def language_model(folder: Path) -> PreTrainedModel:
-    """The causal language model of a folder, in float32.
-
-    Raises:
-        InputError: when it is none.
-    """
-    try:
-        model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(
-            folder, dtype=torch.float32, trust_remote_code=False, use_safetensors=True
-        )
-    except Exception as error:  # transformers raises whatever a faulty file leads it to
-        raise InputError(
-            f"{folder}: is no causal language model that fuse.texts could be shown to ({first_line(error)})"
-        ) from error
-    return model.eval()
-
-
-def tokens_of(texts: Sequence[str], folder: Path) -> list[Tensor]:
-    """The first tokens of each text by a model's tokenizer, shape (1, n).
-
-    Raises:
-        InputError: when the folder has no tokenizer.
-    """
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
-    except Exception as error:
-        raise InputError(f"{folder}: has no tokenizer for fuse.texts ({first_line(error)})") from error
-    tokens = [tokenizer(text, return_tensors="pt").input_ids[:, :MOST_TOKENS] for text in texts]
-    return [one for one in tokens if one.numel()]
-
-
-@dataclass(frozen=True)
-class Texts(Examples):
-    """Texts as models of one vocabulary read them.
-
-    Attributes:
-        tokens: of each text, shape (1, n).
-    """
-
-    tokens: Sequence[Tensor]
-
-    @classmethod
-    def of(cls, texts: Sequence[str], folder: Path) -> Texts:
-        """Texts by the tokenizer of a model's folder.
-
-        Raises:
-            InputError: when it has none.
-        """
-        return cls(tokens_of(texts, folder))
-
-    def load(self, folder: Path) -> PreTrainedModel:
-        return language_model(folder)
-
-    @torch.inference_mode()
-    def show(self, model: PreTrainedModel) -> None:
-        vocabulary, largest = model.config.get_text_config().vocab_size, max(int(one.max()) for one in self.tokens)
-        if largest >= vocabulary:
-            raise InputError(
-                f"fuse.texts: token {largest} of the first model is none of another, which has {vocabulary};"
-                " give models of one vocabulary"
-            )
-        for one in track(self.tokens, "texts"):
-            model(input_ids=one)

@@ -13,21 +13,23 @@ from pathlib import Path
 from typing import Any
 
 from sap_lightning.checkpoints.consistency import divergences, most_consistent
+from sap_lightning.checkpoints.examples import Examples
 from sap_lightning.checkpoints.fuser import Fuser
 from sap_lightning.checkpoints.method import Seen, WholeMethod
+from sap_lightning.checkpoints.scores import Scores, write_scores
 from sap_lightning.checkpoints.sources import Sources
-from sap_lightning.checkpoints.texts import Texts
 from sap_lightning.console import track
 from sap_lightning.errors import InputError
 from sap_lightning.files import as_json, read_tensors, replacing, sha256_of_file, write_json, write_tensors, write_text
 from sap_lightning.fingerprints import sealed, unsealed
 from sap_lightning.io.peft_config import public_name
-from sap_lightning.merging import ATAF, MergeMethod
+from sap_lightning.merging import ATAF, SAP, MergeMethod
 from sap_lightning.merging.merged import CARD_FILE, RECORD_FILE, Words, model_card
 
 PLAN_FILE = "plan.json"
 """Stands in the result until all is done."""
 ALPHAS_FILE = "alphas.json"
+SCORES_FOLDER = "scores"
 SEEN_FILE = "seen.safetensors"
 
 
@@ -40,14 +42,14 @@ class Work:
         shares: each model's share of the whole.
         sources: the models.
         workplace: the folder in which it is done, where finished shards stand.
-        texts: by which ataf finds its α, or at which a method of whole models looks.
+        examples: what a method that asks data shows the models.
     """
 
     method: MergeMethod
     shares: Sequence[float]
     sources: Sources
     workplace: Path
-    texts: Sequence[str] = ()
+    examples: Examples | None = None
 
     @property
     def folder(self) -> Path:
@@ -58,7 +60,9 @@ class Work:
     def plan(self) -> dict[str, Any]:
         """What decides the result."""
         models = [{"name": one.name, "files": one.fingerprint} for one in (*self.sources.models, self.sources.base)]
-        return dict(as_json({**self.method.record, "models": models, "shares": list(self.shares), "texts": self.texts}))
+        examples = self.examples and self.examples.fingerprint
+        shares = list(self.shares)
+        return dict(as_json({**self.method.record, "models": models, "shares": shares, "examples": examples}))
 
     def is_planned_in(self, folder: Path) -> bool:
         """Whether a folder is, or becomes, the result of this very fusion."""
@@ -77,42 +81,52 @@ class Work:
         """
         if not self.is_planned_in(self.folder):
             shutil.rmtree(self.folder, ignore_errors=True)
+            shutil.rmtree(self.workplace / SCORES_FOLDER, ignore_errors=True)
             for name in (ALPHAS_FILE, SEEN_FILE):
                 (self.workplace / name).unlink(missing_ok=True)
             write_json(self.folder / PLAN_FILE, sealed(self.plan))
-        fuser = Fuser(self._decided(), self.shares, self.sources, self._seen())
+        fuser = Fuser(self._decided(), self.shares, self.sources, self._scores(), self._seen())
         shards: dict[str, dict[str, Any]] = {}
         for shard in track(list(self.sources.first.shards), f"{self.method.name}: shards"):
-            shards[shard] = self._record_of(shard) or self._write(shard, fuser, shards)
+            record = _record_of(self.folder / shard, self.workplace / f"{shard}.json")
+            shards[shard] = record or self._write(shard, fuser, shards)
         self._complete(shards, fuser)
 
     def _decided(self) -> MergeMethod:
-        """The method with all that it needs to know, if need be by a look at the texts."""
+        """The method with all that it needs to know, if need be by a look at the examples."""
         method, file = self.method, self.workplace / ALPHAS_FILE
-        if not (isinstance(method, ATAF) and method.alpha is None):
+        if not (isinstance(method, ATAF) and self.examples):
             return method
         if (found := _read(file)) is None:
-            found = {
-                str(alpha): one for alpha, one in divergences(method, self.shares, self.sources, self.texts).items()
-            }
+            looked = divergences(method, self.shares, self.sources, self.examples)
+            found = {str(alpha): one for alpha, one in looked.items()}
             write_json(file, sealed(found))
         return replace(method, alpha=most_consistent({float(alpha): one for alpha, one in found.items()}))
 
     def _seen(self) -> Seen:
-        """What a method of whole models sees of them; nothing where it is another."""
+        """What a method of whole models alone sees of them; nothing where it is another."""
         method, file = self.method, self.workplace / SEEN_FILE
-        if not isinstance(method, WholeMethod):
+        if not (isinstance(method, WholeMethod) and self.examples):
             return {}
         if (seen := read_tensors(file)) is None:
-            seen = dict(method.look(self.sources, Texts.of(self.texts, self.sources.first.folder)))
+            seen = dict(method.look(self.sources, self.examples))
             write_tensors(file, seen)
         return seen
 
-    def _record_of(self, shard: str) -> dict[str, Any] | None:
-        """What was said of a shard when it was finished; None where it is not as it was then."""
-        record = _read(self.workplace / f"{shard}.json")
-        whole = record and (self.folder / shard).is_file() and sha256_of_file(self.folder / shard) == record["digest"]
-        return record if whole else None
+    def _scores(self) -> list[Scores]:
+        """Each model's scores where the method asks for any; those that were written before are kept."""
+        method, folder = self.method, self.workplace / SCORES_FOLDER
+        if not (isinstance(method, SAP) and self.examples):
+            return []
+        folder.mkdir(exist_ok=True)
+        files = [folder / f"{index}.safetensors" for index in range(len(self.sources.models))]
+        for index, path in enumerate(track(files, f"{method.name}: models")):
+            record = path.with_suffix(".json")
+            if _record_of(path, record) is None:
+                with replacing(path) as file:
+                    write_scores(file, method, self.sources, index, self.examples)
+                write_json(record, sealed({"digest": sha256_of_file(path)}))
+        return list(map(Scores, files))
 
     def _write(self, shard: str, fuser: Fuser, before: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
         if before:
@@ -171,6 +185,13 @@ class Work:
             **(fuser.method.findings(fuser.seen) if isinstance(fuser.method, WholeMethod) else {}),
             "unchanged": sum(one["unchanged"] for one in shards) / elements if elements else 1.0,
         }
+
+
+def _record_of(file: Path, record: Path) -> dict[str, Any] | None:
+    """What was said of a file when it was finished; None where it is not as it was then."""
+    said = _read(record)
+    whole = said and file.is_file() and sha256_of_file(file) == said["digest"]
+    return said if whole else None
 
 
 def _read(file: Path) -> dict[str, Any] | None:

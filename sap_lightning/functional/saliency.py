@@ -164,16 +164,32 @@ class GradientSum:
             x, g = x.flatten(0, 1)[None], g.flatten(0, 1)[None]
         for x_i, g_i in zip(x, g, strict=True):
             for total, gradient in zip(self.sums, self.space.gradients(x_i, g_i), strict=True):
-                total += self._term(gradient)
-
-    def _term(self, gradient: Tensor) -> Tensor:
-        if self.reduction == "abs_then_mean":
-            return gradient.abs_()
-        return gradient.square_() if self.reduction == "square" else gradient
+                total += term(gradient, self.reduction)
 
     def mean(self, anchors: float) -> Parameters:
         """The mean over this many anchors for every parameter, each of its parameter's shape."""
         return tuple(total / anchors for total in self.sums)
+
+
+def term(gradient: Tensor, reduction: Reduction) -> Tensor:
+    """What one anchor's gradient adds to the mean, g_i, |g_i| or g_i², in its own memory.
+
+    Args:
+        gradient: g_i of any shape, which is overwritten.
+        reduction: what the mean is of.
+
+    Example:
+        >>> import torch
+        >>> from sap_lightning.functional.saliency import term
+        >>> for reduction in ("mean_then_abs", "abs_then_mean", "square"):
+        ...     print(term(torch.tensor([-3.0, 2.0]), reduction).tolist())
+        [-3.0, 2.0]
+        [3.0, 2.0]
+        [9.0, 4.0]
+    """
+    if reduction == "abs_then_mean":
+        return gradient.abs_()
+    return gradient.square_() if reduction == "square" else gradient
 
 
 def saliency(parameters: Parameters, gradients: Parameters, reduction: Reduction) -> Parameters:

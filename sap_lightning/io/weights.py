@@ -7,6 +7,7 @@ in a time that the sender decides; here a header is bounded, and parsed once.
 from __future__ import annotations
 
 import io
+import json
 import math
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence, Set
@@ -231,6 +232,17 @@ def matrix_shape(shape: Sequence[int]) -> tuple[int, int]:
     if len(shape) < 2:
         return 1, math.prod(shape)
     return shape[0], math.prod(shape[1:])
+
+
+def head_of(shapes: Mapping[str, Sequence[int]]) -> bytes:
+    """What stands in a safetensors file before float32 tensors of these shapes, which follow in this order."""
+    header, at = {}, 0
+    for key, shape in shapes.items():
+        end = at + math.prod(shape) * torch.float32.itemsize
+        header[key] = {"dtype": "F32", "shape": list(shape), "data_offsets": [at, end]}
+        at = end
+    text = json.dumps(header).encode()
+    return len(text).to_bytes(_LENGTH_BYTES, "little") + text
 
 
 def index_of(file: BinaryIO) -> dict[str, _Place]:

@@ -29,8 +29,6 @@ from sap_lightning.models.probe import AnchorProbe, Answer
 from sap_lightning.models.scores import ScoreFile
 
 MeanOf = Literal["delta", "factors"]
-Masks = Callable[[Mapping[str, Parameters]], Mapping[str, Parameters]]
-"""From a client's scores by layer to what stays of it."""
 NOTHING = Answer({}, float("nan"))
 """What anchors say that were not asked."""
 
@@ -77,7 +75,8 @@ class PruningMethod(MergeMethod):
 
     @property
     def by_element(self) -> bool:  # type: ignore[override]  # of an adapter's one threshold only an element's score
-        return self.scope == "global" and self.space == "delta" and self.scores_elements
+        restored = self.rescale in ("l1", "l2")
+        return self.scope == "global" and self.space == "delta" and self.scores_elements and not restored
 
     def merge_weight(self, name: str, models: Sequence[Source], weights: Sequence[float]) -> Update:
         return self.pruning(models, weights).apply()[name]
@@ -183,7 +182,7 @@ class Pruning(Prepared):
 
     def kept(self, source: Source, sparsity: float | None = None) -> Mapping[str, Parameters]:
         """The masks of one client: True for the parameters that stay."""
-        return self._masks(self._sparsity(sparsity))(self.scores(source))
+        return self.method.masks(self.scores(source), self._sparsity(sparsity))
 
     def scores(self, source: Source, names: Iterable[str] | None = None) -> dict[str, Parameters]:
         """How much each parameter of a client matters, of its layers or those of these names."""
@@ -195,40 +194,39 @@ class Pruning(Prepared):
         self, source: Source, sparsity: float | None = None, names: Iterable[str] | None = None
     ) -> dict[str, Update]:
         """One client's update, or its layers of these names, pruned but not yet rescaled."""
-        return self._pruned(source, self._masks(self._sparsity(sparsity)), names)
+        masks = self.method.masks(self.scores(source, names), self._sparsity(sparsity))
+        return self._masked(source, masks, names)
 
-    def _masks(self, sparsity: float) -> Masks:
-        return partial(self.method.masks, sparsity=sparsity)
-
-    def _pruned(self, source: Source, masks_of: Masks, names: Iterable[str] | None) -> dict[str, Update]:
-        masks = masks_of(self.scores(source, names))
+    def _masked(
+        self, source: Source, masks: Mapping[str, Parameters], names: Iterable[str] | None = None
+    ) -> dict[str, Update]:
         spaces = self.spaces(source, names)
         return {name: space.update(masked(space.parameters, masks[name])) for name, space in spaces.items()}
 
     def apply(self, sparsity: float | None = None) -> dict[str, Update]:
-        names, title, share = layer_names(self.adapters), self.method.name, self._sparsity(sparsity)
-        masks = [self._masks(share)] * len(self.adapters)
+        names, title = layer_names(self.adapters), self.method.name
         if "global" in (self.method.scope, self.method.rescale_scope):
-            return self._merge_layers(names, share, masks, f"{title}: clients")
+            clients = map(partial(self.pruned, sparsity=sparsity), track(self.adapters, f"{title}: clients"))
+            return self._merged(names, clients, sparsity)
         merged: dict[str, Update] = {}
         for name in track(names, f"{title}: layers"):
-            merged |= self._merge_layers([name], share, masks)
+            clients = map(partial(self.pruned, sparsity=sparsity, names=[name]), self.adapters)
+            merged |= self._merged([name], clients, sparsity)
         return merged
 
-    def masked_by(self, masks: Sequence[Masks]) -> dict[str, Update]:
+    def masked_by(self, masks: Iterable[Mapping[str, Parameters]]) -> dict[str, Update]:
         """The merge at the method's sparsity where the masks of each client are known otherwise than by its layers."""
-        return self._merge_layers(layer_names(self.adapters), self.method.sparsity, masks)
+        pruned = (self._masked(source, own) for source, own in zip(self.adapters, masks, strict=True))
+        return self._merged(layer_names(self.adapters), pruned)
 
-    def _merge_layers(
-        self, names: Sequence[str], sparsity: float, masks: Sequence[Masks], progress: str | None = None
+    def _merged(
+        self, names: Sequence[str], pruned: Iterable[Mapping[str, Update]], sparsity: float | None = None
     ) -> dict[str, Update]:
-        """Prunes these layers together and merges them, one client in memory at a time."""
+        """Merges these layers of all clients, pruned together, one client in memory at a time."""
         method = self.method
         merged: dict[str, Consensus] = defaultdict(method.new_consensus)
-        clients = list(zip(self.adapters, self.weights, masks, strict=True))
-        for source, weight, masks_of in track(clients, progress) if progress else clients:
-            pruned = self._pruned(source, masks_of, names)
-            for name, update in method.made_up(source, pruned, sparsity).items():
+        for source, weight, layers in zip(self.adapters, self.weights, pruned, strict=True):
+            for name, update in method.made_up(source, layers, self._sparsity(sparsity)).items():
                 merged[name].add(update, weight)
         return times({name: merged[name].result() for name in names}, method.factor(len(self.adapters)))
 

@@ -1,6 +1,7 @@
 """SAP, pruning as alignment: keep of each adapter what matters to image–text alignment on public anchors.
 
-Saliency is first-order Taylor importance (Molchanov et al. 2019, arXiv:1906.10771) of the anchors' alignment loss.
+Saliency is first-order Taylor importance (Molchanov et al. 2019, arXiv:1906.10771) of the anchors' alignment loss, or
+of the next token's loss in texts where language models are fused whole.
 """
 
 from __future__ import annotations
@@ -57,6 +58,7 @@ class SAP(PruningMethod):
 
     name = "sap"
     needs_anchors = True
+    scores_elements = True
     not_asked = frozenset(
         {"sparsity", "scope", "rescale", "rescale_scope", "rescale_cap", "mean_of", "consensus", "scale"}
     )
@@ -112,7 +114,7 @@ class SAP(PruningMethod):
             anchors.recall(
                 LOSS, adapter.sha256, lambda: gradients.loss
             )  # whoever asks for it later need not look again
-        scores = {name: self._score(space.parameters, gradients.of[name]) for name, space in spaces.items()}
+        scores = {name: self.score(space.parameters, gradients.of[name]) for name, space in spaces.items()}
         if any(not tensor.isfinite().all() for layer in scores.values() for tensor in layer):
             raise InputError(
                 f"upload {adapter.name!r}: its saliency on the anchors is not finite; its weights are too large"
@@ -120,7 +122,8 @@ class SAP(PruningMethod):
             )
         return Answer({name: tuple(tensor.cpu() for tensor in layer) for name, layer in scores.items()}, gradients.loss)
 
-    def _score(self, parameters: Parameters, gradients: Parameters) -> Parameters:
+    def score(self, parameters: Parameters, gradients: Parameters) -> Parameters:
+        """How much parameters matter by gradients that were reduced as the method says."""
         if self.sign_aware:
             return loss_reduction(parameters, gradients)
         return saliency(parameters, gradients, self.reduction)

@@ -101,8 +101,12 @@ class Base(NamedTuple):
         return fingerprint(self.tower)
 
 
-def load_clip(base: str) -> CLIPModel:
+def load_clip(base: str, setting: str = "model.base") -> CLIPModel:
     """The frozen checkpoint in float32 from a hub id or a folder.
+
+    Args:
+        base: the checkpoint.
+        setting: what names it, for the error.
 
     Raises:
         InputError: when it is not there or is no CLIP model.
@@ -116,11 +120,11 @@ def load_clip(base: str) -> CLIPModel:
             )
         clip, report = cast(tuple[CLIPModel, dict[str, Any]], loaded)
     except Exception as error:  # transformers raises whatever a faulty file leads it to
-        raise InputError(f"model.base {base!r}: no CLIP checkpoint could be loaded: {first_line(error)}") from error
+        raise InputError(f"{setting} {base!r}: no CLIP checkpoint could be loaded: {first_line(error)}") from error
     faulty = sorted({*report["missing_keys"], *(name for name, *_ in report["mismatched_keys"])})
     if faulty:
         raise InputError(
-            f"model.base {base!r}: no whole CLIP checkpoint: {len(faulty)} weights are missing or of another shape than"
+            f"{setting} {base!r}: no whole CLIP checkpoint: {len(faulty)} weights are missing or of another shape than"
             f" config.json says, the first is {faulty[0]}"
         )
     return clip.eval().requires_grad_(False)

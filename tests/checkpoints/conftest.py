@@ -1,4 +1,4 @@
-"""A base and two models that were trained from it, each in shards of 20 KB."""
+"""A base and two models that were trained from it, each in shards of 20 KB; and texts for them."""
 
 from __future__ import annotations
 
@@ -6,7 +6,9 @@ import shutil
 from pathlib import Path
 
 import pytest
-from llamas import TEXTS, llama, saved, speaking, trained
+from llamas import TEXTS, llama, saved, tokenizer, trained
+from places import SHAPES_CLIP
+from transformers import CLIPModel
 
 
 @pytest.fixture(scope="session")
@@ -18,18 +20,27 @@ def trio(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
 
 
 @pytest.fixture(scope="session")
-def speakers(trio: list[str], tmp_path_factory: pytest.TempPathFactory) -> list[str]:
-    """A, B and C, the first of them with a tokenizer."""
-    folder = tmp_path_factory.mktemp("speakers")
+def speaking(trio: list[str], tmp_path_factory: pytest.TempPathFactory) -> list[str]:
+    """A, B and C with a tokenizer."""
+    folder = tmp_path_factory.mktemp("speaking")
     for path in trio:
         shutil.copytree(path, folder / Path(path).name)
-    speaking(folder / "a")
+    tokenizer().save_pretrained(folder / "a")
     return [str(folder / name) for name in "abc"]
 
 
+@pytest.fixture
+def texts(tmp_path: Path) -> str:
+    (tmp_path / "texts.txt").write_text("\n\n".join(TEXTS) + "\n")
+    return str(tmp_path / "texts.txt")
+
+
 @pytest.fixture(scope="session")
-def texts(tmp_path_factory: pytest.TempPathFactory) -> str:
-    """A file of ``TEXTS``."""
-    file = tmp_path_factory.mktemp("texts") / "texts.txt"
-    file.write_text("\n\n".join(TEXTS) + "\n")
-    return str(file)
+def clips(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
+    """A, B and their base, which is the shipped CLIP."""
+    folder = tmp_path_factory.mktemp("clips")
+    for seed, name in enumerate("ab"):
+        shutil.copytree(SHAPES_CLIP, folder / name)
+        saved(trained(CLIPModel.from_pretrained(SHAPES_CLIP), seed), folder / name, shard="1MB")
+        (folder / name / "model.safetensors").unlink()
+    return [str(folder / "a"), str(folder / "b"), SHAPES_CLIP]

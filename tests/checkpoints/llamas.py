@@ -7,11 +7,11 @@ from pathlib import Path
 
 import torch
 from safetensors.torch import load_file
-from tokenizers import Tokenizer as WordTokenizer
+from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import Whitespace
 from torch import Tensor
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel, PreTrainedTokenizerFast
 
 SIZES = {
     "hidden_size": 32,
@@ -21,8 +21,10 @@ SIZES = {
     "intermediate_size": 48,
     "vocab_size": 40,
 }
+
 WORDS = ["[UNK]", *["the", "cat", "dog", "sat", "ran", "on", "under", "a", "mat", "bed"]]
 TEXTS = ["the cat sat on the mat", "a dog ran under the bed", "the dog sat"]
+"""Texts, and all tokens that a tokenizer knows."""
 
 
 def llama(seed: int = 0, **options: object) -> LlamaForCausalLM:
@@ -30,7 +32,7 @@ def llama(seed: int = 0, **options: object) -> LlamaForCausalLM:
     return LlamaForCausalLM(LlamaConfig(**SIZES | options))
 
 
-def trained(model: LlamaForCausalLM, seed: int, size: float = 0.01) -> LlamaForCausalLM:
+def trained(model: PreTrainedModel, seed: int, size: float = 0.01) -> PreTrainedModel:
     """A model of the same weights but for what training, as if, has changed of them."""
     own = type(model)(model.config)
     generator = torch.Generator().manual_seed(seed)
@@ -48,12 +50,15 @@ def saved(model: torch.nn.Module, folder: Path, dtype: torch.dtype = torch.float
     return folder
 
 
-def speaking(folder: Path) -> Path:
-    """Gives a model's folder a tokenizer, of ``WORDS``."""
-    tokenizer = WordTokenizer(WordLevel({word: index for index, word in enumerate(WORDS)}, "[UNK]"))
-    tokenizer.pre_tokenizer = Whitespace()
-    PreTrainedTokenizerFast(tokenizer_object=tokenizer, unk_token="[UNK]").save_pretrained(folder)
-    return folder
+def tokenizer() -> PreTrainedTokenizerFast:
+    words = Tokenizer(WordLevel({word: index for index, word in enumerate(WORDS)}, "[UNK]"))
+    words.pre_tokenizer = Whitespace()
+    return PreTrainedTokenizerFast(tokenizer_object=words, unk_token="[UNK]")
+
+
+def ids_of(text: str) -> Tensor:
+    """A text's tokens, shape (1, length)."""
+    return torch.tensor([[WORDS.index(word) for word in text.split()]])
 
 
 def weights_in(folder: Path) -> dict[str, Tensor]:

@@ -1,23 +1,23 @@
-"""ATAF's share of the others, found by what language models predict on texts."""
+"""ATAF's share of the others, found by what models predict on texts or anchors."""
 
 from __future__ import annotations
 
 import json
 from pathlib import Path
 
-import pytest
 import torch
-from llamas import TEXTS, WORDS, weights_in
+from llamas import TEXTS, ids_of, weights_in
 from torch.nn.functional import kl_div
 from torch.testing import assert_close
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, AutoTokenizer, CLIPModel
 
 from sap_lightning.checkpoints.checkpoint import Checkpoint
 from sap_lightning.checkpoints.consistency import divergences, most_consistent
 from sap_lightning.checkpoints.fusion import Fusion
+from sap_lightning.checkpoints.pairs import Pairs
 from sap_lightning.checkpoints.sources import Sources
-from sap_lightning.checkpoints.texts import read_texts
-from sap_lightning.errors import InputError
+from sap_lightning.checkpoints.texts import Texts
+from sap_lightning.data.anchors import AnchorDataModule
 from sap_lightning.functional.agreement import divergence
 from sap_lightning.merging import ATAF
 
@@ -28,17 +28,16 @@ def jensen_shannon(p: torch.Tensor, q: torch.Tensor) -> torch.Tensor:
     return (kl_div(middle, p, reduction="none") + kl_div(middle, q, reduction="none")).sum(-1) / 2
 
 
-def test_the_divergence_of_each_alpha_is_that_of_the_model_fused_at_it(speakers, texts, tmp_path) -> None:
-    *models, base = speakers
+def test_the_divergence_of_each_alpha_is_that_of_the_model_fused_at_it(speaking, texts, tmp_path) -> None:
+    *models, base = speaking
     sources = Sources.of([Checkpoint(model) for model in models], Checkpoint(base))
-    found = divergences(ATAF(steps=3), [0.5, 0.5], sources, read_texts(texts))
+    found = divergences(ATAF(steps=3), [0.5, 0.5], sources, Texts(texts, Path(models[0])))
     assert list(found) == [0.0, 0.5, 1.0]
 
     @torch.inference_mode()
     def predictions(folder: str | Path) -> torch.Tensor:
         model = AutoModelForCausalLM.from_pretrained(folder)
-        ids = [torch.tensor([[WORDS.index(word) for word in text.split()]]) for text in TEXTS]
-        return torch.cat([model(one).logits[0].softmax(-1) for one in ids])
+        return torch.cat([model(ids_of(text)).logits[0].softmax(-1) for text in TEXTS])
 
     for alpha, value in found.items():
         fused = Fusion(models, str(tmp_path / str(alpha)), base, ATAF(alpha=alpha)).run()
@@ -46,12 +45,12 @@ def test_the_divergence_of_each_alpha_is_that_of_the_model_fused_at_it(speakers,
         assert_close(torch.tensor(value), sum(expected) / 2, atol=1e-6, rtol=1e-3)
 
 
-def test_the_fusion_takes_the_most_consistent_alpha_and_says_so(speakers, texts, tmp_path) -> None:
-    *models, base = speakers
+def test_the_fusion_takes_the_most_consistent_alpha_and_says_so(speaking, texts, tmp_path) -> None:
+    *models, base = speaking
     Fusion(models, str(tmp_path / "out"), base, "ataf", texts=texts).run()
     alpha = json.loads((tmp_path / "out" / "merge.json").read_text())["findings"]["alpha"]
     sources = Sources.of([Checkpoint(model) for model in models], Checkpoint(base))
-    assert alpha == most_consistent(divergences(ATAF(), [0.5, 0.5], sources, read_texts(texts)))
+    assert alpha == most_consistent(divergences(ATAF(), [0.5, 0.5], sources, Texts(texts, Path(models[0]))))
     Fusion(models, str(tmp_path / "fixed"), base, ATAF(alpha=alpha)).run()
     fixed = weights_in(tmp_path / "fixed")
     assert all(torch.equal(weight, fixed[key]) for key, weight in weights_in(tmp_path / "out").items())
@@ -67,16 +66,22 @@ def test_divergence_is_symmetric_and_as_by_kullback_leibler() -> None:
     assert_close(divergence(p, q), divergence(q, p))
 
 
-def test_texts_that_are_none_or_ignored_are_refused(speakers, texts, tmp_path) -> None:
-    *models, base = speakers
-    with pytest.raises(InputError, match=r"fuse.method ataf: give --fuse.texts, by which it finds alpha, or --fuse"):
-        Fusion(models, str(tmp_path / "out"), base, "ataf")
-    with pytest.raises(InputError, match=r"ties looks at none here; leave it out"):
-        Fusion(models, str(tmp_path / "out"), base, "ties", texts=texts)
-    with pytest.raises(InputError, match=r"fuse.texts nowhere.txt: cannot be read"):
-        Fusion(models, str(tmp_path / "out"), base, "ataf", texts="nowhere.txt").run()
-    (tmp_path / "empty.txt").write_text("\n \n")
-    with pytest.raises(InputError, match="has no text; give one a line"):
-        read_texts(str(tmp_path / "empty.txt"))
-    with pytest.raises(InputError, match=r"b: has no tokenizer for fuse.texts"):
-        Fusion(models[::-1], str(tmp_path / "out"), base, "ataf", texts=texts).run()
+def test_clip_models_are_consistent_in_what_they_say_of_anchors(clips, world, tmp_path) -> None:
+    *models, base = clips
+    anchors = AnchorDataModule(str(world / "anchors"), 3, models[0], cache=False)
+    sources = Sources.of([Checkpoint(model) for model in models], Checkpoint(base))
+    found = divergences(ATAF(steps=3), [0.5, 0.5], sources, Pairs(anchors, Path(models[0])))
+    tokens = AutoTokenizer.from_pretrained(base)(anchors.captions, padding=True, return_tensors="pt")
+
+    @torch.inference_mode()
+    def predictions(folder: str | Path) -> torch.Tensor:
+        model = CLIPModel.from_pretrained(folder)
+        return model(pixel_values=anchors.images(), **tokens).logits_per_image.softmax(-1)
+
+    for alpha, value in found.items():
+        fused = Fusion(models, str(tmp_path / str(alpha)), base, ATAF(alpha=alpha)).run()
+        expected = [jensen_shannon(predictions(fused), predictions(model)).mean() for model in models]
+        assert_close(torch.tensor(value), sum(expected) / 2, atol=1e-6, rtol=1e-3)
+    Fusion(models, str(tmp_path / "out"), base, ATAF(steps=3), anchors=anchors).run()
+    chosen = json.loads((tmp_path / "out" / "merge.json").read_text())["findings"]["alpha"]
+    assert chosen == most_consistent(found)

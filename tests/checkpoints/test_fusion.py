@@ -27,6 +27,7 @@ from sap_lightning.merging import (
     CART,
     DARE,
     METHODS,
+    SAP,
     SCE,
     TIES,
     TSVM,
@@ -223,10 +224,29 @@ def test_integers_are_copied(tmp_path) -> None:
 # What is refused
 
 
+@pytest.mark.parametrize("method", ["sap", "ataf"])
+def test_a_method_that_looks_at_data_and_gets_none_says_so_before_a_weight_is_read(method) -> None:
+    with pytest.raises(
+        InputError, match=rf"^fuse.method {method} looks at data: give --fuse.texts for language models"
+    ):
+        Fusion(["nowhere", "there"], "out", "base", method)
+
+
+@pytest.mark.parametrize(
+    "setting",
+    [{"space": "singular"}, {"rescale_scope": "global"}, {"loss": "contrastive"}],
+    ids=lambda one: next(iter(one)),
+)
+def test_settings_of_sap_that_whole_models_have_not_are_refused(setting) -> None:
+    ((name, value),) = setting.items()
+    with pytest.raises(InputError, match=rf"^fuse.method.{name} {value}: sap looks at whole models with \w+ alone"):
+        Fusion(["nowhere", "there"], "out", "base", SAP(**setting), texts="texts.txt")
+
+
 @pytest.mark.parametrize(
     ("method", "why"),
     [
-        ("sap", "anchors"), ("fisher", "anchors"), ("regmean", "anchors"), ("fedavg", "factors A and B"),
+        ("fisher", "anchors"), ("regmean", "anchors"), ("fedavg", "factors A and B"),
         ("robustmerge", "factors"), ("ata", "say of their training"), ("at_reach", "say of their training"),
         ("krum", "all layers at once"), ("pcb", "all layers at once"), ("lines", "all layers at once"),
         ("random", "no such method"), (Magnitude(space="factor"), "factors"),

@@ -134,7 +134,7 @@ class FAM(WholeMethod):
             there = in_coordinates_of(base, other, seen[f"{layer}.rows"], seen[f"{layer}.columns"])
         else:
             there = in_coordinates_of(base[0], other[0], seen[f"{layer}.rows"])[None]
-        return Part(base, [Change(a.name, key, first, base), Change(b.name, key, there, base)])
+        return Part(rows, base, [Change(a.name, key, first, base), Change(b.name, key, there, base)])
 
     def fused(self, key: str, part: Part, seen: Seen) -> Tensor:
         a, b = part.base, part.changes[1].stored

@@ -3,74 +3,55 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from llamas import llama, saved, speaking, trained, weights_in
+from llamas import WORDS, llama, saved, tokenizer, trained, weights_in
 from permuted import moved, permuted
+from places import SHAPES_CLIP
 from torch import Tensor
 from torch.testing import assert_close
 from transformers import AutoModelForCausalLM, CLIPConfig, CLIPModel, GPT2Config, GPT2LMHeadModel
 
+from sap_lightning import commands
 from sap_lightning.checkpoints.behaviour import SPACES
 from sap_lightning.checkpoints.checkpoint import Checkpoint
 from sap_lightning.checkpoints.examples import Examples
 from sap_lightning.checkpoints.fusion import Fusion
 from sap_lightning.checkpoints.methods import FAM
+from sap_lightning.checkpoints.pairs import Pairs
 from sap_lightning.checkpoints.sources import Sources
+from sap_lightning.checkpoints.texts import Texts
+from sap_lightning.data.anchors import AnchorDataModule
 from sap_lightning.errors import InputError
 
 ALL = FAM(share=1.0, threshold=0.0, beta=0.0, along=1.0, across=1.0)
 """Gives each row of A its counterpart's place."""
 
 
-class Sentences(Examples):
-    """64 random ones for language models."""
-
-    def __init__(self) -> None:
-        generator = torch.Generator().manual_seed(0)
-        self.inputs = [torch.randint(40, (1, 8), generator=generator) for _ in range(64)]
-
-    def load(self, folder: Path) -> Any:
-        return AutoModelForCausalLM.from_pretrained(folder).eval()
-
-    @torch.inference_mode()
-    def show(self, model: Any) -> list[Tensor]:
-        return [model(one).logits for one in self.inputs]
-
-
-class Images(Examples):
-    """64 of noise for CLIP's vision tower."""
-
-    def __init__(self) -> None:
-        self.inputs = torch.randn(64, 1, 3, 16, 16, generator=torch.Generator().manual_seed(0))
-
-    def load(self, folder: Path) -> Any:
-        return CLIPModel.from_pretrained(folder).eval()
-
-    @torch.inference_mode()
-    def show(self, model: Any) -> list[Tensor]:
-        return [model.get_image_features(one).pooler_output for one in self.inputs]
-
-
-EXAMPLES = {"clip": Images(), "llama": Sentences()}
+@pytest.fixture(scope="module")
+def examples(world: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Examples]:
+    """Noise for towers, and random sentences for language models."""
+    anchors = AnchorDataModule(str(world / "anchors"), 8, SHAPES_CLIP, cache=False, noise=True)
+    folder = tmp_path_factory.mktemp("sentences")
+    tokenizer().save_pretrained(folder)
+    words = torch.randint(1, len(WORDS), (32, 12), generator=torch.Generator().manual_seed(0))
+    (folder / "texts.txt").write_text("\n".join(" ".join(WORDS[word] for word in row) for row in words.tolist()))
+    return {"clip": Pairs(anchors, Path(SHAPES_CLIP)), "llama": Texts(str(folder / "texts.txt"), folder)}
 
 
 def clip(seed: int, **vision: int) -> CLIPModel:
+    """One with the shipped CLIP's text tower, and a vision tower of its own."""
+    sizes = {"hidden_size": 24, "intermediate_size": 40, "num_hidden_layers": 2, "num_attention_heads": 3}
+    config = CLIPConfig.from_pretrained(SHAPES_CLIP)
+    for name, size in (sizes | vision).items():
+        setattr(config.vision_config, name, size)
     torch.manual_seed(seed)
-    text = {"vocab_size": 20, "hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1}
-    sizes = {"hidden_size": 24, "intermediate_size": 40, "num_hidden_layers": 2, "image_size": 16, "patch_size": 8}
-    text |= {"num_attention_heads": 2, "projection_dim": 8, "eos_token_id": 1, "bos_token_id": 0, "pad_token_id": 0}
-    return CLIPModel(
-        CLIPConfig(
-            text_config=text,
-            vision_config=sizes | {"num_attention_heads": 3, "projection_dim": 8, **vision},
-            projection_dim=8,
-        )
-    ).eval()
+    return CLIPModel(config)
 
 
 def of(kind: str, seed: int = 0, **sizes: int) -> Any:
@@ -90,9 +71,9 @@ def sources(*models: Any, folder: Path) -> Sources:
     return Sources.of(found, found[0], unlike=True)
 
 
-def merged(method: FAM, pair: Sources, examples: Examples) -> dict[str, Tensor]:
+def merged(method: FAM, pair: Sources, shown: Examples) -> dict[str, Tensor]:
     """All weights that the method merges."""
-    seen = method.look(pair, examples)
+    seen = method.look(pair, shown)
     kept = method.kept(pair, seen)
     found = {}
     for key in pair.first.stated.keys() - kept.keys():
@@ -105,12 +86,12 @@ KINDS = pytest.mark.parametrize("kind", ["clip", "llama"])
 
 
 @KINDS
-def test_a_permuted_copy_is_found_again_exactly(kind, tmp_path) -> None:
+def test_a_permuted_copy_is_found_again_exactly(kind, examples, tmp_path) -> None:
     model = of(kind)
     copied, expected = permuted(model)
-    for one, other in zip(EXAMPLES[kind].show(model), EXAMPLES[kind].show(copied), strict=True):
-        assert_close(one, other, atol=1e-4, rtol=1e-4)
-    seen = ALL.look(sources(model, copied, folder=tmp_path), EXAMPLES[kind])
+    for one, other in zip(*map(examples[kind].predictions, (model, copied)), strict=True):
+        assert_close(one, other, atol=1e-5, rtol=0)
+    seen = ALL.look(sources(model, copied, folder=tmp_path), examples[kind])
     found = {name.removesuffix(".rows"): rows for name, rows in seen.items() if name.endswith(".rows")}
     layers = {layer for layer in expected if any(layer.endswith(role) for role in SPACES)}
     assert found.keys() == layers and len(layers) == 2 * (6 if kind == "clip" else 7)
@@ -120,21 +101,21 @@ def test_a_permuted_copy_is_found_again_exactly(kind, tmp_path) -> None:
 
 
 @KINDS
-def test_merging_a_permuted_copy_gives_back_the_weights(kind, tmp_path) -> None:
+def test_merging_a_permuted_copy_gives_back_the_weights(kind, examples, tmp_path) -> None:
     model = of(kind)
     pair = sources(model, permuted(model)[0], folder=tmp_path)
     for method in (ALL, FAM()):
-        for key, weight in merged(method, pair, EXAMPLES[kind]).items():
+        for key, weight in merged(method, pair, examples[kind]).items():
             assert_close(weight, model.state_dict()[key], atol=1e-5, rtol=0)
 
 
 @KINDS
-def test_the_order_of_the_other_s_neurons_does_not_matter(kind, tmp_path) -> None:
+def test_the_order_of_the_other_s_neurons_does_not_matter(kind, examples, tmp_path) -> None:
     model = of(kind)
     other = trained(model, 1, 0.02)
     method = FAM(share=0.5)
-    plain = merged(method, sources(model, other, folder=tmp_path / "plain"), EXAMPLES[kind])
-    turned = merged(method, sources(model, permuted(other)[0], folder=tmp_path / "turned"), EXAMPLES[kind])
+    plain = merged(method, sources(model, other, folder=tmp_path / "plain"), examples[kind])
+    turned = merged(method, sources(model, permuted(other)[0], folder=tmp_path / "turned"), examples[kind])
     changed = 0
     for key, weight in plain.items():
         assert_close(turned[key], weight, atol=1e-5, rtol=0)
@@ -142,7 +123,7 @@ def test_the_order_of_the_other_s_neurons_does_not_matter(kind, tmp_path) -> Non
     assert changed > 1000
 
 
-def test_neurons_of_a_wider_mlp_are_found_among_others(tmp_path) -> None:
+def test_neurons_of_a_wider_mlp_are_found_among_others(examples, tmp_path) -> None:
     model, wide = of("llama"), of("llama", 1, intermediate_size=60)
     place = torch.randperm(60, generator=torch.Generator().manual_seed(0))[:48]
     own = wide.state_dict()
@@ -153,14 +134,14 @@ def test_neurons_of_a_wider_mlp_are_found_among_others(tmp_path) -> None:
             own[name].zero_()[:, place] = weight
         else:
             own[name][place] = weight
-    seen = ALL.look(sources(model, wide, folder=tmp_path), EXAMPLES["llama"])
+    seen = ALL.look(sources(model, wide, folder=tmp_path), examples["llama"])
     for block in range(2):
         for layer in ("gate", "up"):
             assert torch.equal(seen[f"model.layers.{block}.mlp.{layer}_proj.rows"], place)
         assert torch.equal(seen[f"model.layers.{block}.mlp.down_proj.columns"], place)
 
 
-def test_blocks_of_a_deeper_model_are_found_in_order(tmp_path) -> None:
+def test_blocks_of_a_deeper_model_are_found_in_order(examples, tmp_path) -> None:
     model, deep = of("llama"), of("llama", 1, num_hidden_layers=3)
     own = deep.state_dict()
     for name, weight in model.state_dict().items():
@@ -168,22 +149,21 @@ def test_blocks_of_a_deeper_model_are_found_in_order(tmp_path) -> None:
     for name in ("self_attn.o_proj", "mlp.down_proj"):  # the block between them adds nothing
         own[f"model.layers.1.{name}.weight"].zero_()
     pair = sources(model, deep, folder=tmp_path / "deeper")
-    assert ALL.look(pair, EXAMPLES["llama"])["blocks"].tolist() == [0, 2]
-    for key, weight in merged(ALL, pair, EXAMPLES["llama"]).items():
+    assert ALL.look(pair, examples["llama"])["blocks"].tolist() == [0, 2]
+    for key, weight in merged(ALL, pair, examples["llama"]).items():
         assert_close(weight, model.state_dict()[key], atol=1e-6, rtol=0)
     other_way = sources(deep, model, folder=tmp_path / "shallower")
-    seen = ALL.look(other_way, EXAMPLES["llama"])
+    seen = ALL.look(other_way, examples["llama"])
     assert seen["blocks"].tolist() == [0, -1, 1]
     assert ALL.kept(other_way, seen)["model.layers.1.mlp.up_proj.weight"] == "fam leaves it"
 
 
-def test_towers_that_divide_an_image_otherwise_are_matched_by_whole_images(tmp_path) -> None:
-    model = of("clip", image_size=16, patch_size=8)
-    other = of("clip", 1, image_size=16, patch_size=4, hidden_size=36, num_hidden_layers=3)
+def test_towers_that_divide_an_image_otherwise_are_matched_by_whole_images(examples, tmp_path) -> None:
+    model, other = of("clip"), of("clip", 1, patch_size=16, hidden_size=36, num_hidden_layers=3)
     pair = sources(model, other, folder=tmp_path)
-    seen = FAM(threshold=0.0).look(pair, EXAMPLES["clip"])
+    seen = FAM(threshold=0.0).look(pair, examples["clip"])
     assert seen["vision_model.encoder.layers.0.mlp.fc1.columns"].unique().numel() == 24
-    assert all(weight.isfinite().all() for weight in merged(FAM(threshold=0.0), pair, EXAMPLES["clip"]).values())
+    assert all(weight.isfinite().all() for weight in merged(FAM(threshold=0.0), pair, examples["clip"]).values())
 
 
 def by_definition(a: np.ndarray, b: np.ndarray, x: tuple, y: tuple, rows: np.ndarray, method: FAM) -> np.ndarray:
@@ -214,17 +194,17 @@ def by_definition(a: np.ndarray, b: np.ndarray, x: tuple, y: tuple, rows: np.nda
     return result
 
 
-def test_rows_are_merged_as_by_definition(tmp_path) -> None:
+def test_rows_are_merged_as_by_definition(examples, tmp_path) -> None:
     models = of("llama"), trained(of("llama"), 1, 0.02).eval()
     method = FAM(share=0.5, threshold=0.0, along=0.7, across=0.4, beta=0.6)
-    result = merged(method, sources(*models, folder=tmp_path), EXAMPLES["llama"])
+    result = merged(method, sources(*models, folder=tmp_path), examples["llama"])
     for layer in ("model.layers.1.mlp.up_proj", "model.layers.0.self_attn.v_proj", "model.layers.0.mlp.down_proj"):
         x, y, weights = [], [], []
         for model in models:
             given: list[Tensor] = []
             module = model.get_submodule(layer)
             hook = module.register_forward_pre_hook(lambda _, inputs, given=given: given.append(inputs[0][0]))
-            EXAMPLES["llama"].show(model)
+            examples["llama"].show(model)
             hook.remove()
             weights.append(module.weight.detach().double().numpy())
             x.append(torch.cat(given).double().numpy())
@@ -235,35 +215,48 @@ def test_rows_are_merged_as_by_definition(tmp_path) -> None:
         assert not np.allclose(expected, weights[0])
 
 
-def test_nothing_is_added_at_scale_0_and_of_equal_models(tmp_path) -> None:
+def test_nothing_is_added_at_scale_0_and_of_equal_models(examples, tmp_path) -> None:
     models = of("llama"), trained(of("llama"), 1, 0.02)
     still = FAM(along=0.0, across=0.0)
     for pair, method in (((models[0], models[0]), FAM()), (models, still)):
-        found = merged(method, sources(*pair, folder=tmp_path / method.name), EXAMPLES["llama"])
+        found = merged(method, sources(*pair, folder=tmp_path / method.name), examples["llama"])
         assert found and all(torch.equal(weight, models[0].state_dict()[key]) for key, weight in found.items())
 
 
-def test_the_command_merges_a_permuted_language_model_to_the_same_function(texts, tmp_path) -> None:
+def test_whole_models_are_merged_to_the_same_function(examples, tmp_path) -> None:
     model = of("llama")
-    a = speaking(saved(model, tmp_path / "a"))
-    b = saved(permuted(model)[0], tmp_path / "b")
-    Fusion([str(a), str(b)], str(tmp_path / "out"), method=FAM(threshold=0.0), texts=texts).run()
-    result = AutoModelForCausalLM.from_pretrained(tmp_path / "out").eval()
-    for one, other in zip(EXAMPLES["llama"].show(model), EXAMPLES["llama"].show(result), strict=True):
+    a, b = saved(model, tmp_path / "a"), saved(permuted(model)[0], tmp_path / "b")
+    tokenizer().save_pretrained(a)
+    texts = tmp_path / "texts.txt"
+    texts.write_text("\n".join(examples["llama"].texts))
+    out = Fusion([str(a), str(b)], str(tmp_path / "out"), method="fam", texts=str(texts)).run()
+    result = AutoModelForCausalLM.from_pretrained(out)
+    for one, other in zip(*map(examples["llama"].predictions, (model, result)), strict=True):
         assert_close(one, other, atol=1e-5, rtol=0)
-    record = json.loads((tmp_path / "out" / "merge.json").read_text())
-    assert record["findings"]["blocks"] == [0, 1] and record["findings"]["matched"] > 0.9
-    a_weights = weights_in(a)
-    assert all(
-        torch.equal(weights_in(tmp_path / "out")[key], a_weights[key])
-        for key in record["findings"]["kept"]["fam leaves it"]
-    )
+    findings = json.loads((out / "merge.json").read_text())["findings"]
+    assert findings["blocks"] == [0, 1] and findings["matched"] == 1 and 0 < findings["merged"] < 0.5
+    kept, weights = findings["kept"]["fam leaves it"], weights_in(a)
+    assert kept and all(torch.equal(weights_in(out)[key], weights[key]) for key in kept)
+
+
+def test_the_command_merges_towers_of_other_sizes_at_anchors(world, tmp_path) -> None:
+    folders = []
+    for name, model in (("a", of("clip")), ("b", of("clip", 1, hidden_size=36, num_hidden_layers=3))):
+        shutil.copytree(SHAPES_CLIP, tmp_path / name, ignore=shutil.ignore_patterns("*.safetensors"))
+        folders.append(str(saved(model, tmp_path / name)))
+    line = [f"--fuse.models=[{','.join(folders)}]", "--fuse.method=fam", "--fuse.method.threshold=0"]
+    anchors = [f"--anchors.root={world / 'anchors'}", "--anchors.num_pairs=8"]
+    commands.fuse([*line, *anchors, f"--fuse.output={tmp_path / 'out'}"])
+    result, own = weights_in(tmp_path / "out"), weights_in(tmp_path / "a")
+    changed = [key for key, weight in result.items() if not torch.equal(weight, own[key])]
+    assert changed and all(key.startswith("vision_model.encoder.layers.") for key in changed)
+    CLIPModel.from_pretrained(tmp_path / "out")
 
 
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({}, "fuse.method fam: give --fuse.texts"),
+        ({}, "fuse.method fam looks at data: give --fuse.texts"),
         ({"texts": "t", "base": "c"}, "fuse.base c: fam looks at no base; leave it out"),
         ({"texts": "t", "models": ["a", "b", "d"]}, "fam fuses two models, got 3"),
     ],
@@ -281,11 +274,12 @@ def test_without_scipy_it_says_what_to_install(monkeypatch) -> None:
 
 def test_models_of_other_blocks_or_words_are_refused(texts, tmp_path) -> None:
     gpt = GPT2LMHeadModel(GPT2Config(n_embd=16, n_layer=1, n_head=2, vocab_size=40))
-    folder = speaking(saved(gpt, tmp_path / "gpt"))
+    folder, a = saved(gpt, tmp_path / "gpt"), saved(of("llama"), tmp_path / "a")
+    for one in (folder, a):
+        tokenizer().save_pretrained(one)
     with pytest.raises(InputError, match=r"gpt: its blocks have no layers self_attn.q_proj.* as Llama's or CLIP's"):
         Fusion([str(folder), str(saved(gpt, tmp_path / "b"))], str(tmp_path / "out"), method="fam", texts=texts).run()
     few = saved(of("llama", vocab_size=5), tmp_path / "few")
-    a = speaking(saved(of("llama"), tmp_path / "a"))
     with pytest.raises(InputError, match=r"fuse.texts: token \d+ of the first model is none of another, which has 5"):
         Fusion([str(a), str(few)], str(tmp_path / "out"), method="fam", texts=texts).run()
     assert not (tmp_path / "out").exists()

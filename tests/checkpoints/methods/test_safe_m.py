@@ -18,7 +18,7 @@ from transformers import AutoModelForCausalLM
 from sap_lightning import commands
 from sap_lightning.checkpoints.fusion import Fusion
 from sap_lightning.checkpoints.methods import SafeM
-from sap_lightning.checkpoints.sources import Change, Part
+from sap_lightning.checkpoints.sources import Change, Part, Rows
 from sap_lightning.errors import InputError
 
 LAYERS = [
@@ -62,11 +62,11 @@ def by_definition(a, b, c, of_a, of_b, of_c, share: float, paper: bool) -> np.nd
 
 @pytest.mark.parametrize("sharpness", ["code", "paper"])
 def test_matrices_of_blocks_are_as_by_definition_and_all_else_is_the_first_model_s(
-    sharpness, speakers, texts, tmp_path
+    sharpness, speaking, texts, tmp_path
 ) -> None:
-    result = fused(speakers, texts, tmp_path / "out", share=0.3, sharpness=sharpness)
-    a, b, c = (weights_in(Path(folder)) for folder in speakers)
-    of = [means(folder) for folder in speakers]
+    result = fused(speaking, texts, tmp_path / "out", share=0.3, sharpness=sharpness)
+    a, b, c = (weights_in(Path(folder)) for folder in speaking)
+    of = [means(folder) for folder in speaking]
     for key, weight in result.items():
         if (layer := key.removesuffix(".weight")) in LAYERS:
             models = (one[key].double().numpy() for one in (a, b, c))
@@ -78,10 +78,10 @@ def test_matrices_of_blocks_are_as_by_definition_and_all_else_is_the_first_model
             assert torch.equal(weight, a[key]), key
 
 
-def test_all_that_b_changed_is_added_where_all_is_let_in(speakers, texts, tmp_path) -> None:
+def test_all_that_b_changed_is_added_where_all_is_let_in(speaking, texts, tmp_path) -> None:
     """Every weight is salient: but for conflicts it is A + τ_B."""
-    result = fused(speakers, texts, tmp_path / "out", share=1.0, along=1.0, across=1.0)
-    a, b, c = (weights_in(Path(folder)) for folder in speakers)
+    result = fused(speaking, texts, tmp_path / "out", share=1.0, along=1.0, across=1.0)
+    a, b, c = (weights_in(Path(folder)) for folder in speaking)
     for layer in LAYERS:
         key = f"{layer}.weight"
         tau_a, tau_b = a[key] - c[key], b[key] - c[key]
@@ -89,12 +89,12 @@ def test_all_that_b_changed_is_added_where_all_is_let_in(speakers, texts, tmp_pa
         assert_close(result[key], expected, atol=1e-6, rtol=0)
 
 
-def test_nothing_is_added_at_scale_0_and_equal_models_stay_as_they_are(speakers, texts, tmp_path) -> None:
-    a = weights_in(Path(speakers[0]))
-    result = fused(speakers, texts, tmp_path / "none", along=0.0, across=0.0)
+def test_nothing_is_added_at_scale_0_and_equal_models_stay_as_they_are(speaking, texts, tmp_path) -> None:
+    a = weights_in(Path(speaking[0]))
+    result = fused(speaking, texts, tmp_path / "none", along=0.0, across=0.0)
     assert all(torch.equal(result[key], weight) for key, weight in a.items())
-    same = str(shutil.copytree(speakers[2], tmp_path / "same"))
-    result = fused([speakers[0], same, speakers[2]], texts, tmp_path / "base")
+    same = str(shutil.copytree(speaking[2], tmp_path / "same"))
+    result = fused([speaking[0], same, speaking[2]], texts, tmp_path / "base")
     assert all(torch.equal(result[key], weight) for key, weight in a.items())
 
 
@@ -103,7 +103,7 @@ def test_biases_are_fused_by_what_comes_out() -> None:
     a, b, c = (torch.tensor([values]) for values in ([1.0, 1.0, 1.0], [1.0, 5.0, 1.5], [1.0, 1.0, 1.0]))
     method = SafeM(share=0.4)
     seen = {"h.0.inputs": torch.ones(2), "h.0.outputs": torch.ones(3), "h.0.moved": torch.tensor([0.0, 4.0, 0.5])}
-    part = Part(c, [Change(name, "h.0.bias", weight, c) for name, weight in (("a", a), ("b", b))])
+    part = Part(Rows(0, 1), c, [Change(name, "h.0.bias", weight, c) for name, weight in (("a", a), ("b", b))])
     # τ is (0, 4, 0); along (0, 4, 1/2) it is 16 / 16.25 of that direction.
     direction = torch.tensor([0.0, 4.0, 0.5])
     along = 16 / 16.25 * direction
@@ -111,8 +111,8 @@ def test_biases_are_fused_by_what_comes_out() -> None:
     assert_close(method.fused("h.0.bias", part, seen), expected[None])
 
 
-def test_a_killed_fusion_continues_to_the_same_bytes(speakers, texts, tmp_path) -> None:
-    *models, base = speakers
+def test_a_killed_fusion_continues_to_the_same_bytes(speaking, texts, tmp_path) -> None:
+    *models, base = speaking
     play = Fusion(models, str(tmp_path / "out"), base, "safe_m", texts=texts).run
     play()
     whole = contents(tmp_path / "out")
@@ -120,11 +120,22 @@ def test_a_killed_fusion_continues_to_the_same_bytes(speakers, texts, tmp_path) 
     killed(tmp_path, play, 12)
     play()
     assert contents(tmp_path / "out") == whole
-    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+    assert {path.name for path in tmp_path.iterdir()} == {"out", "texts.txt"}
 
 
-def test_the_command_fuses(speakers, texts, tmp_path) -> None:
-    *models, base = speakers
+def test_both_towers_of_clip_models_are_fused_by_anchors(clips, world, tmp_path) -> None:
+    *models, base = clips
+    line = [f"--fuse.models=[{','.join(models)}]", f"--fuse.base={base}", f"--fuse.output={tmp_path / 'out'}"]
+    commands.fuse([*line, f"--anchors.root={world / 'anchors'}", "--anchors.num_pairs=8", "--fuse.method=safe_m"])
+    result, own = weights_in(tmp_path / "out"), weights_in(Path(models[0]))
+    changed = [key for key, weight in result.items() if not torch.equal(weight, own[key])]
+    assert {key.split(".")[0] for key in changed} == {"text_model", "vision_model"}
+    assert all(".layers." in key and "norm" not in key for key in changed)
+    assert any(key.endswith("bias") for key in changed)
+
+
+def test_the_command_fuses(speaking, texts, tmp_path) -> None:
+    *models, base = speaking
     line = [f"--fuse.models=[{','.join(models)}]", f"--fuse.base={base}", f"--fuse.output={tmp_path / 'out'}"]
     commands.fuse([*line, f"--fuse.texts={texts}", "--fuse.method=safe_m", "--fuse.method.share=0.5"])
     record = json.loads((tmp_path / "out" / "merge.json").read_text())
@@ -135,7 +146,7 @@ def test_the_command_fuses(speakers, texts, tmp_path) -> None:
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({}, "fuse.method safe_m: give --fuse.texts, which it shows the models"),
+        ({}, "fuse.method safe_m looks at data: give --fuse.texts for language models, or --anchors.root"),
         ({"texts": "t", "base": None}, "fuse.base is not set: safe_m needs the model that both were trained from"),
         ({"texts": "t", "models": ["a", "b", "d"]}, "safe_m fuses two models, got 3"),
         ({"texts": "t", "models": ["a"]}, "safe_m needs at least 2"),

@@ -1,0 +1,63 @@
+"""Anchors that whole CLIP models are shown."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from torch.nn.functional import normalize
+from transformers import CLIPModel
+
+from sap_lightning.checkpoints.examples import Examples
+from sap_lightning.console import track
+from sap_lightning.data.anchors import AnchorDataModule
+from sap_lightning.errors import InputError
+from sap_lightning.fingerprints import digest
+from sap_lightning.functional.saliency import alignment_loss
+from sap_lightning.models.clip import TextEncoder, load_clip, vision_tower
+
+
+class Pairs(Examples):
+    """Image–caption pairs, for CLIP models, each of which encodes both by itself.
+
+    Args:
+        anchors: the pairs.
+        tokenizer: folder of the model whose tokenizer all models go by.
+    """
+
+    def __init__(self, anchors: AnchorDataModule, tokenizer: Path) -> None:
+        self.images = anchors.images()
+        self.captions = anchors.captions
+        self.tokenizer = str(tokenizer)
+        self.fingerprint = digest(anchors.fingerprint, anchors.preprocessing)
+
+    def load(self, folder: Path) -> CLIPModel:
+        return load_clip(str(folder), "fuse.models").requires_grad_()
+
+    @torch.inference_mode()
+    def show(self, model: CLIPModel) -> None:
+        size, given = vision_tower(model).config.image_size, self.images.shape[-1]
+        if size != given:
+            raise InputError(
+                f"fuse.models: one takes images of {size} pixels, the first of {given}; give models that take the same"
+            )
+        vision, texts = vision_tower(model), TextEncoder(model, self.tokenizer)
+        for image, caption in track(list(zip(self.images, self.captions, strict=True)), "anchors"):
+            vision(image[None])
+            texts.features([caption])
+
+    def losses(self, model: CLIPModel) -> Iterator[Tensor]:
+        """1 − cos(image, caption), pair after pair."""
+        vision, texts = vision_tower(model), TextEncoder(model, self.tokenizer)
+        for image, caption in zip(self.images, self.captions, strict=True):
+            (loss,) = alignment_loss(vision(image[None]).image_embeds, texts.features([caption]))
+            yield loss
+
+    @torch.inference_mode()
+    def predictions(self, model: CLIPModel) -> list[Tensor]:
+        """Of every image the probabilities of all captions; its own is not told."""
+        vision, texts = vision_tower(model), TextEncoder(model, self.tokenizer)
+        images = torch.cat([normalize(vision(image[None]).image_embeds, dim=-1) for image in self.images])
+        return [(model.logit_scale.exp() * images @ texts.features(self.captions).T).softmax(-1)]
