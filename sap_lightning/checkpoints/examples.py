@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterator
+from collections.abc import Hashable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -42,3 +42,7 @@ class Examples(ABC):
     @abstractmethod
     def predictions(self, model: Any) -> list[Tensor]:
         """What a model expects: of each example probabilities, shape (positions, what there is to choose from)."""
+
+    @abstractmethod
+    def answers(self, model: Any) -> list[Hashable]:
+        """What a model says to each example, which equals what another says or does not."""

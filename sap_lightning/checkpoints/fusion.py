@@ -91,7 +91,7 @@ class Fusion:
                 f"fuse.texts {self.texts}: is for language models, anchors.root for CLIP models; leave one of them out"
             )
         if method.needs_anchors and self.texts is None and self.anchors is None:
-            alone = ", or --fuse.method.alpha" if isinstance(method, ATAF) else ""
+            alone = ", or --fuse.method.alpha" if hasattr(method, "alpha") else ""
             raise InputError(
                 f"fuse.method {method.name} looks at data: give --fuse.texts for language models, or --anchors.root for"
                 f" CLIP models{alone}"

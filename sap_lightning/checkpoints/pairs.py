@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Hashable, Iterator
 from pathlib import Path
 
 import torch
@@ -61,3 +61,8 @@ class Pairs(Examples):
         vision, texts = vision_tower(model), TextEncoder(model, self.tokenizer)
         images = torch.cat([normalize(vision(image[None]).image_embeds, dim=-1) for image in self.images])
         return [(model.logit_scale.exp() * images @ texts.features(self.captions).T).softmax(-1)]
+
+    def answers(self, model: CLIPModel) -> list[Hashable]:
+        """Of every image the number of the caption that fits it best."""
+        (found,) = self.predictions(model)
+        return list(found.argmax(1).tolist())

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Hashable, Iterator
 from functools import cached_property
 from pathlib import Path
 
 import torch
 from torch import Tensor
 from torch.nn.functional import cross_entropy
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
+from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, PreTrainedModel
 
 from sap_lightning.checkpoints.examples import Examples
 from sap_lightning.console import track
@@ -19,6 +19,8 @@ from sap_lightning.fingerprints import digest
 MOST_TEXTS = 32
 MOST_TOKENS = 64
 """How many texts are looked at, and how many tokens of each."""
+ANSWER_TOKENS = 16
+"""Of what a model says to a text."""
 
 
 class Texts(Examples):
@@ -70,6 +72,18 @@ class Texts(Examples):
     def predictions(self, model: PreTrainedModel) -> list[Tensor]:
         """The probability of every next token at every position."""
         return [model(one).logits[0].softmax(-1) for one in self._tokens]
+
+    def answers(self, model: PreTrainedModel) -> list[Hashable]:
+        """The tokens with which it goes on, greedily."""
+        continued = (
+            model.generate(  # type: ignore[operator]  # of whichever causal language model
+                one,
+                attention_mask=torch.ones_like(one),
+                generation_config=GenerationConfig(max_new_tokens=ANSWER_TOKENS, pad_token_id=0),
+            )
+            for one in track(self._tokens, "texts")
+        )
+        return [tuple(whole[0, one.shape[1] :].tolist()) for one, whole in zip(self._tokens, continued, strict=True)]
 
     @cached_property
     def _tokens(self) -> list[Tensor]:
