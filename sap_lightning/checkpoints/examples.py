@@ -44,5 +44,13 @@ class Examples(ABC):
         """What a model expects: of each example probabilities, shape (positions, what there is to choose from)."""
 
     @abstractmethod
+    def __len__(self) -> int:
+        """How many there are."""
+
+    @abstractmethod
+    def logits(self, model: Any, number: int) -> Tensor:
+        """Logits of what a model expects of one example, with gradients, shape (positions, what there is to choose)."""
+
+    @abstractmethod
     def answers(self, model: Any) -> list[Hashable]:
         """What a model says to each example, which equals what another says or does not."""

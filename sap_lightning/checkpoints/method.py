@@ -20,16 +20,18 @@ Seen = Mapping[str, Tensor]
 
 
 class WholeMethod(MergeMethod):
-    """Fuses two whole models, of which the first says what the result is like, by what they do with data.
+    """Fuses whole models, of which the first says what the result is like, by what they do with data.
 
     Attributes:
-        needs_base: whether it goes by the model that both were trained from.
+        needs_base: whether it goes by the model that all were trained from.
         takes_unlike: whether weights of the models may be of other shapes.
+        most_models: how many it fuses at most; None for any number.
     """
 
     uses_weights = False
     needs_base = False
     takes_unlike = False
+    most_models: int | None = 2
 
     @property
     def needs_anchors(self) -> bool:  # type: ignore[override]
@@ -73,11 +75,13 @@ class WholeMethod(MergeMethod):
 
     def check(self, models: Sequence[str], base: str | None, weights: Sequence[float] | None) -> None:
         """Raises InputError for settings of the command that the method has no use for, or lacks."""
-        if len(models) != 2:
-            raise InputError(f"fuse.models {list(models)}: {self.name} fuses two models, got {len(models)}")
+        if self.most_models is not None and len(models) > self.most_models:
+            raise InputError(
+                f"fuse.models {list(models)}: {self.name} fuses {self.most_models} models, got {len(models)}"
+            )
         if weights is not None:
             raise InputError(f"fuse.weights {list(weights)}: {self.name} weighs no models; leave it out")
         if self.needs_base and base is None:
-            raise InputError(f"fuse.base is not set: {self.name} needs the model that both were trained from")
+            raise InputError(f"fuse.base is not set: {self.name} needs the model that all were trained from")
         if base is not None and not self.needs_base:
             raise InputError(f"fuse.base {base}: {self.name} looks at no base; leave it out")

@@ -62,6 +62,15 @@ class Pairs(Examples):
         images = torch.cat([normalize(vision(image[None]).image_embeds, dim=-1) for image in self.images])
         return [(model.logit_scale.exp() * images @ texts.features(self.captions).T).softmax(-1)]
 
+    def __len__(self) -> int:
+        return len(self.captions)
+
+    def logits(self, model: CLIPModel, number: int) -> Tensor:
+        """Of all captions for one image."""
+        image = normalize(vision_tower(model)(self.images[number, None]).image_embeds, dim=-1)
+        captions = TextEncoder(model, self.tokenizer).features(self.captions)
+        return model.logit_scale.exp() * image @ captions.T
+
     def answers(self, model: CLIPModel) -> list[Hashable]:
         """Of every image the number of the caption that fits it best."""
         (found,) = self.predictions(model)

@@ -141,6 +141,11 @@ class Sources:
         for first in range(0, height, max(1, step)):
             yield Rows(first, min(first + step, height))
 
+    def whole(self, key: str) -> Part:
+        """A weight from all of the models, all of its rows."""
+        (rows,) = self.blocks(key, None)
+        return self.part(key, rows)
+
     def part(self, key: str, rows: Rows) -> Part:
         """Rows of a weight from all of the models."""
         base = self._base_rows(key, rows)

@@ -73,6 +73,14 @@ class Texts(Examples):
         """The probability of every next token at every position."""
         return [model(one).logits[0].softmax(-1) for one in self._tokens]
 
+    def __len__(self) -> int:
+        return len(self._tokens)
+
+    def logits(self, model: PreTrainedModel, number: int) -> Tensor:
+        """Of every next token."""
+        logits: Tensor = model(self._tokens[number]).logits
+        return logits[0]
+
     def answers(self, model: PreTrainedModel) -> list[Hashable]:
         """The tokens with which it goes on, greedily."""
         continued = (

@@ -41,8 +41,10 @@ def permuted(model: Any, seed: int = 0) -> tuple[Any, dict[str, Tensor]]:
             of_columns = {"o_proj": outputs, "out_proj": outputs, "fc2": hidden, "down_proj": hidden}.get(layer, stream)
             weight.copy_(weight[of_rows][:, of_columns] if weight.ndim == 2 else weight[of_rows])
             rows[name.rpartition(".")[0]] = of_rows.argsort()
+    turned = set()
     for name, weight in weights.items():
-        if ".layers." not in name:
+        if ".layers." not in name and weight.data_ptr() not in turned:  # a head may be the embedding
+            turned.add(weight.data_ptr())
             _turn_outer(name, weight, stream)
     return own, rows
 

@@ -70,7 +70,7 @@ class AdaMMS(WholeMethod):
     def _answers(self, sources: Sources, examples: Examples) -> list[Sequence[Hashable]]:
         """What the model says at every α; its weights and those that lead to B's are in memory together."""
         keys = [key for key in sources.first.stated if key not in self._left(sources)]
-        pairs = {key: _both(_whole(key, sources)) for key in keys}
+        pairs = {key: _both(sources.whole(key)) for key in keys}
         model = examples.load(sources.first.folder)
         weights = model.state_dict()
         names = matched(keys, list(weights))
@@ -106,11 +106,6 @@ class AdaMMS(WholeMethod):
             return found
         alphas = (f"{alpha:g}" for alpha in self.grid)
         return {**found, "moving": dict(zip(alphas, seen["moving"].tolist(), strict=True))}
-
-
-def _whole(key: str, sources: Sources) -> Part:
-    (rows,) = sources.blocks(key, None)
-    return sources.part(key, rows)
 
 
 def _both(part: Part) -> tuple[Tensor, Tensor]:

@@ -7,7 +7,7 @@ paper under this name.
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from importlib.util import find_spec
 from typing import Any
@@ -18,7 +18,7 @@ from torch import Tensor
 from sap_lightning.checkpoints.activations import Activity
 from sap_lightning.checkpoints.behaviour import SPACES, Behaviour, activities
 from sap_lightning.checkpoints.examples import Examples
-from sap_lightning.checkpoints.keys import matched
+from sap_lightning.checkpoints.keys import layer_of, matched
 from sap_lightning.checkpoints.method import Seen, WholeMethod
 from sap_lightning.checkpoints.neurons import Matcher, paired_blocks
 from sap_lightning.checkpoints.sources import Change, Part, Rows, Sources
@@ -27,6 +27,7 @@ from sap_lightning.functional.flatness import flatness_aware_importance, sharpne
 from sap_lightning.functional.masking import keep_highest
 from sap_lightning.functional.matching import UNMATCHED, in_coordinates_of
 from sap_lightning.functional.projection import split_along
+from sap_lightning.io.weights import matrix_shape
 
 _NUMBER = re.compile(r"(?<![^.])\d+(?=\.)")
 """A block's number in a key."""
@@ -93,14 +94,15 @@ class FAM(WholeMethod):
         blocks, matcher = paired_blocks(of_a, of_b), Matcher(self.sigma, self.threshold)
         pairs = [(i, j) for i, j in enumerate(blocks.tolist()) if j != UNMATCHED]
         stream = matcher.stream([of_a[i] for i, _ in pairs], [of_b[j] for _, j in pairs])
-        on_disk = matched(list(mine.responses.positions), [_layer(key) for key in sources.first.stated])
+        on_disk = matched(list(mine.responses.positions), [layer_of(key) for key in sources.first.stated])
         seen: dict[str, Tensor] = {"blocks": blocks}
         for i, j in pairs:
             maps = {"stream": stream, **matcher.block(of_a[i], of_b[j], mine.heads, theirs.heads)}
-            for role in of_a[i].keys() & of_b[j].keys():
-                rows, columns = (maps[space] for space in SPACES[role])
-                found = self._rows(of_a[i][role], of_b[j][role], rows) | {"columns": columns.clone()}
-                seen |= {f"{on_disk[mine.layers[i][role]]}.{what}": tensor for what, tensor in found.items()}
+            for role, layer in mine.layers[i].items():
+                if role in of_b[j] and layer in on_disk:
+                    rows, columns = (maps[space] for space in SPACES[role])
+                    found = self._rows(of_a[i][role], of_b[j][role], rows) | {"columns": columns.clone()}
+                    seen |= {f"{on_disk[layer]}.{what}": tensor for what, tensor in found.items()}
         return seen
 
     def _rows(self, a: Activity, b: Activity, rows: Tensor) -> dict[str, Tensor]:
@@ -117,31 +119,35 @@ class FAM(WholeMethod):
 
     def kept(self, sources: Sources, seen: Seen) -> dict[str, str]:
         others = _other_keys(sources, seen)
-        return {
-            key: f"{self.name} leaves it" if f"{_layer(key)}.rows" not in seen else f"not in {sources.models[1].name}"
-            for key in sources.first.stated
-            if f"{_layer(key)}.rows" not in seen or key not in others
-        }
+        return {key: why for key in sources.first.stated if (why := self._obstacle(key, sources, seen, others))}
+
+    def _obstacle(self, key: str, sources: Sources, seen: Seen, others: Mapping[str, str]) -> str | None:
+        a, b = sources.models
+        if f"{layer_of(key)}.rows" not in seen:
+            return f"{self.name} leaves it"
+        if key not in others:
+            return f"not in {b.name}"
+        if not (a.is_float(key) and b.is_float(others[key])):
+            return "not of floating point numbers"
+        return None
 
     def part(self, key: str, rows: Rows, sources: Sources, seen: Seen) -> Part:
         a, b = sources.models
-        first = a.rows(key, *rows)
-        base, layer = first.float(), _layer(key)
-        own = _other_keys(sources, seen)[key]
-        shape = b.stated[own].shape
-        other = b.rows(own, 0, shape[0] if len(shape) > 1 else 1).float()
-        if len(shape) > 1:
-            there = in_coordinates_of(base, other, seen[f"{layer}.rows"], seen[f"{layer}.columns"])
+        own, layer = _other_keys(sources, seen)[key], layer_of(key)
+        first, other = a.rows(key, *rows), b.rows(own, 0, matrix_shape(b.stated[own].shape)[0]).float()
+        base, counterparts = first.float(), seen[f"{layer}.rows"]
+        if key.endswith("bias"):
+            there = in_coordinates_of(base[0], other[0], counterparts)[None]
         else:
-            there = in_coordinates_of(base[0], other[0], seen[f"{layer}.rows"])[None]
+            there = in_coordinates_of(base, other, counterparts, seen[f"{layer}.columns"])
         return Part(rows, base, [Change(a.name, key, first, base), Change(b.name, key, there, base)])
 
     def fused(self, key: str, part: Part, seen: Seen) -> Tensor:
         a, b = part.base, part.changes[1].stored
-        flat = seen[f"{_layer(key)}.flat"]
+        flat = seen[f"{layer_of(key)}.flat"]
         if key.endswith("bias"):
             return a + self.along * flat * (b - a)
-        along = flat[:, None] * split_along(b - a, seen[f"{_layer(key)}.inputs"])[0]
+        along = flat[:, None] * split_along(b - a, seen[f"{layer_of(key)}.inputs"])[0]
         return a + self.along * along + self.across * (b - a - along)
 
     def findings(self, seen: Seen) -> dict[str, Any]:
@@ -152,10 +158,6 @@ class FAM(WholeMethod):
             "matched": float((columns >= 0).float().mean()),
             "merged": float((rows >= 0).float().mean()),
         }
-
-
-def _layer(key: str) -> str:
-    return key.rpartition(".")[0]
 
 
 def _other_keys(sources: Sources, seen: Seen) -> dict[str, str]:

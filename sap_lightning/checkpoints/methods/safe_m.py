@@ -12,7 +12,7 @@ from torch import Tensor
 
 from sap_lightning.checkpoints.activations import Means, watched
 from sap_lightning.checkpoints.examples import Examples
-from sap_lightning.checkpoints.keys import matched
+from sap_lightning.checkpoints.keys import layer_of, matched
 from sap_lightning.checkpoints.method import Seen, WholeMethod
 from sap_lightning.checkpoints.sources import Part, Sources
 from sap_lightning.errors import InputError, check_share
@@ -60,7 +60,7 @@ class SafeM(WholeMethod):
         (a, b), c = sources.models, sources.base
         inputs, outputs = _means(a.folder, examples)
         moved = [_means(model.folder, examples)[1] for model in (b, c)]
-        layers = {_layer(key) for key, shape in a.shapes.items() if is_mixed(key, shape)}
+        layers = {layer_of(key) for key, shape in a.shapes.items() if is_mixed(key, shape)}
         of_a, of_b, of_c = (matched(list(layers), list(means)) for means in (outputs, *moved))
         found: dict[str, Tensor] = {}
         for layer in sorted(of_a.keys() & of_b.keys() & of_c.keys()):
@@ -72,11 +72,11 @@ class SafeM(WholeMethod):
         return found
 
     def kept(self, sources: Sources, seen: Seen) -> dict[str, str]:
-        left = (key for key in sources.first.shapes if f"{_layer(key)}.moved" not in seen)
+        left = (key for key in sources.first.shapes if f"{layer_of(key)}.moved" not in seen)
         return dict.fromkeys(left, f"{self.name} leaves it") | sources.kept
 
     def fused(self, key: str, part: Part, seen: Seen) -> Tensor:
-        inputs, outputs, moved = (seen[f"{_layer(key)}.{what}"] for what in ("inputs", "outputs", "moved"))
+        inputs, outputs, moved = (seen[f"{layer_of(key)}.{what}"] for what in ("inputs", "outputs", "moved"))
         a, b = (change.stored.float() for change in part.changes)
         if key.endswith("bias"):
             g_a, g_b, direction = outputs[None], moved[None], moved
@@ -91,10 +91,6 @@ class SafeM(WholeMethod):
 
     def _salient(self, weight: Tensor, direction: Tensor) -> Tensor:
         return keep_highest(sharpness_aware_saliency(weight, direction, self.sharpness, self.a), self.share)
-
-
-def _layer(key: str) -> str:
-    return key.rpartition(".")[0]
 
 
 def _means(folder: Path, examples: Examples) -> tuple[dict[str, Tensor], dict[str, Tensor]]:

@@ -258,7 +258,7 @@ def test_the_command_merges_towers_of_other_sizes_at_anchors(world, tmp_path) ->
     [
         ({}, "fuse.method fam looks at data: give --fuse.texts"),
         ({"texts": "t", "base": "c"}, "fuse.base c: fam looks at no base; leave it out"),
-        ({"texts": "t", "models": ["a", "b", "d"]}, "fam fuses two models, got 3"),
+        ({"texts": "t", "models": ["a", "b", "d"]}, "fam fuses 2 models, got 3"),
     ],
 )
 def test_what_it_lacks_is_said_before_a_weight_is_read(options, message) -> None:

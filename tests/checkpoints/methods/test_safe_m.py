@@ -147,8 +147,8 @@ def test_the_command_fuses(speaking, texts, tmp_path) -> None:
     ("options", "message"),
     [
         ({}, "fuse.method safe_m looks at data: give --fuse.texts for language models, or --anchors.root"),
-        ({"texts": "t", "base": None}, "fuse.base is not set: safe_m needs the model that both were trained from"),
-        ({"texts": "t", "models": ["a", "b", "d"]}, "safe_m fuses two models, got 3"),
+        ({"texts": "t", "base": None}, "fuse.base is not set: safe_m needs the model that all were trained from"),
+        ({"texts": "t", "models": ["a", "b", "d"]}, "safe_m fuses 2 models, got 3"),
         ({"texts": "t", "models": ["a"]}, "safe_m needs at least 2"),
         ({"texts": "t", "weights": [0.5, 0.5]}, "fuse.weights .*: safe_m weighs no models; leave it out"),
     ],
