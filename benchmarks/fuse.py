@@ -49,6 +49,7 @@ OURS: dict[str, list[str]] = {
     "dare": [],
     "ataf, α 0.2": ["--fuse.method.alpha=0.2"],
     "ataf, α by texts": [],
+    "sap, by texts": [],
 }
 WATCH = """
 import resource, subprocess, sys, time

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import signal
 import sys
+from collections.abc import Callable, Mapping, Sequence
 from types import FrameType
 from typing import NoReturn
 
@@ -41,26 +42,39 @@ def _interrupt(number: int, frame: FrameType | None) -> NoReturn:
     raise Interrupted(number)
 
 
+def _commands(named: str) -> Mapping[str, Callable[[Sequence[str]], None]]:
+    """All commands by name, or the named one alone where it does without what the others import."""
+    # Here, as imports take seconds in which a command can be interrupted too.
+    if named == "fuse":
+        from sap_lightning.fuse import fuse
+
+        return {"fuse": fuse}
+    from sap_lightning.commands import COMMANDS
+
+    return COMMANDS
+
+
 def _run() -> None:
     command, *args = sys.argv[1:] or [""]
     if command == "--version":
         print(f"sap-lightning {__version__}")
         sys.exit(0)
-    # Here, as they take seconds in which a command can be interrupted too.
-    from sap_lightning.commands import COMMANDS
     from sap_lightning.console import quieten
-    from sap_lightning.errors import SAID, in_one_line
+    from sap_lightning.errors import in_one_line, is_said
 
+    commands = _commands(command)
     quieten()
-    if command not in COMMANDS:
+    if command not in commands:
         if command and not command.startswith("-"):
             print(f"error: no command {command!r}", file=sys.stderr)
-        lines = (f"  {name:8}{function.__doc__}" for name, function in COMMANDS.items())
+        lines = (f"  {name:8}{function.__doc__}" for name, function in commands.items())
         print("usage: python -m sap_lightning COMMAND [--help] [--config FILE] [options]\n", *lines, sep="\n")
         sys.exit(0 if command in ("--help", "-h") else 2)
     try:
-        COMMANDS[command](args)
-    except SAID as error:
+        commands[command](args)
+    except Exception as error:
+        if not is_said(error):
+            raise
         sys.exit(f"error: {in_one_line(error)}")
 
 

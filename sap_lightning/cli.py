@@ -4,11 +4,8 @@ from __future__ import annotations
 
 import copy
 import inspect
-import os
 import re
 from collections.abc import Mapping, Sequence
-from itertools import islice
-from operator import itemgetter
 from pathlib import Path
 from pydoc import ErrorDuringImport, locate
 from typing import Any, NoReturn
@@ -20,8 +17,6 @@ from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.callbacks import ProgressBar
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 
-from sap_lightning.checkpoints.fusion import Fusion
-from sap_lightning.checkpoints.methods import FUSE_METHODS
 from sap_lightning.data.anchors import AnchorDataModule
 from sap_lightning.data.domains import DomainDataModule
 from sap_lightning.errors import InputError, first_line
@@ -31,73 +26,24 @@ from sap_lightning.federation.rounds import RoundsFederation
 from sap_lightning.federation.run_folder import SERVER_SETTINGS, RunFolder, flat, is_held_to
 from sap_lightning.federation.sweep import Sweep
 from sap_lightning.io.rules import errors_in
-from sap_lightning.merging import METHODS, SAP, Average
+from sap_lightning.merging import SAP, Average
 from sap_lightning.modules.client import ClientModule
 from sap_lightning.modules.clip_lora import CLIPLoRAModule
 from sap_lightning.modules.clip_prompt import CLIPPromptModule
 from sap_lightning.modules.merge import MergeModule
 from sap_lightning.option_errors import option_error
+from sap_lightning.options import (
+    TAKEN_BY,
+    TRAINING,
+    config_files_first,
+    config_in,
+    first_input_error,
+    is_taken,
+    path_of,
+    refuse_others,
+    with_class_paths,
+)
 
-TRAINING = ("fit", "sweep", "client")
-MERGING = ("fit", "sweep", "merge")
-LABELLED = (*TRAINING, "test")
-ALL = (*TRAINING, "merge", "test", "predict")
-EVERY = (*ALL, "fuse")
-TAKEN_BY: dict[str, tuple[str, ...]] = {
-    "config": EVERY,
-    "print_config": EVERY,
-    "help": EVERY,
-    "h": EVERY,
-    "seed_everything": ("fit", "client", "merge", "test", "predict"),
-    "model": TRAINING,
-    "model.base": ALL,
-    "model.templates": (*LABELLED, "predict"),
-    "data": TRAINING,
-    "data.root": LABELLED,
-    "data.domain": ("client", "test"),
-    "data.class_names": (*LABELLED, "predict"),
-    "data.batch_size": (*LABELLED, "predict"),
-    "data.cache": LABELLED,
-    "data.domain_column": LABELLED,
-    "data.label_column": LABELLED,
-    "anchors": (*MERGING, "fuse"),
-    "prune": MERGING,
-    "merge": MERGING,
-    "merge.method": ("fit", "merge"),
-    "merge.format": ("fit", "merge"),
-    "merge.rank": ("fit", "merge"),
-    "merge.output": ("merge",),
-    "merge.drop_heads": ("merge",),
-    "merge.report": ("merge",),
-    "merge.push_to_hub": ("merge",),
-    "federation": ("fit", "sweep"),
-    "federation.run_dir": ("fit", "sweep", "client", "merge"),
-    "federation.unseen": ("fit",),
-    "federation.last_method": ("fit",),
-    "sweep": ("sweep",),
-    "uploads": ("merge", "test", "predict"),
-    "predict": ("predict",),
-    "fuse": ("fuse",),
-    "trainer": TRAINING,
-    "trainer.accelerator": ALL,
-    "trainer.strategy": (*TRAINING, "merge", "test"),
-    "trainer.devices": (*TRAINING, "merge", "test"),
-    "trainer.num_nodes": (*TRAINING, "merge", "test"),
-    "trainer.precision": ALL,
-    "trainer.plugins": ALL,
-    "trainer.logger": ALL,
-    "trainer.callbacks": ALL,
-    "trainer.profiler": ALL,
-    "trainer.benchmark": ALL,
-    "trainer.deterministic": ALL,
-    "trainer.detect_anomaly": ALL,
-    "trainer.barebones": ALL,
-    "trainer.default_root_dir": (),
-    "trainer.enable_checkpointing": (),
-    "trainer.limit_test_batches": (),
-    "trainer.limit_predict_batches": (),
-}
-"""Which commands take an option; of a group's options those that do not stand here are taken as the group is."""
 TRAINER_DEFAULTS = {
     "max_epochs": 5,
     "devices": 1,
@@ -106,9 +52,6 @@ TRAINER_DEFAULTS = {
     "enable_model_summary": False,
     "log_every_n_steps": 1,
 }
-METHOD_OPTION = "--merge.method"
-METHOD_OPTIONS = rf"({METHOD_OPTION}|--federation\.last_method|--fuse\.method)(\.method)*"
-"""Pattern of the options that name a method, or one that another is on top of."""
 MERGE_COMMAND: dict[str, dict[str, Any]] = {
     "output": {"type": str | None, "default": None, "help": "new folder for the merged model"},
     "report": {
@@ -155,7 +98,7 @@ class ConfigFile(ActionConfigFile):
 
     def _for_clients_of(self, client: type[ClientModule] | None, file: str) -> str:
         """The file, or its text without what other clients have no use for."""
-        config = _config_in(file)
+        config = config_in(file)
         model = config.pop("model", None)
         usual = client is None or issubclass(client, CLIPLoRAModule)
         if usual or not isinstance(model, dict) or "class_path" in model:
@@ -256,10 +199,9 @@ class SapCLI(LightningCLI):
         parser.add_class_arguments(RoundsFederation, "federation", skip=parts, instantiate=False)
         model = "model.init_args" if self.client else "model"
         if self.client:
-            parser.set_defaults({"model": {"class_path": _path_of(self.client)}})
-        parser.link_arguments(f"{model}.base", "data.base")
-        if self.command != "fuse":
-            parser.link_arguments(f"{model}.base", "anchors.base")
+            parser.set_defaults({"model": {"class_path": path_of(self.client)}})
+        for target in ("data.base", "anchors.base"):
+            parser.link_arguments(f"{model}.base", target)
         for target in (f"{model}.seed", "data.seed"):
             parser.link_arguments("seed_everything", target)
         if self.command == "sweep":
@@ -271,11 +213,6 @@ class SapCLI(LightningCLI):
                 group.add_argument(f"--merge.{name}", **option)
         if self.command == "predict":
             parser.add_class_arguments(Predict, "predict")
-        if self.command == "fuse":
-            parser.add_class_arguments(Fusion, "fuse")
-            parser.set_defaults({"anchors.root": None})
-            parser.link_arguments("fuse.models", "anchors.base", compute_fn=itemgetter(0))
-            parser.link_arguments("anchors", "fuse.anchors", compute_fn=if_named, apply_on="instantiate")
         if self.command in TAKEN_BY["uploads"]:
             parser.add_argument("--uploads", nargs="+", default=[], help=UPLOADS)
 
@@ -289,9 +226,7 @@ class SapCLI(LightningCLI):
             given = self.config.get("uploads") or []
             self.uploads: list[str] = [given] if isinstance(given, str) else list(given)
         except ValueError as error:
-            if (said := _first_input_error(error)) is not None:
-                if self.command == "fuse":  # of which a method does not know
-                    said = InputError(re.sub(r"merge\.method|\bprune(?=\.)", "fuse.method", str(said)))
+            if (said := first_input_error(error)) is not None:
                 raise said from None
             raise
 
@@ -416,7 +351,7 @@ class SapCLI(LightningCLI):
         if self.client is CLIPLoRAModule:
             settings["model"] = settings["model"]["init_args"]  # as where no class is named
         elif self.client:
-            settings["model"]["class_path"] = _path_of(self.client)
+            settings["model"]["class_path"] = path_of(self.client)
         return {name: value for name, value in settings.items() if name != "config"}
 
 
@@ -436,31 +371,6 @@ class TrainerMaker:
 def trainer_maker(command: str, settings: str) -> TrainerMaker:
     """That of a command with these settings, as YAML."""
     return TrainerMaker(SapCLI(command, ["--config", settings]))
-
-
-def if_named(anchors: AnchorDataModule) -> AnchorDataModule | None:
-    """Anchors of which it is said where they are."""
-    return anchors if anchors.root else None
-
-
-def _first_input_error(error: BaseException | None) -> InputError | None:
-    """What a part of ours said, however often jsonargparse has wrapped it: once for each method on top of another."""
-    while error is not None and not isinstance(error, InputError):
-        error = error.__cause__
-    return error
-
-
-def takers(option: str) -> tuple[str, ...] | None:
-    """The commands that take an option, by its name without dashes; None where there is no such option or group."""
-    parts = option.removesuffix("+").split(".")
-    names = [".".join(parts[:length]) for length in range(len(parts), 0, -1)]
-    return next((TAKEN_BY[name] for name in names if name in TAKEN_BY), None)
-
-
-def is_taken(option: str, command: str) -> bool:
-    """Whether a command takes an option, or any of a group."""
-    below = [commands for name, commands in TAKEN_BY.items() if name.startswith(f"{option}.")]
-    return any(command in commands for commands in (takers(option) or (), *below))
 
 
 def client_named(args: Sequence[str]) -> type[ClientModule] | None:
@@ -502,56 +412,8 @@ def client_class(name: str) -> type[ClientModule]:
 
 def _client_in(config_file: str) -> str | None:
     """The class of the clients that a config file names."""
-    model = _config_in(config_file).get("model")
+    model = config_in(config_file).get("model")
     return str(model["class_path"]) if isinstance(model, dict) and "class_path" in model else None
-
-
-def _config_in(file: str) -> dict[str, Any]:
-    """What a config file says, or the text that stands for one."""
-    try:
-        config = yaml.safe_load(Path(file).read_text(encoding="utf-8") if os.path.isfile(file) else file)
-    except (OSError, ValueError, yaml.YAMLError):  # which the parser will say
-        return {}
-    return config if isinstance(config, dict) else {}
-
-
-def config_files_first(args: Sequence[str]) -> list[str]:
-    """The command line with its config files first, in their order: an option wins over a file wherever it stands."""
-    files: list[str] = []
-    options: list[str] = []
-    rest = iter(args)
-    for arg in rest:
-        if arg in ("--config", "-c"):
-            files += [arg, *islice(rest, 1)]
-        elif re.match(r"--config=|-c.", arg):
-            files.append(arg)
-        else:
-            options.append(arg)
-    return files + options
-
-
-def refuse_others(command: str, args: Sequence[str]) -> None:
-    """Raises InputError for an option that this command would ignore, naming the commands that take it."""
-    for index, arg in enumerate(args):
-        option, _, value = arg.partition("=")
-        if not option.startswith("--"):
-            continue
-        name = option.removeprefix("--")
-        for inner in (name, *_settings_in(name, value or "".join(args[index + 1 : index + 2]))):
-            if (found := takers(inner)) is not None and not is_taken(inner, command):
-                where = f"it is an option of {', '.join(found)}" if found else "it is set by the commands themselves"
-                raise InputError(f"--{inner}: {command} would ignore it; {where}")
-
-
-def _settings_in(group: str, value: str) -> list[str]:
-    """Settings in a group that is given whole, such as ``--data '{domain: photo}'``."""
-    if not (group in TAKEN_BY and value.lstrip().startswith("{")):
-        return []
-    try:
-        given = yaml.safe_load(value)
-    except yaml.YAMLError:  # which the parser will say
-        return []
-    return [f"{group}.{name}" for name in given] if isinstance(given, dict) else []
 
 
 def nested(settings: Mapping[str, Any]) -> dict[str, Any]:
@@ -564,34 +426,3 @@ def nested(settings: Mapping[str, Any]) -> dict[str, Any]:
             inner = inner.setdefault(group, {})
         inner[last] = copy.deepcopy(value)
     return config
-
-
-def with_class_paths(args: Sequence[str]) -> list[str]:
-    """``--merge.method ties`` stands for that class, so that ``--merge.method.sparsity`` and the like are known.
-
-    So does ``--merge.method.method ties``, of a method that another is on top of, where settings of it are given.
-    """
-    named = list(args)
-    for index, arg in enumerate(named):
-        option, equals, name = arg.partition("=")
-        if not re.fullmatch(METHOD_OPTIONS, option):
-            continue
-        has_settings = any(other.startswith(f"{option}.") for other in args)
-        if equals:
-            named[index] = f"{option}={_class_path(option, name, has_settings)}"
-        elif index + 1 < len(named):
-            named[index + 1] = _class_path(option, named[index + 1], has_settings)
-    return named
-
-
-def _class_path(option: str, name: str, has_settings: bool) -> str:
-    methods = FUSE_METHODS if option.startswith("--fuse.") else METHODS
-    # Without settings of its own sap is what the group prune says, and a method under another is recorded by its name.
-    if name not in methods or (not has_settings and (name == SAP.name or option != METHOD_OPTION)):
-        return name
-    return _path_of(methods[name])
-
-
-def _path_of(named: type) -> str:
-    """The class_path of a class."""
-    return f"{named.__module__}.{named.__qualname__}"

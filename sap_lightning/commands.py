@@ -22,6 +22,7 @@ from sap_lightning.federation.run_folder import SERVER_SETTINGS, SERVER_SETTINGS
 from sap_lightning.federation.sweep import ALL, SEED, check, folder_of, measure
 from sap_lightning.files import locked, refuse_existing, write_csv, writing
 from sap_lightning.flower.app_folder import write_app
+from sap_lightning.fuse import fuse
 from sap_lightning.merging.merged import Merged, push_to_hub, record_in
 from sap_lightning.merging.selection import check_rejection
 from sap_lightning.modules.merge import MergeModule
@@ -104,12 +105,6 @@ def _merge_on_anchors(cli: SapCLI) -> dict[str, float]:
     with writing(cli.config_init.federation.run_dir):
         trainer.validate(cli.merge, datamodule=cli.config_init.anchors, verbose=False)
     return {"anchor_loss": float(trainer.callback_metrics["anchor_loss"])}
-
-
-def fuse(args: Sequence[str]) -> None:
-    """Fuse whole models (--fuse.models [A,B] --fuse.base C) into --fuse.output. Continues an interrupted run."""
-    fusion = SapCLI("fuse", args, fuse.__doc__).config_init.fuse
-    print(f"Fused {len(fusion.models)} models by {fusion.method.name}: {fusion.run()}")
 
 
 @rank_zero_only

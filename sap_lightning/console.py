@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import logging
 import os
+import sys
 import threading
 import warnings
 from collections.abc import Iterable, Sequence
 from typing import TypeVar
 
-import transformers
 from rich import get_console
 from rich.logging import RichHandler
 from rich.progress import track as progress_track
@@ -40,14 +40,21 @@ def quieten(handler: logging.Handler | None = None) -> None:
         warnings.filterwarnings("ignore", message)
     for name in ("lightning.pytorch", "lightning.fabric", "datasets", "httpx"):
         logging.getLogger(name).setLevel(logging.ERROR)
-    transformers.logging.set_verbosity_error()
-    transformers.logging.disable_progress_bar()
+    _quieten_transformers()
     package = logging.getLogger("sap_lightning")
     handler = handler or _handler()
     handler.addFilter(_on_one_line)
     package.addHandler(handler)
     package.setLevel(logging.INFO if os.environ.get("LOCAL_RANK", "0") == "0" else logging.WARNING)
     package.propagate = False
+
+
+def _quieten_transformers() -> None:
+    # By its variables where it is not imported yet: it takes a second that not every command needs.
+    os.environ |= {"TRANSFORMERS_VERBOSITY": "error", "HF_HUB_DISABLE_PROGRESS_BARS": "1"}
+    if (imported := sys.modules.get("transformers")) is not None:
+        imported.logging.set_verbosity_error()
+        imported.logging.disable_progress_bar()
 
 
 def _say_in_one_line(error: threading.ExceptHookArgs) -> None:

@@ -5,8 +5,6 @@ from __future__ import annotations
 import math
 from reprlib import Repr
 
-from lightning.fabric.utilities.exceptions import MisconfigurationException
-
 WHAT_TO_CHECK = "check path, permission and room on the disk, then run the same command again"
 
 
@@ -20,13 +18,19 @@ class InputError(ValueError):
         super().__init__(printable(message))
 
 
-SAID = (InputError, MisconfigurationException, OSError)
-"""What ends a command in one line; anything else is a fault of ours."""
+def is_said(error: Exception) -> bool:
+    """Whether an error ends a command in one line; any other is a fault of ours."""
+    return isinstance(error, InputError | OSError) or _is_a_trainer_s(error)
+
+
+def _is_a_trainer_s(error: Exception) -> bool:
+    # By its name: Lightning takes seconds to import, and has been where a Trainer found something.
+    return type(error).__name__ == "MisconfigurationException"
 
 
 def in_one_line(error: Exception) -> str:
     """What a person reads of one of these."""
-    if isinstance(error, MisconfigurationException):  # what a Trainer finds only when it trains
+    if _is_a_trainer_s(error):  # what a Trainer finds only when it trains
         return f"trainer: {first_line(error)}"
     if isinstance(error, OSError):  # what no writer or reader of ours has put into words
         return f"{error.filename}: {error.strerror or error}; {WHAT_TO_CHECK}"

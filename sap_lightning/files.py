@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from filelock import FileLock, Timeout
-from lightning.fabric.utilities.rank_zero import rank_zero_only
+from lightning_utilities.core.rank_zero import rank_zero_only
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor
@@ -63,7 +63,7 @@ def locked(folder: str | Path) -> Iterator[None]:
         InputError: when another command has it or a folder below it, or it cannot be written.
     """
     folder = Path(folder)
-    if getattr(rank_zero_only, "rank", 0) != 0:
+    if not _is_first_process():
         yield
         return
     with writing(folder):
@@ -81,6 +81,11 @@ def locked(folder: str | Path) -> Iterator[None]:
                 raise
             with writing(folder):  # TensorBoard does not say where
                 raise
+
+
+def _is_first_process() -> bool:
+    # Lightning says so when it is imported; a command that does without has one process.
+    return getattr(rank_zero_only, "rank", 0) == 0
 
 
 def _hold(folder: Path) -> AbstractContextManager[object]:
@@ -226,9 +231,10 @@ def _sha256_of(tensors: dict[str, Tensor]) -> str:
     return sha256(save(tensors)).hexdigest()
 
 
-@rank_zero_only
 def set_aside(path: Path) -> None:
-    """Says that a file is damaged, and renames it, so that what it held can be made anew."""
+    """Says that a file is damaged, and renames it, so that what it held can be made anew; the first process does."""
+    if not _is_first_process():
+        return
     aside = path.with_name(f"{path.name}.damaged")
     path.replace(aside)
     log.warning("%s is damaged: it is now %s, and what it held is made anew", path, aside.name)

@@ -17,9 +17,9 @@ import rich
 from places import REPOSITORY, SHAPES_CLIP
 
 from sap_lightning.__main__ import main
-from sap_lightning.cli import is_taken
 from sap_lightning.commands import COMMANDS
 from sap_lightning.data.shapes.world import draw_world
+from sap_lightning.options import is_taken
 
 
 @pytest.fixture(scope="session")

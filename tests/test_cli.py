@@ -29,6 +29,7 @@ from sap_lightning.errors import InputError
 from sap_lightning.federation.client import UNTRAINED
 from sap_lightning.merging import METHODS, SAP, Average, MergeMethod
 from sap_lightning.modules import CLIPPromptModule
+from sap_lightning.options import EVERY, TAKEN_BY, is_taken, takers
 
 GROUPS = ("model", "data", "anchors", "prune", "merge", "federation")
 EVERYWHERE = {"--config", "--print_config", "--model.base", "--trainer.precision", "--trainer.accelerator"}
@@ -166,7 +167,7 @@ def test_a_command_explains_itself_and_shows_its_own_options_and_no_more(capsys,
     assert " ".join(COMMANDS[command].__doc__.split()) in " ".join(shown.split())
     options = set(re.findall(r"^  (?:-\w[^,]*, )?(--[\w.]+)", shown, re.MULTILINE))
     assert OWN[command] | EVERYWHERE <= options
-    assert {option for option in options if not cli.is_taken(option.removeprefix("--"), command)} == set()
+    assert {option for option in options if not is_taken(option.removeprefix("--"), command)} == set()
     assert not options & set(FOREIGN[command])
     titles = re.findall(r"^(?! )(?!usage)(.+):$", shown, re.MULTILINE)
     assert all(re.search(rf"^{re.escape(title)}:\n +\S", shown, re.MULTILINE) for title in titles), "an empty group"
@@ -176,8 +177,8 @@ def test_a_command_explains_itself_and_shows_its_own_options_and_no_more(capsys,
 @pytest.mark.parametrize(("command", "option"), ONCE)
 def test_an_option_that_a_command_would_ignore_is_refused_with_those_that_take_it(main, command, option, form):
     error = main(command, *form.format(option).split())
-    takers = ", ".join(cli.takers(option.removeprefix("--")))
-    assert error == f"error: {option}: {command} would ignore it; it is an option of {takers}"
+    able = ", ".join(takers(option.removeprefix("--")))
+    assert error == f"error: {option}: {command} would ignore it; it is an option of {able}"
 
 
 def test_settings_that_the_commands_make_themselves_are_refused(main):
@@ -187,15 +188,15 @@ def test_settings_that_the_commands_make_themselves_are_refused(main):
 
 
 def test_every_option_in_the_table_of_takers_is_one(capsys):
-    shown = {command: shown_by(command, capsys) for command in cli.EVERY}
-    for option, commands in cli.TAKEN_BY.items():
+    shown = {command: shown_by(command, capsys) for command in EVERY}
+    for option, commands in TAKEN_BY.items():
         for command in commands:
             assert option == "h" or re.search(rf"--{re.escape(option)}\b", shown[command]), (option, command)
 
 
 def test_a_config_file_is_for_all_commands(parsed, options):
     for command in OWN:
-        kept = [option for option in options if cli.is_taken(option.partition("=")[0].removeprefix("--"), command)]
+        kept = [option for option in options if is_taken(option.partition("=")[0].removeprefix("--"), command)]
         more = ["--predict.images=photos"] if command == "predict" else []
         assert cli.SapCLI(command, [*kept, *more]).config_init.merge.weights == "uniform"
 
@@ -412,7 +413,7 @@ def test_uploads_may_stand_in_a_config_file(tmp_path, given, uploads):
 
 
 def test_every_command_is_in_the_table_of_takers():
-    assert set(cli.EVERY) == set(COMMANDS) - {"flower"}, "which has options of its own"
+    assert set(EVERY) == set(COMMANDS) - {"flower"}, "which has options of its own"
 
 
 def test_a_variation_changes_what_it_names_and_all_that_is_linked_to_it(parsed):
@@ -465,7 +466,7 @@ def test_weights_in_numbers_are_refused_where_uploads_have_no_order(main, option
 
 def test_a_client_takes_a_config_with_weights_in_numbers(options, tmp_path):
     (tmp_path / "shared.yaml").write_text("merge: {weights: [0.5, 0.5]}")
-    kept = [option for option in options if cli.is_taken(option.partition("=")[0].removeprefix("--"), "client")]
+    kept = [option for option in options if is_taken(option.partition("=")[0].removeprefix("--"), "client")]
     parsed = cli.SapCLI("client", [f"--config={tmp_path / 'shared.yaml'}", *kept, "--data.domain=photo"])
     assert parsed.config_init.merge.weights == [0.5, 0.5]
 

@@ -12,7 +12,7 @@ import pytest
 import yaml
 from places import REPOSITORY
 
-from sap_lightning import cli
+from sap_lightning import options
 from sap_lightning.commands import COMMANDS
 from sap_lightning.merging import Average
 
@@ -44,7 +44,7 @@ def test_every_command_is_shown():
     assert {line.split()[0] for line in LINES} == set(COMMANDS)
 
 
-@pytest.mark.parametrize("line", [line for line in LINES if line.split()[0] in cli.EVERY])
+@pytest.mark.parametrize("line", [line for line in LINES if line.split()[0] in options.EVERY])
 def test_a_command_line_is_understood(line, capsys, monkeypatch):
     monkeypatch.chdir(REPOSITORY)
     config = yaml.safe_load(printed(line, capsys))
@@ -54,7 +54,7 @@ def test_a_command_line_is_understood(line, capsys, monkeypatch):
             for key in option.split("."):
                 found = found[key]
             if option == "merge.method":
-                found, value = found["class_path"], cli.with_class_paths([f"--{option}", value])[-1]
+                found, value = found["class_path"], options.with_class_paths([f"--{option}", value])[-1]
             assert str(found) == value or found == yaml.safe_load(value), option
 
 
@@ -62,7 +62,7 @@ def test_a_command_line_is_understood(line, capsys, monkeypatch):
 def test_an_option_in_the_text_is_understood(option, capsys, monkeypatch, my_methods):
     monkeypatch.chdir(REPOSITORY)
     if " " in option:
-        command, *_ = cli.takers(option.split()[0].removeprefix("--"))
+        command, *_ = options.takers(option.split()[0].removeprefix("--"))
         printed(f"{command} --config configs/pacs.yaml {option}", capsys)
     else:
         shown = ""

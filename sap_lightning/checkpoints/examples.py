@@ -3,11 +3,30 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Hashable, Iterator
+from collections.abc import Hashable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 from torch import Tensor
+
+
+class Anchors(Protocol):
+    """Image–caption pairs, as an `AnchorDataModule` has them."""
+
+    @property
+    def captions(self) -> Sequence[str]:
+        """One caption per pair."""
+
+    @property
+    def fingerprint(self) -> str:
+        """Changes whenever an image or a caption does."""
+
+    @property
+    def preprocessing(self) -> Mapping[str, Any]:
+        """What becomes of an image before it is looked at."""
+
+    def images(self) -> Tensor:
+        """Normalised images, shape (pairs, 3, h, w)."""
 
 
 class Examples(ABC):

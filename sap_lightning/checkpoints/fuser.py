@@ -12,7 +12,7 @@ from torch import Tensor
 
 from sap_lightning.checkpoints.method import Seen, WholeMethod
 from sap_lightning.checkpoints.scores import Scores
-from sap_lightning.checkpoints.sources import Part, Sources, bytes_of
+from sap_lightning.checkpoints.sources import Part, Rows, Sources, bytes_of
 from sap_lightning.console import track
 from sap_lightning.errors import InputError
 from sap_lightning.functional.consensus import weighted_sum
@@ -54,7 +54,8 @@ class Tally:
 class Fuser:
     """Fuses the weights of whole models.
 
-    A method with one threshold over a whole model finds it by two looks at all weights before the first is written.
+    A method with one threshold over a whole model finds it by two looks at all weights before the first is written, and
+    one with a threshold for each weight by two looks at a weight that is larger than a block.
 
     Attributes:
         method: the merge method.
@@ -82,12 +83,21 @@ class Fuser:
     @cached_property
     def thresholds(self) -> list[RunningThreshold] | None:
         """Each model's threshold over all of its weights; None where the method has none."""
-        method = self.method
-        if not (isinstance(method, PruningMethod) and method.scope == "global"):
-            return None
+        if isinstance(self.method, PruningMethod) and self.method.scope == "global":
+            return self._thresholds_over(self.method, self._pruned_keys)
+        return None
+
+    def _thresholds_of(self, key: str) -> list[RunningThreshold] | None:
+        """Each model's threshold for a weight: over all weights, or over this one where it is fused in blocks."""
+        in_blocks = len(list(self._blocks(key))) > 1
+        if self.thresholds is None and in_blocks and isinstance(self.method, PruningMethod):
+            return self._thresholds_over(self.method, [key])
+        return self.thresholds
+
+    def _thresholds_over(self, method: PruningMethod, keys: Sequence[str]) -> list[RunningThreshold]:
         thresholds = [RunningThreshold(method.sparsity) for _ in self.sources.models]
         for look in (RunningThreshold.count, RunningThreshold.refine):
-            for key in track(self._pruned_keys, f"{method.name}: threshold"):
+            for key in track(keys, f"{method.name}: threshold"):
                 for part in self.parts(key):
                     for threshold, scores in zip(thresholds, self._scores(method, key, part), strict=True):
                         for score in scores:
@@ -118,16 +128,17 @@ class Fuser:
                     tally.digests[0].update(chunk)
                     file.write(chunk)
             else:
+                thresholds = self._thresholds_of(key)
                 for part in self.parts(key):
-                    result = self._fused(key, part)
+                    result = self._fused(key, part, thresholds)
                     tally.add(part, result)
                     file.write(bytes_of(result))
         return tally
 
-    def _fused(self, key: str, part: Part) -> Tensor:
+    def _fused(self, key: str, part: Part, thresholds: Sequence[RunningThreshold] | None) -> Tensor:
         """A part in the first model's dtype."""
         dtype = part.changes[0].stored.dtype
-        result = self._weight(key, part).to(dtype)
+        result = self._weight(key, part, thresholds).to(dtype)
         if not result.isfinite().all():
             raise InputError(
                 f"{key}: what {self.method.name} makes of it is not finite in {dtype}; check the models and the"
@@ -135,26 +146,29 @@ class Fuser:
             )
         return result
 
-    def _weight(self, key: str, part: Part) -> Tensor:
+    def _weight(self, key: str, part: Part, thresholds: Sequence[RunningThreshold] | None) -> Tensor:
         if isinstance(self.method, WholeMethod):
             return self.method.fused(key, part, self.seen)
-        return part.base + dense(self._update(key, part))
+        return part.base + dense(self._update(key, part, thresholds))
 
-    def _update(self, key: str, part: Part) -> Update:
+    def _update(self, key: str, part: Part, thresholds: Sequence[RunningThreshold] | None) -> Update:
         method = self.method
         if self._is_averaged(key):
             return weighted_sum([change.layers[key] for change in part.changes], self.shares)
-        if isinstance(method, PruningMethod) and (self.scores or self.thresholds):
-            return method.pruning(part.changes, self.shares).masked_by(self._masks(method, key, part))[key]
+        if isinstance(method, PruningMethod) and (self.scores or thresholds):
+            masks = self._masks(method, key, part, thresholds)
+            return method.pruning(part.changes, self.shares).masked_by(masks)[key]
         return method.merge_weight(key, part.changes, self.shares)
 
-    def _masks(self, method: PruningMethod, key: str, part: Part) -> Iterator[Mapping[str, Parameters]]:
+    def _masks(
+        self, method: PruningMethod, key: str, part: Part, thresholds: Sequence[RunningThreshold] | None
+    ) -> Iterator[Mapping[str, Parameters]]:
         """What stays of each model's change."""
         for index, scores in enumerate(self._scores(method, key, part)):
-            if self.thresholds is None:
+            if thresholds is None:
                 yield method.masks({key: scores}, method.sparsity)
             else:
-                yield {key: tuple(map(self.thresholds[index].keep, scores))}
+                yield {key: tuple(map(thresholds[index].keep, scores))}
 
     def _scores(self, method: PruningMethod, key: str, part: Part) -> Iterator[Parameters]:
         """How much what each model has changed matters: as data says, or its own numbers."""
@@ -175,8 +189,11 @@ class Fuser:
 
     def parts(self, key: str) -> Iterator[Part]:
         """A weight, whole or in blocks of its rows, as the method takes it."""
-        for rows in self.sources.blocks(key, BLOCK if self.method.by_element else None):
+        for rows in self._blocks(key):
             if isinstance(self.method, WholeMethod):
                 yield self.method.part(key, rows, self.sources, self.seen)
             else:
                 yield self.sources.part(key, rows)
+
+    def _blocks(self, key: str) -> Iterator[Rows]:
+        return self.sources.blocks(key, BLOCK if self.method.by_element else None)

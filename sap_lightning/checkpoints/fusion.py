@@ -6,14 +6,11 @@ import math
 from pathlib import Path
 
 from sap_lightning.checkpoints.checkpoint import Checkpoint
-from sap_lightning.checkpoints.examples import Examples
+from sap_lightning.checkpoints.examples import Anchors, Examples
 from sap_lightning.checkpoints.method import WholeMethod
 from sap_lightning.checkpoints.methods import FUSE_METHODS
-from sap_lightning.checkpoints.pairs import Pairs
 from sap_lightning.checkpoints.sources import Sources
-from sap_lightning.checkpoints.texts import Texts
 from sap_lightning.checkpoints.work import Work
-from sap_lightning.data.anchors import AnchorDataModule
 from sap_lightning.errors import InputError
 from sap_lightning.files import locked, put_in_place, refuse_existing, writing
 from sap_lightning.merging import ATAF, SAP, MergeMethod, method_named
@@ -49,7 +46,7 @@ class Fusion:
         method: MergeMethod | str = "average",
         weights: list[float] | None = None,
         texts: str | None = None,
-        anchors: AnchorDataModule | None = None,
+        anchors: Anchors | None = None,
     ) -> None:
         self.models = models
         self.output = output
@@ -126,8 +123,13 @@ class Fusion:
         """What the models are shown, in tokens of the first model's."""
         if not self.method.needs_anchors:
             return None
+        # Here, as models take seconds to import, which a method that looks at none should not cost.
         if self.texts is not None:
+            from sap_lightning.checkpoints.texts import Texts
+
             return Texts(self.texts, first)
+        from sap_lightning.checkpoints.pairs import Pairs
+
         assert self.anchors is not None
         return Pairs(self.anchors, first)
 

@@ -10,9 +10,8 @@ from torch import Tensor
 from torch.nn.functional import normalize
 from transformers import CLIPModel
 
-from sap_lightning.checkpoints.examples import Examples
+from sap_lightning.checkpoints.examples import Anchors, Examples
 from sap_lightning.console import track
-from sap_lightning.data.anchors import AnchorDataModule
 from sap_lightning.errors import InputError
 from sap_lightning.fingerprints import digest
 from sap_lightning.functional.saliency import alignment_loss
@@ -27,7 +26,7 @@ class Pairs(Examples):
         tokenizer: folder of the model whose tokenizer all models go by.
     """
 
-    def __init__(self, anchors: AnchorDataModule, tokenizer: Path) -> None:
+    def __init__(self, anchors: Anchors, tokenizer: Path) -> None:
         self.images = anchors.images()
         self.captions = anchors.captions
         self.tokenizer = str(tokenizer)

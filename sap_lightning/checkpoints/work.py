@@ -24,7 +24,7 @@ from sap_lightning.files import as_json, read_tensors, replacing, sha256_of_file
 from sap_lightning.fingerprints import sealed, unsealed
 from sap_lightning.io.peft_config import public_name
 from sap_lightning.merging import ATAF, SAP, MergeMethod
-from sap_lightning.merging.merged import CARD_FILE, RECORD_FILE, Words, model_card
+from sap_lightning.merging.card import CARD_FILE, RECORD_FILE, Words, model_card
 
 PLAN_FILE = "plan.json"
 """Stands in the result until all is done."""

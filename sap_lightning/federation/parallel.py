@@ -28,7 +28,7 @@ from lightning.pytorch.strategies import SingleDeviceStrategy
 from sap_lightning.callbacks.progress import EpochLog, Row, RowBar, Rows, training_progress
 from sap_lightning.console import on_terminal, quieten
 from sap_lightning.data.domains import DomainDataModule
-from sap_lightning.errors import SAID, InputError, in_one_line
+from sap_lightning.errors import InputError, in_one_line, is_said
 from sap_lightning.federation.client import ShowProgress, TrainerFactory, train_client
 from sap_lightning.federation.run_folder import RunFolder
 from sap_lightning.modules.client import ClientModule
@@ -322,7 +322,9 @@ def work(connection: Connection, overrides: Mapping[str, Any], threads: int, dra
     while training := parent.next_client():
         try:
             training.run(progress, **overrides)
-        except SAID as error:
+        except Exception as error:
+            if not is_said(error):
+                raise
             parent.say(Failed(in_one_line(error)))
     signal.signal(signal.SIGTERM, signal.SIG_IGN)  # it ends anyway
 

@@ -10,8 +10,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from peft import LoraConfig
-
 from sap_lightning.errors import InputError
 from sap_lightning.functional.lora import LoRALayer
 from sap_lightning.io.hub import is_hub_id
@@ -299,6 +297,8 @@ def alpha_of(layer: LoRALayer) -> float:
 
 def peft_config(layers: Mapping[str, LoRALayer], base: str) -> dict[str, Any]:
     """The config of an adapter with these layers, but for what it says of the model."""
+    from peft import LoraConfig  # which takes seconds, and is only for who writes one
+
     ranks = {name: layer.rank for name, layer in sorted(layers.items())}
     alphas = {name: _whole(alpha_of(layer)) for name, layer in sorted(layers.items())}
     rank, alpha = _most_common(ranks.values()), _most_common(alphas.values())

@@ -1,4 +1,4 @@
-"""What a merge leaves behind: a PEFT adapter, a CLIPModel or a prompt; its record, its card, a copy on the hub."""
+"""What a merge leaves behind: a PEFT adapter, a CLIPModel or a prompt; its record, a copy on the hub."""
 
 from __future__ import annotations
 
@@ -8,35 +8,33 @@ from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal
 
-from huggingface_hub import HfApi, ModelCard, ModelCardData
+from huggingface_hub import HfApi, ModelCard
 from transformers import AutoImageProcessor, AutoTokenizer
 
 from sap_lightning.console import track
 from sap_lightning.errors import InputError, first_line
-from sap_lightning.escapes import for_markdown
 from sap_lightning.files import as_json, new_folder, sha256_of_file, write_files, write_json, write_text
 from sap_lightning.fingerprints import sealed, unsealed
 from sap_lightning.functional.lora import LoRALayer, Update, dense, recompress
 from sap_lightning.functional.rescaling import relative_error
 from sap_lightning.io.adapter import Adapter, adapter_files
 from sap_lightning.io.context import as_layer
-from sap_lightning.io.hub import is_hub_id
 from sap_lightning.io.manifest import Kind
 from sap_lightning.io.peft_config import public_name
 from sap_lightning.io.prompt import prompt_files
+from sap_lightning.merging.card import CARD_FILE, RECORD_FILE, Words, model_card
 from sap_lightning.merging.method import MergeMethod, Prepared
+from sap_lightning.models.base import model_type
 from sap_lightning.models.clip import load_clip
-from sap_lightning.models.layers import linear_weight, model_type
+from sap_lightning.models.layers import linear_weight
 
 log = logging.getLogger(__name__)
 Format = Literal["auto", "adapter", "model"]
 Form = Literal["adapter", "model", "prompt"]
 LIBRARIES: dict[Form, str] = {"adapter": "peft", "model": "transformers", "prompt": "sap_lightning"}
 """What loads each form of a merge."""
-RECORD_FILE = "merge.json"
-CARD_FILE = "README.md"
 EXACT = 1e-5
 """A relative error that is float32 rounding."""
 
@@ -212,43 +210,6 @@ class Merged:
             except Exception as error:  # their Rust parts raise kinds of their own
                 raise OSError(first_line(error)) from error
         return 0.0
-
-
-class Words(NamedTuple):
-    """What was merged, in words for the card: all of them, one of them, and what of it the digest is of."""
-
-    all: str
-    one: str
-    parts: str
-
-
-def model_card(
-    base: str,
-    library: str,
-    tags: Sequence[str],
-    words: Words,
-    record: Mapping[str, Any],
-    findings: Mapping[str, Any],
-    metrics: Mapping[str, float],
-    doubts: Sequence[str] = (),
-) -> ModelCard:
-    """A model card that the hub accepts."""
-    data = ModelCardData(
-        base_model=base if is_hub_id(base) else None,
-        library_name=library,
-        tags=["merge", *tags],
-    )
-    return ModelCard.from_template(
-        data,
-        template_path=str(Path(__file__).with_name("card.md.j2")),
-        words=words,
-        base=public_name(base),
-        record=record,
-        doubts=doubts,
-        for_markdown=for_markdown,
-        findings=findings,
-        metrics=metrics,
-    )
 
 
 def holds(folder: Path, method: MergeMethod, sources: Collection[str]) -> bool:

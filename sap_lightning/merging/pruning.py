@@ -74,9 +74,8 @@ class PruningMethod(MergeMethod):
         return self.space == "singular"
 
     @property
-    def by_element(self) -> bool:  # type: ignore[override]  # of an adapter's one threshold only an element's score
-        restored = self.rescale in ("l1", "l2")
-        return self.scope == "global" and self.space == "delta" and self.scores_elements and not restored
+    def by_element(self) -> bool:  # type: ignore[override]  # but for the threshold, which is known before
+        return self.space == "delta" and self.scores_elements and self.rescale not in ("l1", "l2")
 
     def merge_weight(self, name: str, models: Sequence[Source], weights: Sequence[float]) -> Update:
         return self.pruning(models, weights).apply()[name]

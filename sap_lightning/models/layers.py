@@ -1,18 +1,11 @@
-"""The linear layers of a checkpoint, whatever model it is."""
+"""The linear layers of a model, by name."""
 
 from __future__ import annotations
 
 import re
 from collections.abc import Iterable
-from functools import lru_cache
 
-import torch
-import transformers
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoModel
-from transformers.pytorch_utils import Conv1D
-
-from sap_lightning.errors import InputError, first_line
 
 _BLOCK = re.compile(r"(.+\.layers\.(\d+))\.")
 
@@ -39,52 +32,3 @@ def linear_weight(model: nn.Module, layer: str) -> Tensor:
     weight = model.get_submodule(layer).weight
     assert isinstance(weight, Tensor)
     return weight.data
-
-
-@lru_cache(maxsize=1)
-def _whole_model(base: str) -> nn.Module | None:
-    config = AutoConfig.from_pretrained(base, trust_remote_code=False)
-    model_class = getattr(transformers, (config.architectures or [""])[0], None)
-    return None if model_class is None else model_class.from_pretrained(base, dtype="auto", trust_remote_code=False)
-
-
-def base_weight(base: str, layer: str) -> Tensor | None:
-    """The weight of a checkpoint's layer by its name in the whole model; None where it cannot be had."""
-    try:
-        model = _whole_model(base)
-    except (OSError, ValueError):  # no weights there
-        return None
-    module = dict(model.named_modules()).get(layer) if model else None
-    weight = getattr(module, "weight", None)
-    return weight.data if isinstance(weight, Tensor) else None
-
-
-def model_type(base: str) -> str:
-    """What a checkpoint's config says it is: clip, bert, …
-
-    Raises:
-        InputError: when there is no config.
-    """
-    try:
-        return str(AutoConfig.from_pretrained(base, trust_remote_code=False).model_type)
-    except Exception as error:  # transformers raises whatever a faulty file leads it to
-        raise InputError(f"model.base {base!r}: no checkpoint could be loaded: {first_line(error)}") from error
-
-
-def linear_shapes(base: str) -> dict[str, tuple[int, int]]:
-    """Shape (d_out, d_in) of every linear layer of any checkpoint's base model by name, from its config alone.
-
-    Empty for a model of which transformers has no base model.
-    """
-    try:
-        with torch.device("meta"):
-            model = AutoModel.from_config(AutoConfig.from_pretrained(base, trust_remote_code=False))
-    except ValueError:
-        return {}
-    shapes = {}
-    for name, module in model.named_modules():
-        if isinstance(module, nn.Linear):
-            shapes[name] = (module.out_features, module.in_features)
-        elif isinstance(module, Conv1D):
-            shapes[name] = (module.nf, module.nx)
-    return shapes

@@ -26,7 +26,8 @@ from sap_lightning.merging.clients import Weights, client_weights, doubts_about
 from sap_lightning.merging.merged import Format, Merged
 from sap_lightning.merging.method import check_weights, required
 from sap_lightning.merging.selection import Selection, doubts_on_anchors, without_outliers
-from sap_lightning.models.layers import base_weight, layer_shapes, linear_shapes, model_type
+from sap_lightning.models.base import base_weight, linear_shapes, model_type
+from sap_lightning.models.layers import layer_shapes
 from sap_lightning.models.probe import AnchorProbe, Memory
 from sap_lightning.models.prompt import room_in
 from sap_lightning.modules.classifier import data_of

@@ -11,10 +11,10 @@ from llamas import TEXTS, ids_of, llama, saved, tokenizer, trained, weights_in
 from torch.testing import assert_close
 from transformers import AutoModelForCausalLM, LlamaModel
 
-from sap_lightning import commands
 from sap_lightning.checkpoints.fusion import Fusion
 from sap_lightning.checkpoints.methods import AdaMMS
 from sap_lightning.errors import InputError
+from sap_lightning.fuse import fuse
 
 
 @pytest.fixture(scope="module")
@@ -95,7 +95,7 @@ def test_the_steadiest_alpha_is_no_end_of_the_grid_and_of_equal_ones_the_smalles
 def test_clip_models_answer_with_captions(clips, world, tmp_path) -> None:
     line = [f"--fuse.models=[{','.join(clips[:2])}]", "--fuse.method=adamms", "--fuse.method.steps=3"]
     anchors = [f"--anchors.root={world / 'anchors'}", "--anchors.num_pairs=8"]
-    commands.fuse([*line, *anchors, f"--fuse.output={tmp_path / 'out'}"])
+    fuse([*line, *anchors, f"--fuse.output={tmp_path / 'out'}"])
     findings = findings_in(tmp_path / "out")
     assert findings["alpha"] == 0.3 and list(findings["moving"]) == ["0", "0.3", "0.6"]
     result, a, b = (weights_in(folder) for folder in (tmp_path / "out", *map(Path, clips[:2])))

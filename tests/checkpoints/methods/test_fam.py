@@ -17,7 +17,6 @@ from torch import Tensor
 from torch.testing import assert_close
 from transformers import AutoModelForCausalLM, CLIPConfig, CLIPModel, GPT2Config, GPT2LMHeadModel
 
-from sap_lightning import commands
 from sap_lightning.checkpoints.behaviour import SPACES
 from sap_lightning.checkpoints.checkpoint import Checkpoint
 from sap_lightning.checkpoints.examples import Examples
@@ -28,6 +27,7 @@ from sap_lightning.checkpoints.sources import Sources
 from sap_lightning.checkpoints.texts import Texts
 from sap_lightning.data.anchors import AnchorDataModule
 from sap_lightning.errors import InputError
+from sap_lightning.fuse import fuse
 
 ALL = FAM(share=1.0, threshold=0.0, beta=0.0, along=1.0, across=1.0)
 """Gives each row of A its counterpart's place."""
@@ -246,7 +246,7 @@ def test_the_command_merges_towers_of_other_sizes_at_anchors(world, tmp_path) ->
         folders.append(str(saved(model, tmp_path / name)))
     line = [f"--fuse.models=[{','.join(folders)}]", "--fuse.method=fam", "--fuse.method.threshold=0"]
     anchors = [f"--anchors.root={world / 'anchors'}", "--anchors.num_pairs=8"]
-    commands.fuse([*line, *anchors, f"--fuse.output={tmp_path / 'out'}"])
+    fuse([*line, *anchors, f"--fuse.output={tmp_path / 'out'}"])
     result, own = weights_in(tmp_path / "out"), weights_in(tmp_path / "a")
     changed = [key for key, weight in result.items() if not torch.equal(weight, own[key])]
     assert changed and all(key.startswith("vision_model.encoder.layers.") for key in changed)

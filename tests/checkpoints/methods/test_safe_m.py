@@ -15,11 +15,11 @@ from torch import Tensor
 from torch.testing import assert_close
 from transformers import AutoModelForCausalLM
 
-from sap_lightning import commands
 from sap_lightning.checkpoints.fusion import Fusion
 from sap_lightning.checkpoints.methods import SafeM
 from sap_lightning.checkpoints.sources import Change, Part, Rows
 from sap_lightning.errors import InputError
+from sap_lightning.fuse import fuse
 
 LAYERS = [
     f"model.layers.{block}.{layer}_proj"
@@ -126,7 +126,7 @@ def test_a_killed_fusion_continues_to_the_same_bytes(speaking, texts, tmp_path) 
 def test_both_towers_of_clip_models_are_fused_by_anchors(clips, world, tmp_path) -> None:
     *models, base = clips
     line = [f"--fuse.models=[{','.join(models)}]", f"--fuse.base={base}", f"--fuse.output={tmp_path / 'out'}"]
-    commands.fuse([*line, f"--anchors.root={world / 'anchors'}", "--anchors.num_pairs=8", "--fuse.method=safe_m"])
+    fuse([*line, f"--anchors.root={world / 'anchors'}", "--anchors.num_pairs=8", "--fuse.method=safe_m"])
     result, own = weights_in(tmp_path / "out"), weights_in(Path(models[0]))
     changed = [key for key, weight in result.items() if not torch.equal(weight, own[key])]
     assert {key.split(".")[0] for key in changed} == {"text_model", "vision_model"}
@@ -137,7 +137,7 @@ def test_both_towers_of_clip_models_are_fused_by_anchors(clips, world, tmp_path)
 def test_the_command_fuses(speaking, texts, tmp_path) -> None:
     *models, base = speaking
     line = [f"--fuse.models=[{','.join(models)}]", f"--fuse.base={base}", f"--fuse.output={tmp_path / 'out'}"]
-    commands.fuse([*line, f"--fuse.texts={texts}", "--fuse.method=safe_m", "--fuse.method.share=0.5"])
+    fuse([*line, f"--fuse.texts={texts}", "--fuse.method=safe_m", "--fuse.method.share=0.5"])
     record = json.loads((tmp_path / "out" / "merge.json").read_text())
     assert (record["method"], record["settings"]["share"]) == ("safe_m", 0.5)
     assert "model.norm.weight" in record["findings"]["kept"]["safe_m leaves it"]

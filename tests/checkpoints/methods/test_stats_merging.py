@@ -15,7 +15,6 @@ from torch.nn.functional import cross_entropy
 from torch.testing import assert_close
 from transformers import AutoModelForCausalLM
 
-from sap_lightning import commands
 from sap_lightning.checkpoints.checkpoint import Checkpoint
 from sap_lightning.checkpoints.fusion import Fusion
 from sap_lightning.checkpoints.methods import StatsMerging
@@ -23,6 +22,7 @@ from sap_lightning.checkpoints.methods.stats_merging import ALPHAS, Mixture
 from sap_lightning.checkpoints.sources import Sources
 from sap_lightning.checkpoints.texts import Texts
 from sap_lightning.errors import InputError
+from sap_lightning.fuse import fuse
 
 
 def opened(folders: list[str]) -> Sources:
@@ -73,7 +73,7 @@ def test_the_command_fuses_three_models_by_what_it_has_learned(speaking, texts, 
     third = str(saved(trained(llama(), 7), tmp_path / "third"))
     folders = [*speaking[:2], third, speaking[2]]
     line = [f"--fuse.models=[{','.join(folders[:3])}]", f"--fuse.base={folders[3]}", f"--fuse.texts={texts}"]
-    commands.fuse([*line, "--fuse.method=stats_merging", "--fuse.method.steps=3", f"--fuse.output={tmp_path / 'out'}"])
+    fuse([*line, "--fuse.method=stats_merging", "--fuse.method.steps=3", f"--fuse.output={tmp_path / 'out'}"])
     seen = StatsMerging(steps=3).look(opened(folders), Texts(texts, Path(folders[0])))
     for key, weight in weights_in(tmp_path / "out").items():
         assert_close(weight.double(), by_definition(key, seen, folders), atol=1e-6, rtol=0)
@@ -93,7 +93,7 @@ def test_equal_models_stay_as_they_are(speaking, texts, tmp_path) -> None:
 def test_clip_models_learn_from_captions(clips, world, tmp_path) -> None:
     line = [f"--fuse.models=[{','.join(clips[:2])}]", f"--fuse.base={clips[2]}", "--fuse.method=stats_merging"]
     anchors = [f"--anchors.root={world / 'anchors'}", "--anchors.num_pairs=4"]
-    commands.fuse([*line, *anchors, "--fuse.method.steps=2", f"--fuse.output={tmp_path / 'out'}"])
+    fuse([*line, *anchors, "--fuse.method.steps=2", f"--fuse.output={tmp_path / 'out'}"])
     findings = json.loads((tmp_path / "out" / "merge.json").read_text())["findings"]
     assert len(findings["losses"]) == 2 and 0 < findings["unchanged"] < 0.5
 
