@@ -11,6 +11,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
+from sap_lightning.functional.matching import in_fields
+
 Look = Callable[[str, Tensor, Tensor], None]
 """Is told a layer's name, its inputs (n, d_in) and its outputs (n, d_out), n positions at a time."""
 MOST_POSITIONS = 16
@@ -73,7 +75,7 @@ class Activity(NamedTuple):
 
 
 class Responses:
-    """Inputs and outputs of layers at some positions of every example, and their means over all of its positions.
+    """Inputs and outputs of layers at some positions of every example, and in fields of it.
 
     Attributes:
         positions: of each layer how many positions every example had.
@@ -82,18 +84,18 @@ class Responses:
     def __init__(self) -> None:
         self.positions: dict[str, list[int]] = defaultdict(list)
         self._spread: dict[str, list[Activity]] = defaultdict(list)
-        self._means: dict[str, list[Activity]] = defaultdict(list)
+        self._fields: dict[str, list[Activity]] = defaultdict(list)
 
     def __call__(self, layer: str, inputs: Tensor, outputs: Tensor) -> None:
         spread = torch.linspace(0, len(inputs) - 1, min(len(inputs), MOST_POSITIONS)).long()
         self.positions[layer].append(len(inputs))
         self._spread[layer].append(Activity(inputs[spread].clone(), outputs[spread].clone()))
-        self._means[layer].append(Activity(inputs.mean(0, keepdim=True), outputs.mean(0, keepdim=True)))
+        self._fields[layer].append(Activity(in_fields(inputs), in_fields(outputs)))
 
     def at_positions(self) -> dict[str, Activity]:
         """Each layer's at no more than `MOST_POSITIONS` of every example."""
         return {layer: Activity(*map(torch.cat, zip(*parts, strict=True))) for layer, parts in self._spread.items()}
 
-    def by_example(self) -> dict[str, Activity]:
-        """Each layer's means, one an example."""
-        return {layer: Activity(*map(torch.cat, zip(*parts, strict=True))) for layer, parts in self._means.items()}
+    def by_fields(self) -> dict[str, Activity]:
+        """Each layer's in `in_fields` of every example."""
+        return {layer: Activity(*map(torch.cat, zip(*parts, strict=True))) for layer, parts in self._fields.items()}

@@ -96,13 +96,13 @@ def _heads_of(config: Any) -> Heads:
 def activities(behaviours: Sequence[Behaviour]) -> list[list[dict[str, Activity]]]:
     """Of each model, block and layer what went in and came out, at the same positions of the same examples.
 
-    Where models divide an example into other positions, as towers of other patches do, it is the mean over them.
+    Where models divide an example into other positions, as towers of other patches do, it is in fields of the image.
     """
     first, *others = ({tuple(one) for one in behaviour.responses.positions.values()} for behaviour in behaviours)
     alike = all(one == first for one in others)
     found = []
     for behaviour in behaviours:
-        by_layer = behaviour.responses.at_positions() if alike else behaviour.responses.by_example()
+        by_layer = behaviour.responses.at_positions() if alike else behaviour.responses.by_fields()
         found.append([{role: by_layer[layer] for role, layer in block.items()} for block in behaviour.layers])
     return found
 

@@ -6,11 +6,15 @@ arXiv:1905.00414.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import torch
 from torch import Tensor
+from torch.nn.functional import adaptive_avg_pool2d
 
+FIELDS = 4
+"""Of an image on either side."""
 UNMATCHED = -1
 """Stands where a dimension has no counterpart."""
 
@@ -38,6 +42,30 @@ def cosines(x: Tensor, y: Tensor) -> Tensor:
 def _standardised(x: Tensor) -> Tensor:
     centred = x - x.mean(0)
     return centred / centred.norm(dim=0).clamp(min=torch.finfo(x.dtype).eps * x.norm(dim=0).clamp(min=1))
+
+
+def in_fields(responses: Tensor) -> Tensor:
+    """Responses to an image at places that images of other patches have too: the class token and 4 × 4 fields.
+
+    Args:
+        responses: shape (1 + g², d), at the class token and the patches row by row, g at least 4; or any (n, d).
+
+    Returns:
+        Shape (17, d), each field the mean of the patches in it; or (1, d), the mean of all.
+
+    Example:
+        >>> import torch
+        >>> from sap_lightning.functional.matching import in_fields
+        >>> in_fields(torch.arange(65.0)[:, None]).flatten()[:3].tolist()  # of 8 × 8 patches, so of two times two
+        [0.0, 5.5, 7.5]
+        >>> in_fields(torch.arange(5.0)[:, None]).tolist()
+        [[2.0]]
+    """
+    side = math.isqrt(len(responses) - 1)
+    if side < FIELDS or 1 + side**2 != len(responses):
+        return responses.mean(0, keepdim=True)
+    patches = responses[1:].T.reshape(1, -1, side, side)
+    return torch.cat([responses[:1], adaptive_avg_pool2d(patches, FIELDS)[0].flatten(1).T])
 
 
 def cka(some: Sequence[Tensor], others: Sequence[Tensor]) -> Tensor:

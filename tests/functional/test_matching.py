@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.testing import assert_close
 
-from sap_lightning.functional.matching import assigned, cka, cosines, in_coordinates_of, in_order
+from sap_lightning.functional.matching import assigned, cka, cosines, in_coordinates_of, in_fields, in_order
 
 
 def random(*shape: int, seed: int = 0) -> Tensor:
@@ -75,3 +75,16 @@ def test_a_weight_in_other_coordinates_is_chosen_element_by_element() -> None:
             assert found[i, k] == (other[row, column] if row >= 0 and column >= 0 else first[i, k])
     bias = in_coordinates_of(first[:, 0], other[:, 0], rows)
     assert bias.tolist() == [float(other[4, 0]), float(first[1, 0]), float(other[0, 0])]
+
+
+def test_fields_are_means_of_the_patches_in_them() -> None:
+    responses = random(65, 3)
+    fields = in_fields(responses)
+    assert fields.shape == (17, 3) and torch.equal(fields[0], responses[0])
+    patches = responses[1:].view(8, 8, 3)
+    for row in range(4):
+        for column in range(4):
+            own = patches[2 * row : 2 * row + 2, 2 * column : 2 * column + 2]
+            assert_close(fields[1 + 4 * row + column], own.mean((0, 1)))
+    for n in (1, 10, 64):  # no image of 4 patches a side
+        assert_close(in_fields(random(n, 3)), random(n, 3).mean(0, keepdim=True))

@@ -54,7 +54,7 @@ class FAM(WholeMethod):
     - Blocks of models of other depth are assigned in order, by linear CKA of what they read.
     - H is the variance v as v / (v + the median of the layer), in [0, 1), where the code has v and sums over positions:
       there σ keeps all pairs or none, as outputs are large or small.
-    - Where models divide an example into other positions, its mean stands for it.
+    - Where towers divide an image into other patches, it is looked at in its class token and 4 × 4 fields.
 
     Linear layers of the blocks are merged; all else stays as A has it.
 

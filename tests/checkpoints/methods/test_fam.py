@@ -158,7 +158,7 @@ def test_blocks_of_a_deeper_model_are_found_in_order(examples, tmp_path) -> None
     assert ALL.kept(other_way, seen)["model.layers.1.mlp.up_proj.weight"] == "fam leaves it"
 
 
-def test_towers_that_divide_an_image_otherwise_are_matched_by_whole_images(examples, tmp_path) -> None:
+def test_towers_that_divide_an_image_otherwise_are_matched_by_fields_of_it(examples, tmp_path) -> None:
     model, other = of("clip"), of("clip", 1, patch_size=16, hidden_size=36, num_hidden_layers=3)
     pair = sources(model, other, folder=tmp_path)
     seen = FAM(threshold=0.0).look(pair, examples["clip"])
