@@ -11,9 +11,10 @@ from typing import Any, Literal, Union, get_args, get_origin
 
 from jsonargparse import ArgumentParser
 
+from sap_lightning.checkpoints.methods import FUSE_METHODS
 from sap_lightning.errors import InputError, short
 from sap_lightning.merging.method import MergeMethod
-from sap_lightning.merging.registry import method_named
+from sap_lightning.merging.registry import METHODS, method_named
 
 Types = Mapping[str, Any]
 """Type of every option by name, or of every setting of a class."""
@@ -98,7 +99,7 @@ def _wrong_type(name: str, hint: Any, message: str) -> InputError:
     named = re.search(r"(?:import path string: |class_path '|Import path )([^'\s]+)", message)
     if named and MergeMethod in get_args(hint):
         try:
-            method_named(named[1], name)
+            method_named(named[1], name, FUSE_METHODS if name.startswith("fuse.") else METHODS)
         except InputError as error:
             return error
     given = re.search(r"(?:Got|Given) value: (?!NestedArg)(.*)", message)

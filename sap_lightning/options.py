@@ -11,6 +11,7 @@ from typing import Any
 
 import yaml
 
+from sap_lightning.checkpoints.methods import FUSE_METHODS
 from sap_lightning.errors import InputError
 from sap_lightning.merging import METHODS, SAP
 
@@ -151,10 +152,11 @@ def with_class_paths(args: Sequence[str]) -> list[str]:
 
 
 def _class_path(option: str, name: str, has_settings: bool) -> str:
+    methods = FUSE_METHODS if option.startswith("--fuse.") else METHODS
     # Without settings of its own sap is what the group prune says, and a method under another is recorded by its name.
-    if name not in METHODS or (not has_settings and (name == SAP.name or option != METHOD_OPTION)):
+    if name not in methods or (not has_settings and (name == SAP.name or option != METHOD_OPTION)):
         return name
-    return path_of(METHODS[name])
+    return path_of(methods[name])
 
 
 def path_of(named: type) -> str:

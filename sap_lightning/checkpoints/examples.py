@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Hashable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -47,9 +47,29 @@ class Examples(ABC):
         """
 
     @abstractmethod
+    def show(self, model: Any) -> None:
+        """Passes one example after another through a model, for what watches it.
+
+        Raises:
+            InputError: the model cannot take them.
+        """
+
+    @abstractmethod
     def losses(self, model: Any) -> Iterator[Tensor]:
         """The loss of one example after another: a number, with gradients of all parameters that it depends on."""
 
     @abstractmethod
     def predictions(self, model: Any) -> list[Tensor]:
         """What a model expects: of each example probabilities, shape (positions, what there is to choose from)."""
+
+    @abstractmethod
+    def __len__(self) -> int:
+        """How many there are."""
+
+    @abstractmethod
+    def logits(self, model: Any, number: int) -> Tensor:
+        """Logits of what a model expects of one example, with gradients, shape (positions, what there is to choose)."""
+
+    @abstractmethod
+    def answers(self, model: Any) -> list[Hashable]:
+        """What a model says to each example, which equals what another says or does not."""

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from hashlib import sha256
 from typing import Any, BinaryIO
 
 from torch import Tensor
 
+from sap_lightning.checkpoints.method import Seen, WholeMethod
 from sap_lightning.checkpoints.scores import Scores
 from sap_lightning.checkpoints.sources import Part, Rows, Sources, bytes_of
 from sap_lightning.console import track
@@ -61,18 +62,22 @@ class Fuser:
         shares: each model's share of the whole.
         sources: the models.
         scores: how much every element of each model's change matters, for a method that asks data.
+        seen: what a method of whole models alone has seen of them.
     """
 
     method: MergeMethod
     shares: Sequence[float]
     sources: Sources
     scores: Sequence[Scores] = ()
+    seen: Seen = field(default_factory=dict)
 
     @cached_property
     def kept(self) -> dict[str, str]:
         """Weights that stay as the first model has them, by key, and why."""
-        shapes = self.sources.first.shapes
-        by_method = {key: f"{self.method.name} leaves it" for key in shapes if self.method.keeps(key, shapes[key])}
+        method, shapes = self.method, self.sources.first.shapes
+        if isinstance(method, WholeMethod):
+            return method.kept(self.sources, self.seen)
+        by_method = {key: f"{method.name} leaves it" for key in shapes if method.keeps(key, shapes[key])}
         return by_method | self.sources.kept
 
     @cached_property
@@ -133,13 +138,18 @@ class Fuser:
     def _fused(self, key: str, part: Part, thresholds: Sequence[RunningThreshold] | None) -> Tensor:
         """A part in the first model's dtype."""
         dtype = part.changes[0].stored.dtype
-        result = (part.base + dense(self._update(key, part, thresholds))).to(dtype)
+        result = self._weight(key, part, thresholds).to(dtype)
         if not result.isfinite().all():
             raise InputError(
                 f"{key}: what {self.method.name} makes of it is not finite in {dtype}; check the models and the"
                 f" method's settings, {self.method.settings}"
             )
         return result
+
+    def _weight(self, key: str, part: Part, thresholds: Sequence[RunningThreshold] | None) -> Tensor:
+        if isinstance(self.method, WholeMethod):
+            return self.method.fused(key, part, self.seen)
+        return part.base + dense(self._update(key, part, thresholds))
 
     def _update(self, key: str, part: Part, thresholds: Sequence[RunningThreshold] | None) -> Update:
         method = self.method
@@ -180,7 +190,10 @@ class Fuser:
     def parts(self, key: str) -> Iterator[Part]:
         """A weight, whole or in blocks of its rows, as the method takes it."""
         for rows in self._blocks(key):
-            yield self.sources.part(key, rows)
+            if isinstance(self.method, WholeMethod):
+                yield self.method.part(key, rows, self.sources, self.seen)
+            else:
+                yield self.sources.part(key, rows)
 
     def _blocks(self, key: str) -> Iterator[Rows]:
         return self.sources.blocks(key, BLOCK if self.method.by_element else None)

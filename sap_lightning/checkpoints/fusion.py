@@ -7,11 +7,13 @@ from pathlib import Path
 
 from sap_lightning.checkpoints.checkpoint import Checkpoint
 from sap_lightning.checkpoints.examples import Anchors, Examples
+from sap_lightning.checkpoints.method import WholeMethod
+from sap_lightning.checkpoints.methods import FUSE_METHODS
 from sap_lightning.checkpoints.sources import Sources
 from sap_lightning.checkpoints.work import Work
 from sap_lightning.errors import InputError
 from sap_lightning.files import locked, put_in_place, refuse_existing, writing
-from sap_lightning.merging import ATAF, METHODS, SAP, MergeMethod, method_named
+from sap_lightning.merging import ATAF, SAP, MergeMethod, method_named
 from sap_lightning.merging.method import check_weights
 
 WHOLE = {"space": "delta", "rescale_scope": "layer", "loss": "cosine"}
@@ -28,8 +30,8 @@ class Fusion:
         base: the model that they were trained from; median, trimmed_mean and average need none.
         method: how the models' changes of the base become one: a method, or the name of one at its own settings.
         weights: a number for each model, by which its change is multiplied; they count alike if not given.
-        texts: file of unlabelled texts, one a line, by which ataf finds its α for causal language models, and sap what
-            matters.
+        texts: file of unlabelled texts, one a line, that language models are shown: ataf finds its α by them, sap what
+            matters, and methods of whole models alone look at models at work.
         anchors: image–caption pairs, by which they do so for CLIP models.
 
     Raises:
@@ -49,7 +51,7 @@ class Fusion:
         self.models = models
         self.output = output
         self.base = base
-        self.method = method_named(method, "fuse.method") if isinstance(method, str) else method
+        self.method = method_named(method, "fuse.method", FUSE_METHODS) if isinstance(method, str) else method
         self.weights = weights
         self.texts = texts
         self.anchors = anchors
@@ -62,12 +64,15 @@ class Fusion:
             raise InputError(f"fuse.models {self.models}: {method.name} needs at least {least}")
         if twice := [model for model in self.models if self.models.count(model) > 1]:
             raise InputError(f"fuse.models: {twice[0]} is given twice; give each model once")
-        if self.weights is not None:
+        if isinstance(method, WholeMethod):
+            method.check(self.models, self.base, self.weights)
+        elif self.weights is not None:
             check_weights(method, self.weights, "fuse.weights")
             if len(self.weights) != len(self.models):
                 raise InputError(f"fuse.weights {self.weights}: {len(self.weights)} for {len(self.models)} models")
         self._check_data()
-        if self.base is None and not (method.merges_prompts and math.isclose(sum(self.shares), 1)):
+        needs_base = not isinstance(method, WholeMethod)
+        if needs_base and self.base is None and not (method.merges_prompts and math.isclose(sum(self.shares), 1)):
             raise InputError(
                 f"fuse.base is not set: {method.name} fuses what the models have changed of a base; name the model that"
                 " they were trained from"
@@ -83,7 +88,7 @@ class Fusion:
                 f"fuse.texts {self.texts}: is for language models, anchors.root for CLIP models; leave one of them out"
             )
         if method.needs_anchors and self.texts is None and self.anchors is None:
-            alone = ", or --fuse.method.alpha" if isinstance(method, ATAF) else ""
+            alone = ", or --fuse.method.alpha" if hasattr(method, "alpha") else ""
             raise InputError(
                 f"fuse.method {method.name} looks at data: give --fuse.texts for language models, or --anchors.root for"
                 f" CLIP models{alone}"
@@ -101,7 +106,8 @@ class Fusion:
             InputError: when a model is faulty, nothing in it fits, or something of the output's name already stands.
         """
         models = [Checkpoint(model) for model in self.models]
-        sources = Sources.of(models, models[0] if self.base is None else Checkpoint(self.base))
+        base = models[0] if self.base is None else Checkpoint(self.base)
+        sources = Sources.of(models, base, isinstance(self.method, WholeMethod) and self.method.takes_unlike)
         output = Path(self.output)
         workplace = output.with_name(f".{output.name}.fusing")
         work = Work(self.method, self.shares, sources, workplace, self._examples(models[0].folder))
@@ -130,7 +136,7 @@ class Fusion:
 
 def check_method(method: MergeMethod) -> None:
     """Raises InputError when a method cannot fuse whole models, and says why."""
-    able = ", ".join(name for name, one in METHODS.items() if _obstacle(one()) is None)
+    able = ", ".join(name for name, one in FUSE_METHODS.items() if _obstacle(one()) is None)
     if (why := _obstacle(method)) is not None:
         raise InputError(f"fuse.method {method.name} {why}; whole models are fused by {able}")
     for name, value in WHOLE.items() if isinstance(method, SAP) else ():
@@ -143,6 +149,8 @@ def _obstacle(method: MergeMethod) -> str | None:
         return "looks at what clients say of their training, which whole models do not"
     if method.needs_factors:
         return "looks at the factors A and B of LoRA, which whole models have not"
+    if isinstance(method, WholeMethod):
+        return None
     if method.needs_anchors and not isinstance(method, ATAF | SAP):
         return "looks at anchors through CLIP with an adapter on it, and not at whole models"
     if not method.merges_weights:

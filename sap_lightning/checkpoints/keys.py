@@ -34,6 +34,17 @@ def matched(keys: Collection[str], others: Collection[str]) -> dict[str, str]:
     return {key: other for key, other in found if other is not None}
 
 
+def layer_of(key: str) -> str:
+    """What a layer is called of which a key names a weight or a bias.
+
+    Example:
+        >>> from sap_lightning.checkpoints.keys import layer_of
+        >>> layer_of("model.layers.0.mlp.up_proj.weight")
+        'model.layers.0.mlp.up_proj'
+    """
+    return key.rpartition(".")[0]
+
+
 def _prefix_changes(keys: Collection[str], others: Collection[str]) -> list[Change]:
     """From each prefix the one to another that finds most keys, if it is one alone; those that find most come first."""
     of_block: dict[str, list[str]] = defaultdict(list)

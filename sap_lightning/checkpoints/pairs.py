@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Hashable, Iterator
 from pathlib import Path
 
 import torch
@@ -11,6 +11,8 @@ from torch.nn.functional import normalize
 from transformers import CLIPModel
 
 from sap_lightning.checkpoints.examples import Anchors, Examples
+from sap_lightning.console import track
+from sap_lightning.errors import InputError
 from sap_lightning.fingerprints import digest
 from sap_lightning.functional.saliency import alignment_loss
 from sap_lightning.models.clip import TextEncoder, load_clip, vision_tower
@@ -33,6 +35,18 @@ class Pairs(Examples):
     def load(self, folder: Path) -> CLIPModel:
         return load_clip(str(folder), "fuse.models").requires_grad_()
 
+    @torch.inference_mode()
+    def show(self, model: CLIPModel) -> None:
+        size, given = vision_tower(model).config.image_size, self.images.shape[-1]
+        if size != given:
+            raise InputError(
+                f"fuse.models: one takes images of {size} pixels, the first of {given}; give models that take the same"
+            )
+        vision, texts = vision_tower(model), TextEncoder(model, self.tokenizer)
+        for image, caption in track(list(zip(self.images, self.captions, strict=True)), "anchors"):
+            vision(image[None])
+            texts.features([caption])
+
     def losses(self, model: CLIPModel) -> Iterator[Tensor]:
         """1 − cos(image, caption), pair after pair."""
         vision, texts = vision_tower(model), TextEncoder(model, self.tokenizer)
@@ -46,3 +60,17 @@ class Pairs(Examples):
         vision, texts = vision_tower(model), TextEncoder(model, self.tokenizer)
         images = torch.cat([normalize(vision(image[None]).image_embeds, dim=-1) for image in self.images])
         return [(model.logit_scale.exp() * images @ texts.features(self.captions).T).softmax(-1)]
+
+    def __len__(self) -> int:
+        return len(self.captions)
+
+    def logits(self, model: CLIPModel, number: int) -> Tensor:
+        """Of all captions for one image."""
+        image = normalize(vision_tower(model)(self.images[number, None]).image_embeds, dim=-1)
+        captions = TextEncoder(model, self.tokenizer).features(self.captions)
+        return model.logit_scale.exp() * image @ captions.T
+
+    def answers(self, model: CLIPModel) -> list[Hashable]:
+        """Of every image the number of the caption that fits it best."""
+        (found,) = self.predictions(model)
+        return list(found.argmax(1).tolist())

@@ -75,17 +75,17 @@ class Sources:
     base_keys: Mapping[str, str]
 
     @classmethod
-    def of(cls, models: Sequence[Checkpoint], base: Checkpoint) -> Sources:
+    def of(cls, models: Sequence[Checkpoint], base: Checkpoint, unlike: bool = False) -> Sources:
         """Finds each weight of the first model in the others.
 
         Raises:
-            InputError: when one of them has none of these weights in these shapes.
+            InputError: when one of them has none of these weights in these shapes, unless they may be unlike.
         """
         first = models[0]
         found = {id(one): _keys_in(one, first) for one in (*models, base)}
         for other in (*models, base):
             keys = found[id(other)]
-            if not any(first.stated[key].shape == other.stated[own].shape for key, own in keys.items()):
+            if not unlike and not any(first.stated[key].shape == other.stated[own].shape for key, own in keys.items()):
                 raise InputError(
                     f"{other.name}: has none of the weights of {first.name}, such as {next(iter(first.stated), '')!r};"
                     " fuse models of one architecture"
@@ -140,6 +140,11 @@ class Sources:
         step = height if elements is None else max(1, elements // max(1, width))
         for first in range(0, height, max(1, step)):
             yield Rows(first, min(first + step, height))
+
+    def whole(self, key: str) -> Part:
+        """A weight from all of the models, all of its rows."""
+        (rows,) = self.blocks(key, None)
+        return self.part(key, rows)
 
     def part(self, key: str, rows: Rows) -> Part:
         """Rows of a weight from all of the models."""

@@ -2,22 +2,25 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Hashable, Iterator
 from functools import cached_property
 from pathlib import Path
 
 import torch
 from torch import Tensor
 from torch.nn.functional import cross_entropy
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
+from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, PreTrainedModel
 
 from sap_lightning.checkpoints.examples import Examples
+from sap_lightning.console import track
 from sap_lightning.errors import InputError, first_line
 from sap_lightning.fingerprints import digest
 
 MOST_TEXTS = 32
 MOST_TOKENS = 64
 """How many texts are looked at, and how many tokens of each."""
+ANSWER_TOKENS = 16
+"""Of what a model says to a text."""
 
 
 class Texts(Examples):
@@ -48,6 +51,17 @@ class Texts(Examples):
             ) from error
         return model.eval()
 
+    @torch.inference_mode()
+    def show(self, model: PreTrainedModel) -> None:
+        vocabulary, largest = model.config.get_text_config().vocab_size, max(int(one.max()) for one in self._tokens)
+        if largest >= vocabulary:
+            raise InputError(
+                f"fuse.texts: token {largest} of the first model is none of another, which has {vocabulary};"
+                " give models of one vocabulary"
+            )
+        for one in track(self._tokens, "texts"):
+            model(one)
+
     def losses(self, model: PreTrainedModel) -> Iterator[Tensor]:
         """Mean loss of the next token, text after text; a text of one token has no next one."""
         for one in self._tokens:
@@ -58,6 +72,26 @@ class Texts(Examples):
     def predictions(self, model: PreTrainedModel) -> list[Tensor]:
         """The probability of every next token at every position."""
         return [model(one).logits[0].softmax(-1) for one in self._tokens]
+
+    def __len__(self) -> int:
+        return len(self._tokens)
+
+    def logits(self, model: PreTrainedModel, number: int) -> Tensor:
+        """Of every next token."""
+        logits: Tensor = model(self._tokens[number]).logits
+        return logits[0]
+
+    def answers(self, model: PreTrainedModel) -> list[Hashable]:
+        """The tokens with which it goes on, greedily."""
+        continued = (
+            model.generate(  # type: ignore[operator]  # of whichever causal language model
+                one,
+                attention_mask=torch.ones_like(one),
+                generation_config=GenerationConfig(max_new_tokens=ANSWER_TOKENS, pad_token_id=0),
+            )
+            for one in track(self._tokens, "texts")
+        )
+        return [tuple(whole[0, one.shape[1] :].tolist()) for one, whole in zip(self._tokens, continued, strict=True)]
 
     @cached_property
     def _tokens(self) -> list[Tensor]:

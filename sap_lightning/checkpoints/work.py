@@ -15,11 +15,12 @@ from typing import Any
 from sap_lightning.checkpoints.consistency import divergences, most_consistent
 from sap_lightning.checkpoints.examples import Examples
 from sap_lightning.checkpoints.fuser import Fuser
+from sap_lightning.checkpoints.method import Seen, WholeMethod
 from sap_lightning.checkpoints.scores import Scores, write_scores
 from sap_lightning.checkpoints.sources import Sources
 from sap_lightning.console import track
 from sap_lightning.errors import InputError
-from sap_lightning.files import as_json, replacing, sha256_of_file, write_json, write_text
+from sap_lightning.files import as_json, read_tensors, replacing, sha256_of_file, write_json, write_tensors, write_text
 from sap_lightning.fingerprints import sealed, unsealed
 from sap_lightning.io.peft_config import public_name
 from sap_lightning.merging import ATAF, SAP, MergeMethod
@@ -29,6 +30,7 @@ PLAN_FILE = "plan.json"
 """Stands in the result until all is done."""
 ALPHAS_FILE = "alphas.json"
 SCORES_FOLDER = "scores"
+SEEN_FILE = "seen.safetensors"
 
 
 @dataclass(frozen=True)
@@ -80,9 +82,10 @@ class Work:
         if not self.is_planned_in(self.folder):
             shutil.rmtree(self.folder, ignore_errors=True)
             shutil.rmtree(self.workplace / SCORES_FOLDER, ignore_errors=True)
-            (self.workplace / ALPHAS_FILE).unlink(missing_ok=True)
+            for name in (ALPHAS_FILE, SEEN_FILE):
+                (self.workplace / name).unlink(missing_ok=True)
             write_json(self.folder / PLAN_FILE, sealed(self.plan))
-        fuser = Fuser(self._decided(), self.shares, self.sources, self._scores())
+        fuser = Fuser(self._decided(), self.shares, self.sources, self._scores(), self._seen())
         shards: dict[str, dict[str, Any]] = {}
         for shard in track(list(self.sources.first.shards), f"{self.method.name}: shards"):
             record = _record_of(self.folder / shard, self.workplace / f"{shard}.json")
@@ -99,6 +102,16 @@ class Work:
             found = {str(alpha): one for alpha, one in looked.items()}
             write_json(file, sealed(found))
         return replace(method, alpha=most_consistent({float(alpha): one for alpha, one in found.items()}))
+
+    def _seen(self) -> Seen:
+        """What a method of whole models alone sees of them; nothing where it is another."""
+        method, file = self.method, self.workplace / SEEN_FILE
+        if not (isinstance(method, WholeMethod) and self.examples):
+            return {}
+        if (seen := read_tensors(file)) is None:
+            seen = dict(method.look(self.sources, self.examples))
+            write_tensors(file, seen)
+        return seen
 
     def _scores(self) -> list[Scores]:
         """Each model's scores where the method asks for any; those that were written before are kept."""
@@ -169,6 +182,7 @@ class Work:
             "renamed": self.sources.renamed,
             "unused": self.sources.unused,
             **({"alpha": fuser.method.alpha} if isinstance(fuser.method, ATAF) else {}),
+            **(fuser.method.findings(fuser.seen) if isinstance(fuser.method, WholeMethod) else {}),
             "unchanged": sum(one["unchanged"] for one in shards) / elements if elements else 1.0,
         }
 

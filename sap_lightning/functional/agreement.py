@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Hashable, Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -152,3 +152,25 @@ def divergence(p: Tensor, q: Tensor) -> Tensor:
         [0.6930000185966492, 0.0]
     """
     return (entr((p + q) / 2) - (entr(p) + entr(q)) / 2).sum(-1)
+
+
+def answers_that_move(answers: Sequence[Sequence[Hashable]], smooth: int = 0) -> list[float]:
+    """For each of a row of models the number of answers that differ from those of either of its neighbours in the row.
+
+    Args:
+        answers: each model's, to the same questions.
+        smooth: over how many neighbours on either side, as far as there are, that number is averaged.
+
+    Example:
+        >>> from sap_lightning.functional.agreement import answers_that_move
+        >>> answers = ["ab", "ab", "ac", "ac"]  # four models, two questions; the second answer moves once
+        >>> answers_that_move(answers), answers_that_move(answers, smooth=1)
+        ([0.0, 1.0, 1.0, 0.0], [0.5, 0.6666666666666666, 0.6666666666666666, 0.5])
+    """
+    beside = [[*answers[max(0, i - 1) : i], *answers[i + 1 : i + 2]] for i in range(len(answers))]
+    moving = [
+        sum(any(one != other for other in others) for one, *others in zip(own, *near, strict=True))
+        for own, near in zip(answers, beside, strict=True)
+    ]
+    windows = [moving[max(0, i - smooth) : i + smooth + 1] for i in range(len(moving))]
+    return [sum(window) / len(window) for window in windows]

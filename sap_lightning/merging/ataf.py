@@ -94,9 +94,7 @@ class ATAF(MergeMethod):
         return 2
 
     def keeps(self, name: str, shape: Sequence[int]) -> bool:
-        in_block = any(part.isdecimal() for part in name.split("."))
-        mixed = len(shape) == 2 or (len(shape) == 1 and name.endswith("bias"))
-        return self.alpha == 0 or not (in_block and mixed) or "norm" in name or "ln_" in name
+        return self.alpha == 0 or not is_mixed(name, shape)
 
     def merge_weight(self, name: str, models: Sequence[Source], weights: Sequence[float]) -> Update:
         assert self.alpha is not None
@@ -115,6 +113,13 @@ class ATAF(MergeMethod):
         alpha = self.grid[divergences.index(least)]
         log.info("ataf: alpha %g has the least divergence from the clients, %.3e", alpha, least)
         return alpha
+
+
+def is_mixed(name: str, shape: Sequence[int]) -> bool:
+    """Whether a weight of a whole model is a matrix or a bias of its blocks, and of no norm in them."""
+    in_block = any(part.isdecimal() for part in name.split("."))
+    mixed = len(shape) == 2 or (len(shape) == 1 and name.endswith("bias"))
+    return in_block and mixed and not ("norm" in name or "ln_" in name)
 
 
 @dataclass(frozen=True)

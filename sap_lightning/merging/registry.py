@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 from sap_lightning.errors import InputError
 from sap_lightning.merging.method import MergeMethod
 
@@ -9,12 +11,15 @@ METHODS: dict[str, type[MergeMethod]] = {}
 """The package's own methods by name; ``merging`` lists them."""
 
 
-def method_named(name: str, setting: str = "merge.method") -> MergeMethod:
+def method_named(
+    name: str, setting: str = "merge.method", methods: Mapping[str, type[MergeMethod]] = METHODS
+) -> MergeMethod:
     """The package's own method of that name at its default settings.
 
     Args:
         name: the method's.
         setting: what names it, for the error.
+        methods: those that it may be one of.
 
     Raises:
         InputError: when there is none of that name.
@@ -24,9 +29,9 @@ def method_named(name: str, setting: str = "merge.method") -> MergeMethod:
             f"{setting} {name}: names no class that Python can import, or a setting that it does not take; give them"
             f" one by one, --{setting} CLASS --{setting}.SETTING VALUE, to be told which"
         )
-    if name not in METHODS:
+    if name not in methods:
         raise InputError(
-            f"{setting} {name}: no such method; there are {', '.join(METHODS)}; a method of your own is named by its"
+            f"{setting} {name}: no such method; there are {', '.join(methods)}; a method of your own is named by its"
             " class_path, which Python must be able to import, with settings that it takes"
         )
-    return METHODS[name]()
+    return methods[name]()

@@ -1,0 +1,171 @@
+"""StatsMerging: coefficients that are learned from statistics of weights (Merugu et al. 2025, arXiv:2506.04567).
+
+Reference code: statsmerging/statsmerging, src/train-8-models-stats-merge.py and src/statsmergingPP.py.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from itertools import cycle, islice
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import cross_entropy
+
+from sap_lightning.checkpoints.examples import Examples
+from sap_lightning.checkpoints.keys import matched
+from sap_lightning.checkpoints.method import Seen, WholeMethod
+from sap_lightning.checkpoints.sources import Part, Sources
+from sap_lightning.console import track
+from sap_lightning.errors import check_at_least, check_positive
+from sap_lightning.functional.consensus import weighted_sum
+from sap_lightning.functional.lora import dense
+from sap_lightning.functional.weight_statistics import weight_statistics
+
+ALPHAS = "alphas."
+"""What stands before a weight's key in what was seen."""
+
+
+@dataclass(frozen=True)
+class StatsMerging(WholeMethod):
+    """W_C + Σ α_k·(W_k − W_C), weight by weight, with coefficients α of sum 1 that a small network learns.
+
+    The network sees six statistics of a model's weight (mean, variance, norm, three largest singular values), scaled
+    over all weights and models, and gives a number; the softmax of it over the models is α. It learns by Adam to have
+    the fused model say at unlabelled examples what each model itself says there, its most probable answer, by
+    cross-entropy summed over the models.
+
+    Where we deviate: the paper has examples of its own for each task, and here all models are asked about the same. Its
+    code merges without gradients, so that its coefficients cannot learn; it trains on true labels, and one of its
+    variants lets the base take a part of the softmax. Here one example is looked at in a step, in turn, and steps are
+    few, as 500 of a language model take hours on a CPU.
+
+    Args:
+        steps: of Adam, an example each.
+        rate: Adam's learning rate.
+        hidden: width of the network's two hidden layers.
+        seed: of the network's first weights.
+    """
+
+    name = "stats_merging"
+    needs_base = True
+    most_models = None
+
+    steps: int = 32
+    rate: float = 0.01
+    hidden: int = 16
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        check_at_least("fuse.method.steps", self.steps, 1)
+        check_at_least("fuse.method.hidden", self.hidden, 1)
+        check_positive("fuse.method.rate", self.rate)
+
+    def look(self, sources: Sources, examples: Examples) -> Seen:
+        answers = [_answers(examples, one.folder) for one in sources.models]
+        model = examples.load(sources.first.folder)
+        keys = [key for key in sources.first.stated if key not in sources.kept]
+        names = matched(keys, list(dict(model.named_parameters())))
+        parts = {key: sources.whole(key) for key in track(list(names), f"{self.name}: weights")}
+        features = _scaled(torch.stack([_statistics(part) for part in parts.values()]))
+        mixture = Mixture(model, {names[key]: part for key, part in parts.items()})
+        alphas, losses = self._learned(mixture, features, answers, examples)
+        return {"losses": losses, **{f"{ALPHAS}{key}": alpha for key, alpha in zip(parts, alphas, strict=True)}}
+
+    @torch.enable_grad()
+    def _learned(
+        self, mixture: Mixture, features: Tensor, answers: Sequence[Sequence[Tensor]], examples: Examples
+    ) -> tuple[Tensor, Tensor]:
+        """α of each weight and model, shape (weights, K), and the loss before every step."""
+        network = self._network()
+        adam, losses = torch.optim.Adam(network.parameters(), lr=self.rate), []
+        for number in track(list(islice(cycle(range(len(examples))), self.steps)), f"{self.name}: steps"):
+            alphas = _shares(network, features)
+            mixture.take_on(alphas.detach())
+            logits = examples.logits(mixture.model, number)
+            loss = torch.stack([cross_entropy(logits, of_one[number]) for of_one in answers]).sum()
+            adam.zero_grad()
+            alphas.backward(mixture.gradients(loss))
+            adam.step()
+            losses.append(float(loss.detach()))
+        return _shares(network, features).detach(), torch.tensor(losses)
+
+    def _network(self) -> nn.Module:
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(self.seed)
+            layers = [nn.Linear(6, self.hidden), nn.ReLU(), nn.Linear(self.hidden, self.hidden), nn.ReLU()]
+            return nn.Sequential(*layers, nn.Linear(self.hidden, 1))
+
+    def kept(self, sources: Sources, seen: Seen) -> dict[str, str]:
+        left = (key for key in sources.first.stated if f"{ALPHAS}{key}" not in seen)
+        return dict.fromkeys(left, f"{self.name} leaves it") | sources.kept
+
+    def fused(self, key: str, part: Part, seen: Seen) -> Tensor:
+        return _mixed(part, seen[f"{ALPHAS}{key}"])
+
+    def findings(self, seen: Seen) -> dict[str, Any]:
+        alphas = torch.stack([alpha for name, alpha in seen.items() if name.startswith(ALPHAS)])
+        return {"mean_alphas": alphas.mean(0).tolist(), "losses": seen["losses"].tolist()}
+
+
+class Mixture:
+    """A model whose weights are mixed from others'.
+
+    Args:
+        model: wears the mixture.
+        parts: by the names of its parameters, the weights of the base and of the others.
+    """
+
+    def __init__(self, model: nn.Module, parts: Mapping[str, Part]) -> None:
+        self.model = model
+        self._parts = list(parts.values())
+        self._weights = [model.get_parameter(name).requires_grad_() for name in parts]
+
+    @torch.no_grad()
+    def take_on(self, alphas: Tensor) -> None:
+        """Takes on the mixture with these coefficients, shape (weights, K)."""
+        for weight, part, alpha in zip(self._weights, self._parts, alphas, strict=True):
+            weight.copy_(_mixed(part, alpha).view(weight.shape))
+
+    def gradients(self, loss: Tensor) -> Tensor:
+        """∂L/∂α_k = ⟨∂L/∂W, W_k − W_C⟩ of every weight and model, shape (weights, K)."""
+        by_weight = torch.autograd.grad(loss, self._weights, allow_unused=True, materialize_grads=True)
+        return torch.stack(
+            [
+                torch.stack([(gradient.view(delta.shape) * delta).sum() for delta in _deltas(part)])
+                for gradient, part in zip(by_weight, self._parts, strict=True)
+            ]
+        )
+
+
+def _shares(network: nn.Module, features: Tensor) -> Tensor:
+    return torch.softmax(network(features).squeeze(-1), -1)
+
+
+def _deltas(part: Part) -> list[Tensor]:
+    return [delta for change in part.changes for delta in change.layers.values()]
+
+
+def _mixed(part: Part, alpha: Tensor) -> Tensor:
+    return part.base + dense(weighted_sum(_deltas(part), alpha.tolist()))
+
+
+@torch.no_grad()
+def _answers(examples: Examples, folder: Path) -> list[Tensor]:
+    """What a model finds most probable, at each position of each example."""
+    model = examples.load(folder)
+    return [examples.logits(model, number).argmax(-1) for number in range(len(examples))]
+
+
+def _statistics(part: Part) -> Tensor:
+    """Those of every model's weight, shape (K, 6)."""
+    return torch.stack([weight_statistics(change.stored.float()) for change in part.changes])
+
+
+def _scaled(features: Tensor) -> Tensor:
+    """Each of mean 0 and deviation 1 over weights and models; one that is the same everywhere is 0."""
+    centred = features - features.mean((0, 1))
+    return (centred / centred.std((0, 1), correction=0).clamp(min=torch.finfo(torch.float64).tiny)).float()
