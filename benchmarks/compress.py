@@ -27,11 +27,12 @@ from transformers import AutoTokenizer, CLIPModel
 from sap_lightning.checkpoints.checkpoint import Checkpoint
 from sap_lightning.compression.calibration import Batch, Calibration, caption_losses, next_token_losses
 from sap_lightning.compression.compression import Compression
-from sap_lightning.compression.loading import IMAGES, RANKS_FILE, ROWS, load_compressed, load_language_model
+from sap_lightning.compression.loading import IMAGES, RANKS_FILE, ROWS, load_compressed
 from sap_lightning.console import quieten
 from sap_lightning.data.anchors import AnchorDataModule
-from sap_lightning.data.texts import Texts
+from sap_lightning.data.texts import TokenRows
 from sap_lightning.models.clip import load_base, vision_tower
+from sap_lightning.models.language import load_language_model
 
 Losses = Callable[[nn.Module, Batch], torch.Tensor]
 
@@ -129,7 +130,7 @@ def split_text(model: Path, texts: Path, rows: int, tokens: int, work: Path) -> 
     text = texts.read_text(encoding="utf-8")
     shown = work / "shown.txt"
     shown.write_text(text[: len(text) * 9 // 10], encoding="utf-8")
-    ids = Texts(text[len(text) * 9 // 10 :], rows, tokens, str(texts)).ids(AutoTokenizer.from_pretrained(model))
+    ids = TokenRows(text[len(text) * 9 // 10 :], rows, tokens, str(texts)).ids(AutoTokenizer.from_pretrained(model))
     return shown, Held([(some,) for some in ids.split(ROWS)], next_token_losses, ids.numel())
 
 

@@ -9,12 +9,14 @@ from pathlib import Path
 import torch
 from torch import Tensor
 from torch.nn.functional import cross_entropy
-from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, PreTrainedModel
+from transformers import GenerationConfig, PreTrainedModel
 
 from sap_lightning.checkpoints.examples import Examples
 from sap_lightning.console import track
-from sap_lightning.errors import InputError, first_line
+from sap_lightning.data.texts import read_text
+from sap_lightning.errors import InputError
 from sap_lightning.fingerprints import digest
+from sap_lightning.models.language import load_language_model, tokenizer_of
 
 MOST_TEXTS = 32
 MOST_TOKENS = 64
@@ -40,16 +42,7 @@ class Texts(Examples):
         self.fingerprint = digest(self.texts)
 
     def load(self, folder: Path) -> PreTrainedModel:
-        try:
-            model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(
-                folder, dtype=torch.float32, trust_remote_code=False, use_safetensors=True
-            )
-        except Exception as error:  # transformers raises whatever a faulty file leads it to
-            raise InputError(
-                f"{folder}: is no causal language model that fuse.texts could be shown to ({first_line(error)});"
-                " CLIP models are shown --anchors.root"
-            ) from error
-        return model.eval()
+        return load_language_model(folder)
 
     @torch.inference_mode()
     def show(self, model: PreTrainedModel) -> None:
@@ -95,12 +88,7 @@ class Texts(Examples):
 
     @cached_property
     def _tokens(self) -> list[Tensor]:
-        try:
-            tokenizer = AutoTokenizer.from_pretrained(self.tokenizer, trust_remote_code=False)
-        except Exception as error:
-            raise InputError(
-                f"{self.tokenizer}: has no tokenizer for fuse.texts ({first_line(error)}); save it beside the model"
-            ) from error
+        tokenizer = tokenizer_of(self.tokenizer, "fuse.texts")
         tokens = [tokenizer(text, return_tensors="pt").input_ids[:, :MOST_TOKENS] for text in self.texts]
         return [one for one in tokens if one.numel()]
 
@@ -111,10 +99,7 @@ def read_texts(file: str) -> list[str]:
     Raises:
         InputError: when it cannot be read, or there is no such line.
     """
-    try:
-        lines = Path(file).read_text(encoding="utf-8").splitlines()
-    except (OSError, UnicodeDecodeError) as error:
-        raise InputError(f"fuse.texts {file}: cannot be read as UTF-8 text ({first_line(error)})") from error
+    lines = read_text(file, "fuse.texts").splitlines()
     if not (texts := [line for line in lines if line.strip()][:MOST_TEXTS]):
         raise InputError(f"fuse.texts {file}: has no text; give one a line")
     return texts

@@ -17,7 +17,7 @@ from sap_lightning.compression.output import Format, Stored, write_beside, write
 from sap_lightning.compression.recovery import recover
 from sap_lightning.compression.work import Layers, Work
 from sap_lightning.data.anchors import AnchorDataModule
-from sap_lightning.data.texts import Texts
+from sap_lightning.data.texts import TokenRows
 from sap_lightning.errors import InputError, check_at_least, check_share
 from sap_lightning.files import (
     clear_unfinished_at,
@@ -186,7 +186,7 @@ class Compression:
             raise InputError(
                 f"compress.texts is not set: {self.method} looks at what {self.model} makes of it; name a text file"
             )
-        return Texts.of(self.texts, self.rows, self.tokens, "compress.texts") if self.texts else None
+        return TokenRows.of(self.texts, self.rows, self.tokens, "compress.texts") if self.texts else None
 
     def _fill(self, folder: Path, checkpoint: Checkpoint, data: Data | None, workplace: Path) -> None:
         tower, shown = opened(checkpoint, data)
@@ -219,7 +219,7 @@ def _shown(data: Data | None) -> dict[str, Any]:
     """What tells one look at data from another."""
     if data is None:
         return {}
-    if isinstance(data, Texts):
+    if isinstance(data, TokenRows):
         return {"texts": digest(data.text), "rows": data.rows, "tokens": data.tokens}
     return {"anchors": data.fingerprint, "num_pairs": data.num_pairs}
 

@@ -4,13 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, CLIPModel, PreTrainedModel
+from transformers import AutoConfig, AutoModelForCausalLM, CLIPModel, PreTrainedModel
 
 from sap_lightning.checkpoints.checkpoint import Checkpoint
 from sap_lightning.checkpoints.keys import matched
@@ -18,11 +17,12 @@ from sap_lightning.compression.blocks import LINEAR
 from sap_lightning.compression.calibration import Calibration, caption_losses, next_token_losses
 from sap_lightning.compression.low_rank import empty_in_place_of
 from sap_lightning.data.anchors import AnchorDataModule
-from sap_lightning.data.texts import Texts
+from sap_lightning.data.texts import TokenRows
 from sap_lightning.errors import InputError, first_line
 from sap_lightning.io.rules import RANK, Rule, errors_in, object_from, require
 from sap_lightning.io.upload_files import regular_file
 from sap_lightning.models.clip import load_base
+from sap_lightning.models.language import load_language_model, tokenizer_of
 
 COMPRESSED_FILE = "compressed.safetensors"
 """Not the name that transformers looks for, which would draw what it does not find at random."""
@@ -33,7 +33,7 @@ IMAGES = 16
 """How many rows of tokens and images a model is shown at a time."""
 
 
-Data = Texts | AnchorDataModule
+Data = TokenRows | AnchorDataModule
 
 
 def is_clip(checkpoint: Checkpoint) -> bool:
@@ -53,33 +53,11 @@ def opened(checkpoint: Checkpoint, data: Data | None) -> tuple[nn.Module, Calibr
             return base.tower, None
         shown = zip(data.images().split(IMAGES), base.texts(data.captions).split(IMAGES), strict=True)
         return base.tower, Calibration(base.tower, list(shown), caption_losses)
-    model = load_language_model(checkpoint.folder)
-    if not isinstance(data, Texts):
+    model = load_language_model(checkpoint.folder).requires_grad_(False)
+    if not isinstance(data, TokenRows):
         return model, None
-    rows = data.ids(_tokenizer(checkpoint.folder)).split(ROWS)
+    rows = data.ids(tokenizer_of(checkpoint.folder, "compress.texts")).split(ROWS)
     return model, Calibration(model, [(some,) for some in rows], next_token_losses)
-
-
-def load_language_model(folder: Path) -> PreTrainedModel:
-    """A causal language model, frozen in float32.
-
-    Raises:
-        InputError: when it is none.
-    """
-    try:
-        model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(
-            folder, dtype=torch.float32, trust_remote_code=False, use_safetensors=True
-        )
-    except Exception as error:  # transformers raises whatever a faulty file leads it to
-        raise InputError(f"{folder}: neither CLIP nor a causal language model ({first_line(error)})") from error
-    return model.eval().requires_grad_(False)
-
-
-def _tokenizer(folder: Path) -> Any:
-    try:
-        return AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
-    except Exception as error:
-        raise InputError(f"{folder}: has no tokenizer for compress.texts ({first_line(error)})") from error
 
 
 def load_compressed(folder: str | Path) -> PreTrainedModel:

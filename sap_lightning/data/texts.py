@@ -11,7 +11,19 @@ from torch import Tensor
 from sap_lightning.errors import InputError, first_line
 
 
-class Texts(NamedTuple):
+def read_text(file: str, option: str) -> str:
+    """What stands in a text file, in UTF-8, that an option names.
+
+    Raises:
+        InputError: it cannot be read.
+    """
+    try:
+        return Path(file).read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise InputError(f"{option} {file}: cannot be read as UTF-8 text ({first_line(error)})") from error
+
+
+class TokenRows(NamedTuple):
     """A text of which a language model is shown the first rows.
 
     Attributes:
@@ -27,17 +39,13 @@ class Texts(NamedTuple):
     place: str
 
     @classmethod
-    def of(cls, file: str, rows: int, tokens: int, option: str) -> Texts:
-        """Those of a file, in UTF-8, that an option names.
+    def of(cls, file: str, rows: int, tokens: int, option: str) -> TokenRows:
+        """Those of a file that an option names.
 
         Raises:
             InputError: it cannot be read.
         """
-        place = f"{option} {file}"
-        try:
-            return cls(Path(file).read_text(encoding="utf-8"), rows, tokens, place)
-        except (OSError, UnicodeDecodeError) as error:
-            raise InputError(f"{place}: cannot be read as UTF-8 text ({first_line(error)})") from error
+        return cls(read_text(file, option), rows, tokens, f"{option} {file}")
 
     def ids(self, tokenizer: Any) -> Tensor:
         """The first rows by a language model's tokenizer, shape (rows, tokens).

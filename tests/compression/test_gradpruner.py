@@ -18,7 +18,7 @@ from sap_lightning.compression.blocks import Blocks
 from sap_lightning.compression.compression import Compression
 from sap_lightning.compression.gradpruner import RANK, GradPruner
 from sap_lightning.compression.loading import opened
-from sap_lightning.data.texts import Texts
+from sap_lightning.data.texts import TokenRows
 from sap_lightning.errors import InputError
 from sap_lightning.functional.igia import igia_matrix, merged_weight
 from sap_lightning.functional.lora import LoRALayer
@@ -38,7 +38,7 @@ def findings_in(folder: Path) -> dict:
 
 
 def shown_to(speaker: str, texts: str):
-    tower, shown = opened(Checkpoint(speaker), Texts.of(texts, 6, 16, "texts"))
+    tower, shown = opened(Checkpoint(speaker), TokenRows.of(texts, 6, 16, "texts"))
     assert shown is not None
     return Blocks(tower), shown
 
