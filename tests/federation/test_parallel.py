@@ -31,7 +31,7 @@ from sap_lightning.modules.clip_lora import CLIPLoRAModule
 
 FORK = get_context("fork")
 CALLBACK = '''
-import json, os, signal
+import json, os, signal, time
 from pathlib import Path
 import lightning as L
 import torch
@@ -41,6 +41,13 @@ class KilledOnce(L.Callback):
 
     def __init__(self, folder):
         self.folder = Path(folder)
+
+    def on_train_start(self, trainer, module):
+        """The first two wait for each other, or one process might train both while the other is still starting."""
+        (self.folder / f"{trainer.datamodule.domain}.begun").touch()
+        patience = time.monotonic() + 300
+        while len(list(self.folder.glob("*.begun"))) < 2 and time.monotonic() < patience:
+            time.sleep(0.05)
 
     def on_train_end(self, trainer, module):
         name = trainer.datamodule.domain
