@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
+from contextlib import ExitStack
 from functools import partial
 from typing import NamedTuple
 
@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from sap_lightning.functional.matching import in_fields
+from sap_lightning.models.probe import hooked
 
 Look = Callable[[str, Tensor, Tensor], None]
 """Is told a layer's name, its inputs (n, d_in) and its outputs (n, d_out), n positions at a time."""
@@ -19,19 +20,10 @@ MOST_POSITIONS = 16
 """Of an example that are kept one by one."""
 
 
-@contextmanager
-def watched(model: nn.Module, look: Look) -> Iterator[None]:
-    """Has a look at every linear layer of a model, whenever something passes through it."""
-    hooks = [
-        layer.register_forward_hook(partial(_told, look, name))
-        for name, layer in model.named_modules()
-        if isinstance(layer, nn.Linear)
-    ]
-    try:
-        yield
-    finally:
-        for hook in hooks:
-            hook.remove()
+def watched(model: nn.Module, look: Look) -> ExitStack:
+    """Has a look at every linear layer of a model, whenever something passes through it, until it is left."""
+    linear = ((name, layer) for name, layer in model.named_modules() if isinstance(layer, nn.Linear))
+    return hooked((layer, partial(_told, look, name)) for name, layer in linear)
 
 
 def _told(look: Look, name: str, _: nn.Module, given: tuple[Tensor, ...], made: Tensor) -> None:

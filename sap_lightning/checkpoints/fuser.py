@@ -17,7 +17,7 @@ from sap_lightning.console import track
 from sap_lightning.errors import InputError
 from sap_lightning.functional.consensus import weighted_sum
 from sap_lightning.functional.lora import Update, dense
-from sap_lightning.functional.masking import RunningThreshold
+from sap_lightning.functional.masking import RunningThreshold, running_thresholds
 from sap_lightning.functional.spaces import Parameters
 from sap_lightning.merging import MergeMethod, PruningMethod
 
@@ -95,14 +95,12 @@ class Fuser:
         return self.thresholds
 
     def _thresholds_over(self, method: PruningMethod, keys: Sequence[str]) -> list[RunningThreshold]:
-        thresholds = [RunningThreshold(method.sparsity) for _ in self.sources.models]
-        for look in (RunningThreshold.count, RunningThreshold.refine):
+        def shown() -> Iterator[Iterator[Parameters]]:
             for key in track(keys, f"{method.name}: threshold"):
                 for part in self.parts(key):
-                    for threshold, scores in zip(thresholds, self._scores(method, key, part), strict=True):
-                        for score in scores:
-                            look(threshold, score)
-        return thresholds
+                    yield self._scores(method, key, part)
+
+        return running_thresholds(method.sparsity, len(self.sources.models), shown)
 
     @property
     def equal_that_go(self) -> list[int]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from functools import cached_property
 from typing import Literal
 
@@ -157,6 +157,33 @@ class RunningThreshold:
     @cached_property
     def _threshold(self) -> int:
         return self._half << 16 | int(np.searchsorted(self._lower.cumsum(), self._drop - self._below))
+
+
+def running_thresholds(
+    sparsity: float, clients: int, shown: Callable[[], Iterable[Iterable[Iterable[Tensor]]]]
+) -> list[RunningThreshold]:
+    """Every client's threshold, ready to be asked what stays of each part.
+
+    Args:
+        sparsity: ρ in [0, 1].
+        clients: how many.
+        shown: goes through all parts, and gives of each the values of every client; called twice.
+
+    Example:
+        >>> import torch
+        >>> from sap_lightning.functional.masking import running_thresholds
+        >>> parts = [[[torch.tensor([3.0, 1.0])]], [[torch.tensor([2.0, 4.0])]]]  # two of one client
+        >>> (threshold,) = running_thresholds(0.5, clients=1, shown=lambda: parts)
+        >>> [threshold.keep(values).tolist() for ((values,),) in parts]
+        [[True, False], [False, True]]
+    """
+    thresholds = [RunningThreshold(sparsity) for _ in range(clients)]
+    for look in (RunningThreshold.count, RunningThreshold.refine):
+        for part in shown():
+            for threshold, tensors in zip(thresholds, part, strict=True):
+                for values in tensors:
+                    look(threshold, values)
+    return thresholds
 
 
 def _order_bits(values: Tensor) -> Iterator[np.ndarray]:

@@ -19,7 +19,7 @@ from sap_lightning.console import track
 from sap_lightning.errors import InputError, check_share
 from sap_lightning.functional.consensus import Consensus, FactorSum, WeightedSum
 from sap_lightning.functional.lora import Update, times
-from sap_lightning.functional.masking import RunningThreshold, Scope, keep_masks
+from sap_lightning.functional.masking import RunningThreshold, Scope, keep_masks, running_thresholds
 from sap_lightning.functional.rescaling import Rescale, rescaled
 from sap_lightning.functional.saliency import AnchorLoss
 from sap_lightning.functional.spaces import SPACES, Parameters, Space, SpaceName
@@ -218,13 +218,12 @@ class Pruning(Prepared):
 
     def _thresholds(self, names: Sequence[str], sparsity: float) -> list[RunningThreshold]:
         """Each client's threshold over these layers, of which one is in memory at a time."""
-        thresholds = [RunningThreshold(sparsity) for _ in self.adapters]
-        for look in (RunningThreshold.count, RunningThreshold.refine):
+
+        def shown() -> Iterator[Iterator[Iterator[Tensor]]]:
             for name in track(names, f"{self.method.name}: threshold"):
-                for threshold, source in zip(thresholds, self.adapters, strict=True):
-                    for score in chain.from_iterable(self.scores(source, [name]).values()):
-                        look(threshold, score)
-        return thresholds
+                yield (chain.from_iterable(self.scores(source, [name]).values()) for source in self.adapters)
+
+        return running_thresholds(sparsity, len(self.adapters), shown)
 
     def _layer_of_each(
         self, name: str, sparsity: float, thresholds: Sequence[RunningThreshold] | None
