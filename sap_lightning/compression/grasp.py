@@ -19,8 +19,8 @@ from sap_lightning.compression.calibration import Calibration
 from sap_lightning.compression.low_rank import LowRank, weight_of
 from sap_lightning.errors import InputError, check_share
 from sap_lightning.functional.lora import LoRALayer
+from sap_lightning.functional.subspaces import Triplets
 from sap_lightning.functional.triplets import (
-    Triplets,
     highest,
     is_smaller,
     kept_by_parameters,

@@ -49,6 +49,48 @@ class Triplets(NamedTuple):
             return no_change((self.U.shape[0], self.V.shape[1]))
         return LoRALayer(self.V.float(), (self.U * self.sigma).float())
 
+    @classmethod
+    def of(cls, weight: Tensor) -> Triplets:
+        """Those of a weight, in float64, so that σ that nearly tie have one order.
+
+        Example:
+            >>> import torch
+            >>> from sap_lightning.functional.subspaces import Triplets
+            >>> Triplets.of(torch.tensor([[2.0, 1.0], [1.0, 2.0]])).sigma.round(decimals=3).tolist()
+            [3.0, 1.0]
+        """
+        return cls(*singular_triplets(weight.double()))
+
+    def gradients(self, G: Tensor) -> Triplets:
+        """∂L/∂U = G·Vᵀ·diag(σ), ∂L/∂σ_k = u_kᵀ·G·v_k and ∂L/∂V = diag(σ)·Uᵀ·G, from G = ∂L/∂W.
+
+        Example:
+            >>> import torch
+            >>> from sap_lightning.functional.subspaces import Triplets
+            >>> triplets = Triplets(torch.eye(2), torch.tensor([3.0, 1.0]), torch.eye(2))
+            >>> triplets.gradients(torch.tensor([[1.0, 2.0], [4.0, 5.0]])).sigma.tolist()
+            [1.0, 5.0]
+        """
+        G = G.to(self.U.dtype)
+        of_u, of_v = G @ self.V.T, self.U.T @ G
+        return Triplets(of_u * self.sigma, (self.U * of_u).sum(0), self.sigma[:, None] * of_v)
+
+    def factors(self, kept: Tensor) -> LoRALayer:
+        """The weight of these triplets alone, σ shared by both factors: A = √σ·V (K, d_in) and B = U·√σ (d_out, K).
+
+        Args:
+            kept: indices of the triplets, shape (K,).
+
+        Example:
+            >>> import torch
+            >>> from sap_lightning.functional.subspaces import Triplets
+            >>> triplets = Triplets(torch.eye(2), torch.tensor([4.0, 1.0]), torch.eye(2))
+            >>> triplets.factors(torch.tensor([0])).delta().tolist()
+            [[4.0, 0.0], [0.0, 0.0]]
+        """
+        root = self.sigma[kept].sqrt()
+        return LoRALayer(root[:, None] * self.V[kept], self.U[:, kept] * root)
+
 
 def summands(layers: Sequence[Update], weights: Sequence[float]) -> list[Update]:
     """K·w_k·ΔW_k of each of the K clients, float64: their sum is the plain one where all count alike.

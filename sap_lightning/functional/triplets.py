@@ -6,70 +6,14 @@ Liu et al. 2024, arXiv:2501.00339; reference code: LyoAI/GRASP, modeling_grasp.p
 from __future__ import annotations
 
 import math
-from typing import Literal, NamedTuple
+from typing import Literal
 
 from torch import Tensor
 from torch.nn.functional import cosine_similarity
 
-from sap_lightning.functional.lora import LoRALayer, singular_triplets
+from sap_lightning.functional.subspaces import Triplets
 
 TripletScore = Literal["paper", "code", "gradient"]
-
-
-class Triplets(NamedTuple):
-    """The thin SVD W = U·diag(σ)·V of a weight (d_out, d_in), or gradients of its parts.
-
-    Attributes:
-        U: shape (d_out, k), k = min(d_out, d_in).
-        sigma: shape (k,), descending.
-        V: shape (k, d_in).
-    """
-
-    U: Tensor
-    sigma: Tensor
-    V: Tensor
-
-    @classmethod
-    def of(cls, weight: Tensor) -> Triplets:
-        """Those of a weight, in float64, so that σ that nearly tie have one order.
-
-        Example:
-            >>> import torch
-            >>> from sap_lightning.functional.triplets import Triplets
-            >>> Triplets.of(torch.tensor([[2.0, 1.0], [1.0, 2.0]])).sigma.round(decimals=3).tolist()
-            [3.0, 1.0]
-        """
-        return cls(*singular_triplets(weight.double()))
-
-    def gradients(self, G: Tensor) -> Triplets:
-        """∂L/∂U = G·Vᵀ·diag(σ), ∂L/∂σ_k = u_kᵀ·G·v_k and ∂L/∂V = diag(σ)·Uᵀ·G, from G = ∂L/∂W.
-
-        Example:
-            >>> import torch
-            >>> from sap_lightning.functional.triplets import Triplets
-            >>> triplets = Triplets(torch.eye(2), torch.tensor([3.0, 1.0]), torch.eye(2))
-            >>> triplets.gradients(torch.tensor([[1.0, 2.0], [4.0, 5.0]])).sigma.tolist()
-            [1.0, 5.0]
-        """
-        G = G.to(self.U.dtype)
-        of_u, of_v = G @ self.V.T, self.U.T @ G
-        return Triplets(of_u * self.sigma, (self.U * of_u).sum(0), self.sigma[:, None] * of_v)
-
-    def factors(self, kept: Tensor) -> LoRALayer:
-        """The weight of these triplets alone, σ shared by both factors: A = √σ·V (K, d_in) and B = U·√σ (d_out, K).
-
-        Args:
-            kept: indices of the triplets, shape (K,).
-
-        Example:
-            >>> import torch
-            >>> from sap_lightning.functional.triplets import Triplets
-            >>> triplets = Triplets(torch.eye(2), torch.tensor([4.0, 1.0]), torch.eye(2))
-            >>> triplets.factors(torch.tensor([0])).delta().tolist()
-            [[4.0, 0.0], [0.0, 0.0]]
-        """
-        root = self.sigma[kept].sqrt()
-        return LoRALayer(root[:, None] * self.V[kept], self.U[:, kept] * root)
 
 
 def triplet_scores(triplets: Triplets, gradients: Triplets, score: TripletScore) -> Tensor:
@@ -80,7 +24,8 @@ def triplet_scores(triplets: Triplets, gradients: Triplets, score: TripletScore)
 
     Example:
         >>> import torch
-        >>> from sap_lightning.functional.triplets import Triplets, triplet_scores
+        >>> from sap_lightning.functional.subspaces import Triplets
+        >>> from sap_lightning.functional.triplets import triplet_scores
         >>> triplets = Triplets(torch.eye(2), torch.tensor([3.0, 1.0]), torch.eye(2))
         >>> gradients = triplets.gradients(torch.tensor([[1.0, 2.0], [4.0, -5.0]]))
         >>> for score in ("paper", "code", "gradient"):

@@ -14,7 +14,8 @@ from torch import Tensor
 from sap_lightning.errors import check_share
 from sap_lightning.functional.lora import LoRALayer
 from sap_lightning.functional.spaces import Parameters, SingularSpace, Space
-from sap_lightning.functional.triplets import Triplets, triplet_scores
+from sap_lightning.functional.subspaces import Triplets
+from sap_lightning.functional.triplets import triplet_scores
 from sap_lightning.io.adapter import Adapter
 from sap_lightning.merging.clients import Source
 from sap_lightning.merging.pruning import PruningMethod

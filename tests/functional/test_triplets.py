@@ -8,8 +8,8 @@ from references import randn64
 from torch import Tensor
 from torch.testing import assert_close
 
+from sap_lightning.functional.subspaces import Triplets
 from sap_lightning.functional.triplets import (
-    Triplets,
     highest,
     is_smaller,
     kept_by_parameters,
