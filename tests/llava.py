@@ -67,7 +67,7 @@ def tiny_llava(folder: Path, seed: int = 0) -> Path:
             tie_word_embeddings=True,
             image_token_id=4,
             image_seq_length=FEATURES,
-        )  # fmt: skip
+        )
     )
     model.generation_config.eos_token_id = 1
     model.save_pretrained(folder)
