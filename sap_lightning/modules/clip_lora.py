@@ -10,8 +10,6 @@ from typing import Any, Literal, Self, get_args
 
 import torch
 from lightning.pytorch.utilities.types import OptimizerLRSchedulerConfig
-from peft import LoraConfig, get_peft_model
-from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 from torch.nn.functional import normalize
 from torch.optim.lr_scheduler import LambdaLR
@@ -26,6 +24,7 @@ from sap_lightning.io.manifest import Manifest, base_with
 from sap_lightning.io.peft_config import in_text_tower
 from sap_lightning.models.clip import Base, TextEncoder, load_base
 from sap_lightning.models.layers import block_of, blocks_of, layer_shapes, linear_weight
+from sap_lightning.models.lora import adapted_layers, lora_layers, with_lora
 from sap_lightning.modules.classifier import data_of
 from sap_lightning.modules.client import ClientModule
 from sap_lightning.modules.turn import Turn
@@ -155,19 +154,9 @@ class CLIPLoRAModule(ClientModule):
             self._trained_texts = TextEncoder(base.clip, self.base)
 
     def _with_lora(self, tower: nn.Module, layers: list[str]) -> nn.Module:
-        config = LoraConfig(
-            r=self.rank,
-            lora_alpha=self.alpha,  # type: ignore[arg-type]  # PEFT takes any number
-            lora_dropout=self.dropout,
-            target_modules=layers,
-        )
-        # On the CPU, so that the initial adapter is the same whatever device trains it.
-        with torch.device("cpu"), torch.random.fork_rng(devices=[]):
-            # Another draw where a round starts anew, on a base that the last draw has already served.
-            torch.manual_seed(self.seed + (0 if self._turn.start else self._turn.number))
-            adapted = get_peft_model(tower, config)
-        for name, layer in self._turn.start.items():
-            _set_values(adapted.get_submodule(f"base_model.model.{name}"), layer)
+        # Another draw where a round starts anew, on a base that the last draw has already served.
+        seed = self.seed + (0 if self._turn.start else self._turn.number)
+        adapted = with_lora(tower, layers, self.rank, self.alpha, self.dropout, seed, self._turn.start)
         for name, parameter in adapted.named_parameters():
             if "lora_" in name and name.split("lora_")[1][0] not in self._turn.trained:
                 parameter.requires_grad_(False)
@@ -176,7 +165,7 @@ class CLIPLoRAModule(ClientModule):
     def drawn(self) -> dict[str, LoRALayer]:
         """The adapter as the seed draws it, float32 on the CPU: the same for all clients, with B = 0."""
         model = self._model_of(load_base(self.base))
-        return _lora_layers(self._with_lora(model, self._layers_to_adapt(model)))
+        return lora_layers(self._with_lora(model, self._layers_to_adapt(model)))
 
     def _model_of(self, base: Base) -> nn.Module:
         """The part of a base that holds the towers."""
@@ -241,7 +230,7 @@ class CLIPLoRAModule(ClientModule):
     def layers(self) -> dict[str, LoRALayer]:
         """The trained adapter by layer name in CLIPModel, float32 on the CPU."""
         assert self.tower is not None
-        return _lora_layers(self.tower)
+        return lora_layers(self.tower)
 
     def blocks(self) -> dict[int, nn.Module]:
         """The blocks that have an adapter, by number; of the vision tower where it alone has."""
@@ -252,7 +241,7 @@ class CLIPLoRAModule(ClientModule):
     def sending(self, blocks: Collection[int] | None) -> Iterator[None]:
         """The model as the adapter makes it that is sent, for a while: without the layers that stay at home."""
         assert self.tower is not None
-        home = [module for name, module in _adapted(self.tower).items() if not _is_sent(name, blocks)]
+        home = [module for name, module in adapted_layers(self.tower).items() if not _is_sent(name, blocks)]
         scales = [module.scaling["default"] for module in home]
         for module in home:
             module.scaling["default"] = 0.0
@@ -306,41 +295,6 @@ def _is_sent(layer: str, blocks: Collection[int] | None) -> bool:
     """Whether a layer is sent with these blocks, or with all; one that is in no block always is."""
     block = block_of(layer)
     return blocks is None or block is None or block in blocks
-
-
-def _adapted(tower: nn.Module) -> dict[str, LoraLayer]:
-    """The layers of a tower that have an adapter, by name in CLIPModel."""
-    return {
-        name.removeprefix("base_model.model."): module
-        for name, module in tower.named_modules()
-        if isinstance(module, LoraLayer)
-    }
-
-
-def _lora_layers(tower: nn.Module) -> dict[str, LoRALayer]:
-    return {
-        name: LoRALayer(_values(module.lora_A["default"]), _values(module.lora_B["default"]), module.scaling["default"])
-        for name, module in _adapted(tower).items()
-    }
-
-
-def _set_values(module: nn.Module, layer: LoRALayer) -> None:
-    """Gives a layer these factors; rows of A beyond theirs stay as they were drawn, of which B makes nothing."""
-    assert isinstance(module, LoraLayer)
-    A, B = (_linear(factor["default"]).weight.data for factor in (module.lora_A, module.lora_B))
-    rank = min(len(A), layer.rank)
-    A[:rank] = layer.A[:rank]
-    B.zero_()
-    B[:, :rank] = layer.B[:, :rank] * (layer.scale / module.scaling["default"])
-
-
-def _values(linear: nn.Module) -> Tensor:
-    return _linear(linear).weight.detach().float().cpu()
-
-
-def _linear(module: nn.Module) -> nn.Linear:
-    assert isinstance(module, nn.Linear)
-    return module
 
 
 def tower_of(layer: str) -> Tower:

@@ -1,0 +1,392 @@
+"""Instructions to vision–language models: questions to an image or a text, and what to answer, in LLaVA's JSONL."""
+
+from __future__ import annotations
+
+import copy
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any, Literal, NamedTuple, Self, get_args
+
+import lightning as L
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader
+
+from sap_lightning.data.loaders import eval_sampler, images_per_process, process_of, train_sampler
+from sap_lightning.data.names import check_names
+from sap_lightning.errors import InputError, check_at_least, short
+
+IMAGE = "<image>"
+"""What stands for the image in a question."""
+IGNORED = -100
+"""The label of a token that is not learned."""
+TRAIN, TEST = "train.jsonl", "test.jsonl"
+SPEAKERS = ("human", "gpt")
+PLAIN_TEMPLATE = (
+    "{% for message in messages %}"
+    "{% if message['role'] == 'user' %}USER: {{ message['content'] }} "
+    "{% else %}ASSISTANT: {{ message['content'] }}{{ eos_token }}{% endif %}"
+    "{% endfor %}{% if add_generation_prompt %}ASSISTANT: {% endif %}"
+)
+"""LLaVA 1.5's own, for tokenizers that have none."""
+Score = Literal["exact", "f1", "iou"]
+SCORES: tuple[Score, ...] = get_args(Score)
+
+
+class Sample(NamedTuple):
+    """One conversation.
+
+    Attributes:
+        task: that it belongs to.
+        turns: questions, the first with ``<image>`` where there is an image, and their answers.
+        image: the image's file.
+        place: how messages call it.
+    """
+
+    task: str
+    turns: tuple[tuple[str, str], ...]
+    image: Path | None
+    place: str
+
+    @property
+    def answer(self) -> str:
+        """The last answer, which is the one that is judged."""
+        return self.turns[-1][1]
+
+
+class Encoded(NamedTuple):
+    """A conversation as tokens, an image token in place of each of the image's features.
+
+    Attributes:
+        ids: (length,) int64.
+        labels: (length,) int64, the answers' ids, and IGNORED elsewhere.
+    """
+
+    ids: list[int]
+    labels: list[int]
+
+
+class InstructionBatch(NamedTuple):
+    """Conversations, filled up to one length.
+
+    Attributes:
+        ids: (B, length) int64.
+        attention: (B, length) int64, 0 where it was filled up.
+        labels: (B, length) int64, as in ``Encoded``.
+        images: files, one for each conversation; empty where none has an image.
+        prompts: (B, shorter) int64, what goes before the last answer, filled up on the left.
+        prompt_attention: (B, shorter) int64.
+        answers: the last answers.
+    """
+
+    ids: Tensor
+    attention: Tensor
+    labels: Tensor
+    images: tuple[Path, ...]
+    prompts: Tensor
+    prompt_attention: Tensor
+    answers: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Encoder:
+    """Conversations to tokens, by a language model's tokenizer and chat template.
+
+    Each turn is encoded by itself, so that what a model reads before it answers is what it learned to answer to.
+
+    Args:
+        tokenizer: of the language model.
+        image_token: id that stands for a feature of an image; None for a model that sees none.
+        features: how many an image has.
+        longest: tokens of a conversation; what is beyond is cut off.
+    """
+
+    tokenizer: Any
+    image_token: int | None
+    features: int
+    longest: int
+
+    def encode(self, sample: Sample) -> Encoded:
+        """A conversation with its answers.
+
+        Raises:
+            InputError: it shows an image to a model that sees none, its image or all of its answers are beyond the
+                longest, or the tokenizer's template changes earlier turns with later ones.
+        """
+        ids: list[int] = []
+        labels: list[int] = []
+        for number, (prompt, answer) in enumerate(self._turns(sample)):
+            asked, answered = self._ids(prompt, sample), self._ids(answer, sample)
+            ids += asked + answered
+            labels += [IGNORED] * len(asked) + answered
+            if number == 0 and len(asked) >= self.longest:
+                raise InputError(
+                    f"{sample.place}: its first question takes {len(asked)} tokens, data.longest is {self.longest}; set"
+                    " it higher"
+                )
+        return Encoded(ids[: self.longest], labels[: self.longest])
+
+    def prompt(self, sample: Sample) -> list[int]:
+        """What goes before the last answer."""
+        *before, (last, _) = self._turns(sample)
+        return [id for turn in before for text in turn for id in self._ids(text, sample)] + self._ids(last, sample)
+
+    def text(self, ids: Tensor) -> str:
+        """What a model has answered."""
+        return str(self.tokenizer.decode(ids, skip_special_tokens=True)).strip()
+
+    @property
+    def padding(self) -> int:
+        """The id that batches are filled up with."""
+        found = self.tokenizer.pad_token_id
+        return int(self.tokenizer.eos_token_id or 0) if found is None else int(found)
+
+    def _turns(self, sample: Sample) -> list[tuple[str, str]]:
+        """What the template makes of each question and answer."""
+        messages: list[dict[str, str]] = []
+        turns, done = [], ""
+        for question, answer in sample.turns:
+            messages.append({"role": "user", "content": question})
+            asked = self._rendered(messages, add_generation_prompt=True)
+            messages.append({"role": "assistant", "content": answer})
+            answered = self._rendered(messages, add_generation_prompt=False)
+            if not (asked.startswith(done) and answered.startswith(asked)):
+                raise InputError(
+                    f"{sample.place}: the tokenizer's chat template does not put one turn after another; give the base"
+                    " another template"
+                )
+            turns.append((asked[len(done) :], answered[len(asked) :]))
+            done = answered
+        return turns
+
+    def _rendered(self, messages: Sequence[Mapping[str, str]], add_generation_prompt: bool) -> str:
+        template = self.tokenizer.chat_template or PLAIN_TEMPLATE
+        return str(
+            self.tokenizer.apply_chat_template(
+                messages, chat_template=template, tokenize=False, add_generation_prompt=add_generation_prompt
+            )
+        )
+
+    def _ids(self, text: str, sample: Sample) -> list[int]:
+        ids = list(self.tokenizer(text, add_special_tokens=False).input_ids)
+        if IMAGE not in text:
+            return ids
+        if self.image_token is None:
+            raise InputError(f"{sample.place}: has an image, and the base is a language model that sees none")
+        found = ids.index(self.image_token)
+        return [*ids[:found], *[self.image_token] * self.features, *ids[found + 1 :]]
+
+
+class InstructionDataModule(L.LightningDataModule):
+    """The conversations of one client: those it trains on, and those it is judged by.
+
+    Args:
+        root: folder ``<client>/train.jsonl`` and ``<client>/test.jsonl`` in LLaVA's format, with the images that they
+            name, relative to the client's folder. Each line may name a ``task``; all of a client's are of one.
+        batch_size: conversations a batch, over all processes.
+        longest: tokens of a conversation, its image's among them; what is beyond is cut off.
+        scores: by task how an answer is judged: ``exact`` (the same but for case and punctuation), ``f1`` (of its
+            words), ``iou`` (the share of boxes that overlap by more than half). Of other tasks by f1.
+        seed: of the order of training.
+
+    Raises:
+        InputError: on use, for anything wrong with these arguments or with the data.
+    """
+
+    def __init__(
+        self,
+        root: str = "instructions",
+        batch_size: int = 16,
+        longest: int = 1024,
+        scores: dict[str, Score] | None = None,
+        seed: int = 0,
+    ) -> None:
+        super().__init__()
+        check_at_least("data.batch_size", batch_size, 1)
+        check_at_least("data.longest", longest, 8)
+        self.root = Path(root)
+        self.batch_size = batch_size
+        self.longest = longest
+        self.scores: dict[str, Score] = {"caption": "f1", "vqa": "exact", "grounding": "iou", **(scores or {})}
+        self.seed = seed
+        self._client: str | None = None
+        self._encoder: Encoder | None = None
+        self._first_epoch = 0
+
+    @cached_property
+    def clients(self) -> tuple[str, ...]:
+        """Names of all clients, sorted.
+
+        Raises:
+            InputError: there is none, or a name that no upload can have.
+        """
+        found = sorted(path.parent.name for path in self.root.glob(f"*/{TRAIN}"))
+        if not found:
+            raise InputError(f"data.root {self.root}: holds no <client>/{TRAIN}; see docs/pilot.md for the layout")
+        check_names(f"data.root {self.root}", "client", found)
+        return tuple(found)
+
+    @cached_property
+    def tasks(self) -> dict[str, str]:
+        """The task of each client.
+
+        Raises:
+            InputError: one has samples of several.
+        """
+        return {client: self._task(client) for client in self.clients}
+
+    def _task(self, client: str) -> str:
+        tasks = sorted({sample.task for file in (TRAIN, TEST) for sample in self.samples(client, file)})
+        if len(tasks) > 1:
+            raise InputError(
+                f"{self.root / client}: has samples of the tasks {', '.join(map(short, tasks))}; a client has one task:"
+                " make it several clients"
+            )
+        return tasks[0]
+
+    def samples(self, client: str, file: str) -> list[Sample]:
+        """What a client trains on (train.jsonl), or is judged by (test.jsonl).
+
+        Raises:
+            InputError: naming the line that is no conversation, or whose image is missing.
+        """
+        return read_samples(self.root / client / file)
+
+    def score_of(self, task: str) -> Score:
+        """How the answers of a task are judged."""
+        return self.scores.get(task, "f1")
+
+    def for_client(self, client: str, encoder: Encoder, first_epoch: int = 0) -> Self:
+        """The same of one client, which shuffles as if so many epochs were done."""
+        other = copy.copy(self)
+        other._client, other._encoder, other._first_epoch = client, encoder, first_epoch
+        return other
+
+    @property
+    def num_samples(self) -> int:
+        """How many conversations the client trains on."""
+        assert self._client is not None
+        return len(self.samples(self._client, TRAIN))
+
+    def train_dataloader(self) -> DataLoader[InstructionBatch]:
+        """The client's conversations in another order in every epoch."""
+        return self._loader(TRAIN)
+
+    def test_dataloader(self) -> DataLoader[InstructionBatch]:
+        """What the client is judged by, in order."""
+        return self._loader(TEST)
+
+    def _loader(self, file: str) -> DataLoader[InstructionBatch]:
+        assert self._client is not None and self._encoder is not None
+        samples = self.samples(self._client, file)
+        encoder, (world, rank) = self._encoder, process_of(self.trainer)
+        if file == TRAIN:
+            sampler = train_sampler(samples, world, rank, self.seed + self._first_epoch)  # type: ignore[arg-type]
+        else:
+            sampler = eval_sampler(samples, world, rank, str(self.root / self._client / file))  # type: ignore[arg-type]
+        size = images_per_process(self.batch_size, world)
+        return DataLoader(samples, size, sampler=sampler, collate_fn=lambda some: batch_of(some, encoder))  # type: ignore[arg-type]
+
+
+def batch_of(samples: Sequence[Sample], encoder: Encoder) -> InstructionBatch:
+    """Conversations of which all have an image, or none.
+
+    Raises:
+        InputError: some have one, and some have none.
+    """
+    images = tuple(sample.image for sample in samples if sample.image is not None)
+    if images and len(images) < len(samples):
+        without = next(sample for sample in samples if sample.image is None)
+        raise InputError(f"{without.place}: has no image, and others of the file have; make it several clients")
+    encoded = [encoder.encode(sample) for sample in samples]
+    prompts = [encoder.prompt(sample) for sample in samples]
+    padding = encoder.padding
+    return InstructionBatch(
+        _filled([one.ids for one in encoded], padding),
+        _filled([[1] * len(one.ids) for one in encoded], 0),
+        _filled([one.labels for one in encoded], IGNORED),
+        images,
+        _filled(prompts, padding, left=True),
+        _filled([[1] * len(prompt) for prompt in prompts], 0, left=True),
+        tuple(sample.answer for sample in samples),
+    )
+
+
+def _filled(rows: Sequence[list[int]], value: int, left: bool = False) -> Tensor:
+    """Rows of ids as a matrix, filled up on the right, or on the left."""
+    length = max(map(len, rows))
+    fill = [[value] * (length - len(row)) for row in rows]
+    return torch.tensor([[*more, *row] if left else [*row, *more] for row, more in zip(rows, fill, strict=True)])
+
+
+def read_samples(file: Path) -> list[Sample]:
+    """The conversations of a file, a line each.
+
+    Raises:
+        InputError: naming the line that is no conversation, or whose image is missing or elsewhere.
+    """
+    try:
+        lines = file.read_text(encoding="utf-8").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise InputError(f"{file}: cannot be read as UTF-8 text ({error}); each client has one") from error
+    samples = [_sample(line, file, number) for number, line in enumerate(lines, start=1) if line.strip()]
+    if not samples:
+        raise InputError(f"{file}: holds no conversation")
+    return samples
+
+
+def _sample(line: str, file: Path, number: int) -> Sample:
+    place = f"{file}:{number}"
+    try:
+        content = json.loads(line)
+    except (ValueError, RecursionError) as error:
+        raise InputError(f"{place}: is no JSON object: {error}") from error
+    if not isinstance(content, dict):
+        raise InputError(f"{place}: is no JSON object")
+    task = content.get("task", "instructions")
+    if not (isinstance(task, str) and task):
+        raise InputError(f"{place}: task is {short(task)}, expected a name")
+    turns = _turns(content.get("conversations"), place)
+    image = content.get("image")
+    if image is None:
+        if any(IMAGE in text for turn in turns for text in turn):
+            raise InputError(f"{place}: speaks of {IMAGE}, and names none; add its file as image")
+        return Sample(task, turns, None, place)
+    return Sample(task, _shown(turns, place), _image(image, file.parent, place), place)
+
+
+def _turns(said: Any, place: str) -> tuple[tuple[str, str], ...]:
+    """Questions and answers in turn."""
+    if not (isinstance(said, list) and said and len(said) % 2 == 0):
+        raise InputError(f"{place}: conversations must be a list of questions, each with its answer")
+    for number, one in enumerate(said):
+        speaker = SPEAKERS[number % 2]
+        if not (isinstance(one, dict) and one.get("from") == speaker and isinstance(one.get("value"), str)):
+            raise InputError(
+                f"{place}: conversations[{number}] is {short(one)}, expected an object of which from is {speaker!r} and"
+                " value a text"
+            )
+    if empty := next((number for number in range(1, len(said), 2) if not said[number]["value"].strip()), None):
+        raise InputError(f"{place}: conversations[{empty}] is an empty answer")
+    return tuple((said[at]["value"], said[at + 1]["value"]) for at in range(0, len(said), 2))
+
+
+def _shown(turns: tuple[tuple[str, str], ...], place: str) -> tuple[tuple[str, str], ...]:
+    """The turns with the image in the first question, where LLaVA puts one that nobody speaks of."""
+    (first, answer), *rest = turns
+    spoken = sum(text.count(IMAGE) for turn in turns for text in turn)
+    if spoken > 1 or (spoken == 1 and IMAGE not in first):
+        raise InputError(f"{place}: {IMAGE} must stand once, in the first question, got it {spoken} times")
+    return ((first if spoken else f"{IMAGE}\n{first}", answer), *rest)
+
+
+def _image(name: Any, folder: Path, place: str) -> Path:
+    if not (isinstance(name, str) and name):
+        raise InputError(f"{place}: image is {short(name)}, expected the name of a file")
+    path = folder / name
+    if not path.is_file():
+        raise InputError(f"{place}: image {short(name)}: there is no such file in {folder}")
+    return path
