@@ -3,56 +3,40 @@
 from __future__ import annotations
 
 import copy
-import inspect
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from pydoc import ErrorDuringImport, locate
-from typing import Any, NoReturn
+from typing import Any
 
 import lightning as L
 import yaml
-from jsonargparse import SUPPRESS, ActionConfigFile
-from lightning.fabric.utilities.exceptions import MisconfigurationException
-from lightning.pytorch.callbacks import ProgressBar
-from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
+from lightning.pytorch.cli import LightningArgumentParser
 
+from sap_lightning.command_cli import TRAINER_DEFAULTS, CommandCLI, client_named
 from sap_lightning.compression.compression import Compression
 from sap_lightning.data.anchors import AnchorDataModule
 from sap_lightning.data.domains import DomainDataModule
-from sap_lightning.errors import InputError, first_line
+from sap_lightning.errors import InputError
 from sap_lightning.federation.client import train_client
 from sap_lightning.federation.one_shot import OneShotFederation
 from sap_lightning.federation.rounds import RoundsFederation
 from sap_lightning.federation.run_folder import SERVER_SETTINGS, RunFolder, flat, is_held_to
 from sap_lightning.federation.sweep import Sweep
-from sap_lightning.io.rules import errors_in
 from sap_lightning.merging import SAP, Average
 from sap_lightning.modules.client import ClientModule
 from sap_lightning.modules.clip_lora import CLIPLoRAModule
 from sap_lightning.modules.clip_prompt import CLIPPromptModule
 from sap_lightning.modules.merge import MergeModule
-from sap_lightning.option_errors import option_error
 from sap_lightning.options import (
     TAKEN_BY,
     TRAINING,
     config_files_first,
-    config_in,
     first_input_error,
-    is_taken,
     path_of,
     refuse_others,
     with_class_paths,
 )
 
-TRAINER_DEFAULTS = {
-    "max_epochs": 5,
-    "devices": 1,
-    "precision": "32-true",
-    "num_sanity_val_steps": 0,
-    "enable_model_summary": False,
-    "log_every_n_steps": 1,
-}
 MERGE_COMMAND: dict[str, dict[str, Any]] = {
     "output": {"type": str | None, "default": None, "help": "new folder for the merged model"},
     "report": {
@@ -64,14 +48,6 @@ MERGE_COMMAND: dict[str, dict[str, Any]] = {
 }
 REPORT: dict[str, Any] = {"type": bool, "default": True, "help": "write report.html and figures; else the table alone"}
 UPLOADS = "PEFT folders, hub ids or our own checkpoints; for test and predict one, or a folder that merge wrote"
-
-
-CLIENTS: dict[str, type[ClientModule]] = {made.__name__: made for made in (CLIPLoRAModule, CLIPPromptModule)}
-"""The classes of clients, the usual one first."""
-OF_ALL_CLIENTS = {"base", "templates", "seed"}
-"""Settings in the group model that clients of every class have."""
-CLASS_PATH = re.compile(r"[A-Za-z_][\w.]*(?<!\.yaml)(?<!\.yml)")
-"""What ``--model`` names a class by, and not a file of its settings."""
 
 
 class Predict:
@@ -87,62 +63,7 @@ class Predict:
         self.output = output
 
 
-class ConfigFile(ActionConfigFile):
-    """A config file, which is named before what is wrong in it.
-
-    One that names no class of clients has the settings of the usual one, and clients of another class pass them over.
-    """
-
-    def __call__(self, parser: Any, cfg: Any, values: Any, option_string: str | None = None) -> None:
-        with errors_in(values):
-            super().__call__(parser, cfg, self._for_clients_of(parser.client, values), option_string)
-
-    def _for_clients_of(self, client: type[ClientModule] | None, file: str) -> str:
-        """The file, or its text without what other clients have no use for."""
-        config = config_in(file)
-        model = config.pop("model", None)
-        usual = client is None or issubclass(client, CLIPLoRAModule)
-        if usual or not isinstance(model, dict) or "class_path" in model:
-            return file
-        others = inspect.signature(CLIPLoRAModule).parameters.keys() - OF_ALL_CLIENTS
-        kept = {name: value for name, value in model.items() if name not in others}
-        return yaml.safe_dump({**config, **({"model": kept} if kept else {})})
-
-
-class CommandParser(LightningArgumentParser):
-    """A parser that knows every setting, since a config file may hold it, and whose help shows what a command takes."""
-
-    def __init__(
-        self, *args: Any, command: str | None = None, client: type[ClientModule] | None = None, **kwargs: Any
-    ) -> None:
-        super().__init__(*args, **kwargs)
-        self.command = command
-        self.client = client
-
-    def error(self, message: str, ex: Exception | None = None) -> NoReturn:
-        if self.command is None:  # jsonargparse tries this parser, and says itself what comes of it
-            super().error(message, ex)
-        raise (ex if isinstance(ex, InputError) else option_error(message, self)) from None
-
-    def format_help(self, *args: Any) -> str:
-        if self.command is None:  # jsonargparse makes more of this class, of a merge method's settings
-            return str(super().format_help(*args))
-        groups: Any = self._action_groups
-        before = groups[:], [(action, action.help) for action in self._actions]
-        try:
-            for action in self._actions:
-                if not any(is_taken(option.lstrip("-"), self.command) for option in action.option_strings):
-                    action.help = SUPPRESS
-            # The title of a group of which nothing is shown would stand there.
-            groups[:] = [group for group in groups if any(a.help != SUPPRESS for a in group._group_actions)]
-            return str(super().format_help(*args))
-        finally:
-            groups[:] = before[0]
-            for action, text in before[1]:
-                action.help = text
-
-
-class SapCLI(LightningCLI):
+class SapCLI(CommandCLI):
     """LightningCLI with the groups anchors, prune, merge and federation beside model, data and trainer.
 
     All commands read the same config file; what a command does not use of the groups of configs/pacs.yaml is passed
@@ -184,12 +105,6 @@ class SapCLI(LightningCLI):
             auto_configure_optimizers=False,
             load_from_checkpoint_support=False,
         )
-
-    def init_parser(self, **kwargs: Any) -> LightningArgumentParser:
-        parser = CommandParser(command=self.command, client=self.client, **kwargs)
-        parser.allow_abbrev = False  # what a short form stands for is not looked up in TAKEN_BY
-        parser.add_argument("-c", "--config", action=ConfigFile, help="configuration file, or several in turn")
-        return parser
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         parser.add_class_arguments(AnchorDataModule, "anchors")
@@ -288,31 +203,6 @@ class SapCLI(LightningCLI):
                 f"{given}: sweep.methods does not name sap, so nothing would use it; leave one of them out"
             )
 
-    def make_trainer(self, callbacks: Sequence[L.Callback] = (), **overrides: Any) -> L.Trainer:
-        """A Trainer as configured, with these callbacks besides the configured ones and these overrides."""
-        trainer = self.config_init.trainer
-        if trainer.logger not in (None, True):
-            overrides.pop("logger", None)
-        if trainer.enable_progress_bar is False:
-            overrides["enable_progress_bar"] = False
-            callbacks = [callback for callback in callbacks if not isinstance(callback, ProgressBar)]
-        return self.instantiate_trainer(callbacks, **overrides)
-
-    def instantiate_trainer(self, callbacks: Sequence[L.Callback] = (), **overrides: Any) -> L.Trainer:
-        """A Trainer as configured, with these callbacks besides the configured ones and these overrides.
-
-        Raises:
-            InputError: with what Lightning says of the options.
-        """
-        # A copy: a Trainer adds to the very list of callbacks that it is given.
-        configured = copy.deepcopy(self.config_init.trainer.callbacks or [])
-        if isinstance(configured, L.Callback):
-            configured = [configured]
-        try:
-            return super().instantiate_trainer(callbacks=[*configured, *callbacks], **overrides)
-        except (MisconfigurationException, ImportError, RuntimeError, TypeError, ValueError) as error:
-            raise InputError(f"trainer: {first_line(error)}") from error
-
     def train(self) -> Path:
         """Trains the client of data.domain as configured, unless its upload stands, and returns the upload."""
         folder, domain, settings = self.run_folder, self.datamodule.require_domain(), self.settings()
@@ -376,49 +266,6 @@ class TrainerMaker:
 def trainer_maker(command: str, settings: str) -> TrainerMaker:
     """That of a command with these settings, as YAML."""
     return TrainerMaker(SapCLI(command, ["--config", settings]))
-
-
-def client_named(args: Sequence[str]) -> type[ClientModule] | None:
-    """The class of the clients that a command line names, or else the last of its config files that does.
-
-    Raises:
-        InputError: there is no such class.
-    """
-    named = None
-    line = config_files_first(args)
-    for arg, following in zip(line, [*line[1:], ""], strict=True):
-        option, equals, value = arg.partition("=")
-        value = value if equals else following
-        if option in ("--config", "-c"):
-            named = _client_in(value) or named
-        elif option.startswith("-c"):
-            named = _client_in(option.removeprefix("-c")) or named
-        elif option == "--model.class_path" or (option == "--model" and CLASS_PATH.fullmatch(value)):
-            named = value
-    return None if named is None else client_class(named)
-
-
-def client_class(name: str) -> type[ClientModule]:
-    """A class of clients by its name, or one of a person's own by its path.
-
-    Raises:
-        InputError: there is none.
-    """
-    try:
-        found = CLIENTS.get(name) or locate(name)
-    except ErrorDuringImport as error:
-        raise InputError(f"model {name}: cannot be imported: {first_line(error)}") from error
-    if not (isinstance(found, type) and issubclass(found, ClientModule)):
-        raise InputError(
-            f"model {name}: no such class of clients; there are {', '.join(CLIENTS)}, or name your own by its path"
-        )
-    return found
-
-
-def _client_in(config_file: str) -> str | None:
-    """The class of the clients that a config file names."""
-    model = config_in(config_file).get("model")
-    return str(model["class_path"]) if isinstance(model, dict) and "class_path" in model else None
 
 
 def nested(settings: Mapping[str, Any]) -> dict[str, Any]:

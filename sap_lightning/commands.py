@@ -23,9 +23,11 @@ from sap_lightning.federation.sweep import ALL, SEED, check, folder_of, measure
 from sap_lightning.files import locked, refuse_existing, write_csv, writing
 from sap_lightning.flower.app_folder import write_app
 from sap_lightning.fuse import fuse
+from sap_lightning.instruction_cli import InstructionCLI, tunes_on_instructions
 from sap_lightning.merging.merged import Merged, push_to_hub, record_in
 from sap_lightning.merging.selection import check_rejection
 from sap_lightning.modules.merge import MergeModule
+from sap_lightning.reporting.instruction import show_instruction
 from sap_lightning.reporting.layers import report_table
 from sap_lightning.reporting.show import show
 from sap_lightning.reporting.table import metrics_table
@@ -36,12 +38,23 @@ MODEL_CONFIG_FILE = "config.json"
 
 def fit(args: Sequence[str]) -> None:
     """Train a client on each domain, merge for every unseen domain, and evaluate. Continues an interrupted run."""
+    if tunes_on_instructions(args):
+        _tune(args)
+        return
     cli = SapCLI("fit", args, fit.__doc__)
     refuse_earlier(Path(cli.config_init.federation.run_dir))
     with locked(cli.config_init.federation.run_dir):
         federation = cli.federation()
         federation.run()
         show(federation, federation.comparable(), cli.config_init.federation.report)
+
+
+def _tune(args: Sequence[str]) -> None:
+    cli = InstructionCLI(args, fit.__doc__)
+    with locked(cli.config_init.federation.run_dir):
+        federation = cli.federation()
+        federation.run()
+        rank_zero_only(show_instruction)(federation)
 
 
 def sweep(args: Sequence[str]) -> None:

@@ -266,6 +266,12 @@ class InstructionDataModule(L.LightningDataModule):
         return other
 
     @property
+    def encoder(self) -> Encoder:
+        """Conversations to tokens, of the base that the client has."""
+        assert self._encoder is not None
+        return self._encoder
+
+    @property
     def num_samples(self) -> int:
         """How many conversations the client trains on."""
         assert self._client is not None
@@ -280,9 +286,9 @@ class InstructionDataModule(L.LightningDataModule):
         return self._loader(TEST)
 
     def _loader(self, file: str) -> DataLoader[InstructionBatch]:
-        assert self._client is not None and self._encoder is not None
+        assert self._client is not None
         samples = self.samples(self._client, file)
-        encoder, (world, rank) = self._encoder, process_of(self.trainer)
+        encoder, (world, rank) = self.encoder, process_of(self.trainer)
         if file == TRAIN:
             sampler = train_sampler(samples, world, rank, self.seed + self._first_epoch)  # type: ignore[arg-type]
         else:

@@ -8,6 +8,7 @@ from typing import Any
 from zipfile import ZipFile
 
 import torch
+from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.plugins.io import TorchCheckpointIO
 
 from sap_lightning.files import set_aside, write_bytes
@@ -25,6 +26,13 @@ class WholeCheckpoints(TorchCheckpointIO):
         if file.name == LAST and file.exists():
             file.replace(file.with_name(PREVIOUS))
         write_bytes(file, content.getvalue())
+
+
+def every_epoch(folder: Path) -> ModelCheckpoint:
+    """Writes a client's last checkpoint after every epoch."""
+    return ModelCheckpoint(
+        folder, filename=Path(LAST).stem, every_n_epochs=1, save_on_train_epoch_end=True, enable_version_counter=False
+    )
 
 
 def last_checkpoint(folder: Path) -> Path | None:

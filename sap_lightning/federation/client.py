@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import lightning as L
-from lightning.pytorch.callbacks import ModelCheckpoint, ProgressBar
+from lightning.pytorch.callbacks import ProgressBar
 
 from sap_lightning.callbacks.epochs import KeepEpochs
 from sap_lightning.callbacks.progress import training_progress
@@ -18,7 +18,7 @@ from sap_lightning.callbacks.sparse_update import SparseUpdate
 from sap_lightning.callbacks.tensorboard import EventLogger
 from sap_lightning.data.domains import DomainDataModule
 from sap_lightning.errors import InputError
-from sap_lightning.federation.checkpoints import LAST, WholeCheckpoints, last_checkpoint
+from sap_lightning.federation.checkpoints import WholeCheckpoints, every_epoch, last_checkpoint
 from sap_lightning.federation.run_folder import (
     SERVER_SETTINGS,
     RunFolder,
@@ -118,7 +118,7 @@ def _train(
     kept = [KeepEpochs(folder.epochs(domain))] if module.keeps_epochs else []
     trainer = make_trainer(
         logger=EventLogger(home.parent, home.name),
-        callbacks=[_every_epoch(home), shown, sent, SparseUpdate(module.trained_rows, sent), *measured, *kept],
+        callbacks=[every_epoch(home), shown, sent, SparseUpdate(module.trained_rows, sent), *measured, *kept],
         default_root_dir=home,
         enable_checkpointing=True,
         enable_progress_bar=isinstance(shown, ProgressBar),
@@ -131,9 +131,3 @@ def _train(
     if trainer.is_global_zero:
         module.write_upload(folder.upload(domain), domain, data.num_samples, reach.reach, sent.blocks)
     trainer.strategy.barrier()
-
-
-def _every_epoch(folder: Path) -> ModelCheckpoint:
-    return ModelCheckpoint(
-        folder, filename=Path(LAST).stem, every_n_epochs=1, save_on_train_epoch_end=True, enable_version_counter=False
-    )

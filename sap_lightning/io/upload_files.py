@@ -14,9 +14,10 @@ from sap_lightning.io.weights import SafetensorsFile, Weights
 
 WEIGHTS_FILE = "adapter_model.safetensors"
 PROMPT_FILE = "prompt.safetensors"
+CONNECTOR_FILE = "connector.safetensors"
 MANIFEST_FILE = "manifest.json"
 ADAPTER_FILES = (WEIGHTS_FILE, CONFIG_FILE, MANIFEST_FILE)
-UPLOAD_FILES = (*ADAPTER_FILES, PROMPT_FILE)
+UPLOAD_FILES = (*ADAPTER_FILES, PROMPT_FILE, CONNECTOR_FILE)
 """Of an upload of any kind, which has some of them."""
 
 _MAX_JSON_BYTES = 2**20

@@ -83,51 +83,72 @@ class LanguageBase(NamedTuple):
 
     Attributes:
         language: the causal language model, under the names that it has without an image's part.
-        encoder: conversations to its tokens.
+        image_token: id that stands for a feature of an image; None of a language model alone.
         connector: from image features to its embeddings; None of a language model alone.
         vision: what its tower makes of images.
         fingerprint: sha256 over the weights of the language model, and of the connector.
     """
 
     language: PreTrainedModel
-    encoder: Encoder
+    image_token: int | None
     connector: nn.Module | None
     vision: FrozenVision | None
     fingerprint: str
 
-    def embedded(self, ids: Tensor, image_embeddings: Tensor | None) -> Tensor:
-        """Embeddings of tokens, shape (n, length, C), with images' in the place of the image tokens.
 
-        Args:
-            ids: shape (n, length).
-            image_embeddings: shape (n, N, C).
-        """
-        embedded = self.language.get_input_embeddings()(ids)
-        if image_embeddings is None:
-            return cast(Tensor, embedded)
-        there = torch.eq(ids, self.encoder.image_token or 0)[..., None]
-        return embedded.masked_scatter(there, image_embeddings.to(embedded.dtype))
-
-
-def load_language_base(base: str, longest: int) -> LanguageBase:
+def load_language_base(base: str) -> LanguageBase:
     """A LLaVA checkpoint, or a causal language model, in float32, from a folder or the hub.
 
+    Raises:
+        InputError: it is neither.
+    """
+    if not sees(base):
+        language = load_language_model(Path(base))
+        return LanguageBase(language, None, None, None, fingerprint(language))
+    llava = _load_llava(base)
+    language, connector = _language_of(llava), llava.model.multi_modal_projector
+    whole = nn.ModuleDict({"language": language, "connector": connector})
+    return LanguageBase(language, llava.config.image_token_id, connector, frozen_vision(base), fingerprint(whole))
+
+
+def encoder_of(base: str, longest: int) -> Encoder:
+    """Conversations to a base's tokens.
+
     Args:
-        base: hub id or folder.
-        longest: as of ``Encoder``.
+        base: as of ``load_language_base``.
+        longest: tokens of a conversation.
 
     Raises:
-        InputError: it is neither, or its parts do not fit together.
+        InputError: it is none, or its tokenizer is of another model.
     """
-    if _config(base).model_type != "llava":
-        language = load_language_model(Path(base))
-        encoder = Encoder(tokenizer_of(Path(base), "model.base"), None, 0, longest)
-        return LanguageBase(language, encoder, None, None, fingerprint(language))
-    llava, vision = _load_llava(base), frozen_vision(base)
-    language, connector = _language_of(llava), llava.model.multi_modal_projector
-    encoder = Encoder(_tokenizer(base, llava), llava.config.image_token_id, vision.features, longest)
-    whole = nn.ModuleDict({"language": language, "connector": connector})
-    return LanguageBase(language, encoder, connector, vision, fingerprint(whole))
+    tokenizer = tokenizer_of(Path(base), "model.base")
+    if not sees(base):
+        return Encoder(tokenizer, None, 0, longest)
+    said, known = _config(base).image_token_id, tokenizer.convert_tokens_to_ids(IMAGE)
+    if said != known:
+        raise InputError(
+            f"model.base {base!r}: its tokenizer's id of {IMAGE} is {known}, its config's {said}; they are of different"
+            " models"
+        )
+    return Encoder(tokenizer, said, frozen_vision(base).features, longest)
+
+
+def sees(base: str) -> bool:
+    """Whether a base is a LLaVA checkpoint, or else a language model."""
+    return bool(_config(base).model_type == "llava")
+
+
+def embedded(language: nn.Module, ids: Tensor, image_token: int, images: Tensor) -> Tensor:
+    """Embeddings of tokens, shape (n, length, C), with those of images in the place of the image tokens.
+
+    Args:
+        language: the causal language model.
+        ids: shape (n, length).
+        image_token: the id that stands for a feature of an image.
+        images: their embeddings, shape (n, N, C).
+    """
+    of_tokens: Tensor = cast(Any, language).get_input_embeddings()(ids)
+    return of_tokens.masked_scatter((ids == image_token)[..., None], images.to(of_tokens.dtype))
 
 
 @lru_cache(maxsize=1)
@@ -172,13 +193,3 @@ def _language_of(llava: Any) -> PreTrainedModel:
     language.set_output_embeddings(llava.lm_head)
     language.generation_config = llava.generation_config
     return cast(PreTrainedModel, language.eval())
-
-
-def _tokenizer(base: str, llava: Any) -> Any:
-    tokenizer = tokenizer_of(Path(base), "model.base")
-    if tokenizer.convert_tokens_to_ids(IMAGE) != llava.config.image_token_id:
-        raise InputError(
-            f"model.base {base!r}: its tokenizer's id of {IMAGE} is {tokenizer.convert_tokens_to_ids(IMAGE)}, its"
-            f" config's {llava.config.image_token_id}; they are of different models"
-        )
-    return tokenizer

@@ -12,6 +12,8 @@ from torch.nn.functional import normalize
 from torchmetrics import MetricCollection
 from torchmetrics.classification import MulticlassAccuracy, MulticlassCalibrationError
 
+from sap_lightning.data.domains import DomainDataModule
+
 
 def data_of(trainer: L.Trainer) -> Any:
     """The data module that a trainer runs on."""
@@ -21,7 +23,9 @@ def data_of(trainer: L.Trainer) -> Any:
 def training_steps(trainer: L.Trainer) -> int | float:
     """Steps of the optimizer in a fit; Lightning's own estimate takes every epoch for one as long as the present."""
     data = data_of(trainer)
-    return int(data.steps(data.epochs)) if data.curriculum.narrows else trainer.estimated_stepping_batches
+    if isinstance(data, DomainDataModule) and data.curriculum.narrows:
+        return int(data.steps(data.epochs))
+    return trainer.estimated_stepping_batches
 
 
 def accuracy_metrics(class_names: Sequence[str]) -> MetricCollection:

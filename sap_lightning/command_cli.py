@@ -1,0 +1,187 @@
+"""What parsers of commands share: LightningCLI with errors for people, and help of what a command takes."""
+
+from __future__ import annotations
+
+import copy
+import inspect
+import re
+from collections.abc import Sequence
+from pydoc import ErrorDuringImport, locate
+from typing import Any, NoReturn
+
+import lightning as L
+import yaml
+from jsonargparse import SUPPRESS, ActionConfigFile
+from lightning.fabric.utilities.exceptions import MisconfigurationException
+from lightning.pytorch.callbacks import ProgressBar
+from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
+
+from sap_lightning.errors import InputError, first_line
+from sap_lightning.io.rules import errors_in
+from sap_lightning.modules.client import ClientModule
+from sap_lightning.modules.clip_lora import CLIPLoRAModule
+from sap_lightning.modules.clip_prompt import CLIPPromptModule
+from sap_lightning.option_errors import option_error
+from sap_lightning.options import config_files_first, config_in, is_taken
+
+TRAINER_DEFAULTS = {
+    "max_epochs": 5,
+    "devices": 1,
+    "precision": "32-true",
+    "num_sanity_val_steps": 0,
+    "enable_model_summary": False,
+    "log_every_n_steps": 1,
+}
+CLIENTS: dict[str, type[ClientModule]] = {made.__name__: made for made in (CLIPLoRAModule, CLIPPromptModule)}
+"""The classes of clients, the usual one first."""
+OF_ALL_CLIENTS = {"base", "templates", "seed"}
+"""Settings in the group model that clients of every class have."""
+CLASS_PATH = re.compile(r"[A-Za-z_][\w.]*(?<!\.yaml)(?<!\.yml)")
+"""What ``--model`` names a class by, and not a file of its settings."""
+
+
+class ConfigFile(ActionConfigFile):
+    """A config file, which is named before what is wrong in it.
+
+    One that names no class of clients has the settings of the usual one, and clients of another class pass them over.
+    """
+
+    def __call__(self, parser: Any, cfg: Any, values: Any, option_string: str | None = None) -> None:
+        with errors_in(values):
+            super().__call__(parser, cfg, self._for_clients_of(parser.client, values), option_string)
+
+    def _for_clients_of(self, client: type[L.LightningModule] | None, file: str) -> str:
+        """The file, or its text without what other clients have no use for."""
+        config = config_in(file)
+        model = config.pop("model", None)
+        usual = client is None or issubclass(client, CLIPLoRAModule)
+        if usual or not isinstance(model, dict) or "class_path" in model:
+            return file
+        others = inspect.signature(CLIPLoRAModule).parameters.keys() - OF_ALL_CLIENTS
+        kept = {name: value for name, value in model.items() if name not in others}
+        return yaml.safe_dump({**config, **({"model": kept} if kept else {})})
+
+
+class CommandParser(LightningArgumentParser):
+    """A parser that knows every setting, since a config file may hold it, and whose help shows what a command takes."""
+
+    def __init__(
+        self, *args: Any, command: str | None = None, client: type[L.LightningModule] | None = None, **kwargs: Any
+    ) -> None:
+        super().__init__(*args, **kwargs)
+        self.command = command
+        self.client = client
+
+    def error(self, message: str, ex: Exception | None = None) -> NoReturn:
+        if self.command is None:  # jsonargparse tries this parser, and says itself what comes of it
+            super().error(message, ex)
+        raise (ex if isinstance(ex, InputError) else option_error(message, self)) from None
+
+    def format_help(self, *args: Any) -> str:
+        if self.command is None:  # jsonargparse makes more of this class, of a merge method's settings
+            return str(super().format_help(*args))
+        groups: Any = self._action_groups
+        before = groups[:], [(action, action.help) for action in self._actions]
+        try:
+            for action in self._actions:
+                if not any(is_taken(option.lstrip("-"), self.command) for option in action.option_strings):
+                    action.help = SUPPRESS
+            # The title of a group of which nothing is shown would stand there.
+            groups[:] = [group for group in groups if any(a.help != SUPPRESS for a in group._group_actions)]
+            return str(super().format_help(*args))
+        finally:
+            groups[:] = before[0]
+            for action, text in before[1]:
+                action.help = text
+
+
+class CommandCLI(LightningCLI):
+    """LightningCLI for one command, which makes Trainers of its own.
+
+    Attributes:
+        command: its name.
+        client: the class of clients that is named; None where none is.
+    """
+
+    command: str
+    client: type[L.LightningModule] | None
+
+    def init_parser(self, **kwargs: Any) -> LightningArgumentParser:
+        parser = CommandParser(command=self.command, client=self.client, **kwargs)
+        parser.allow_abbrev = False  # what a short form stands for is not looked up in TAKEN_BY
+        parser.add_argument("-c", "--config", action=ConfigFile, help="configuration file, or several in turn")
+        return parser
+
+    def make_trainer(self, callbacks: Sequence[L.Callback] = (), **overrides: Any) -> L.Trainer:
+        """A Trainer as configured, with these callbacks besides the configured ones and these overrides."""
+        trainer = self.config_init.trainer
+        if trainer.logger not in (None, True):
+            overrides.pop("logger", None)
+        if trainer.enable_progress_bar is False:
+            overrides["enable_progress_bar"] = False
+            callbacks = [callback for callback in callbacks if not isinstance(callback, ProgressBar)]
+        return self.instantiate_trainer(callbacks, **overrides)
+
+    def instantiate_trainer(self, callbacks: Sequence[L.Callback] = (), **overrides: Any) -> L.Trainer:
+        """A Trainer as configured, with these callbacks besides the configured ones and these overrides.
+
+        Raises:
+            InputError: with what Lightning says of the options.
+        """
+        # A copy: a Trainer adds to the very list of callbacks that it is given.
+        configured = copy.deepcopy(self.config_init.trainer.callbacks or [])
+        if isinstance(configured, L.Callback):
+            configured = [configured]
+        try:
+            return super().instantiate_trainer(callbacks=[*configured, *callbacks], **overrides)
+        except (MisconfigurationException, ImportError, RuntimeError, TypeError, ValueError) as error:
+            raise InputError(f"trainer: {first_line(error)}") from error
+
+
+def class_named(args: Sequence[str]) -> str | None:
+    """The class of the clients that a command line names, or else the last of its config files that does."""
+    named = None
+    line = config_files_first(args)
+    for arg, following in zip(line, [*line[1:], ""], strict=True):
+        option, equals, value = arg.partition("=")
+        value = value if equals else following
+        if option in ("--config", "-c"):
+            named = _class_in(value) or named
+        elif option.startswith("-c"):
+            named = _class_in(option.removeprefix("-c")) or named
+        elif option == "--model.class_path" or (option == "--model" and CLASS_PATH.fullmatch(value)):
+            named = value
+    return named
+
+
+def client_named(args: Sequence[str]) -> type[ClientModule] | None:
+    """That class, of clients that send adapters or prompts of CLIP; None where none is named.
+
+    Raises:
+        InputError: there is no such class.
+    """
+    named = class_named(args)
+    return None if named is None else client_class(named)
+
+
+def client_class(name: str) -> type[ClientModule]:
+    """A class of clients by its name, or one of a person's own by its path.
+
+    Raises:
+        InputError: there is none.
+    """
+    try:
+        found = CLIENTS.get(name) or locate(name)
+    except ErrorDuringImport as error:
+        raise InputError(f"model {name}: cannot be imported: {first_line(error)}") from error
+    if not (isinstance(found, type) and issubclass(found, ClientModule)):
+        raise InputError(
+            f"model {name}: no such class of clients; there are {', '.join(CLIENTS)}, or name your own by its path"
+        )
+    return found
+
+
+def _class_in(config_file: str) -> str | None:
+    """The class of the clients that a config file names."""
+    model = config_in(config_file).get("model")
+    return str(model["class_path"]) if isinstance(model, dict) and "class_path" in model else None

@@ -1,0 +1,337 @@
+"""Federated instruction tuning: clients of several tasks tune one vision–language model in turns, in several ways."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from functools import cached_property
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import lightning as L
+import torch
+from lightning.pytorch.callbacks import ProgressBar
+from torch import Tensor
+
+from sap_lightning.callbacks.progress import training_progress
+from sap_lightning.callbacks.tensorboard import EventLogger, tensorboards
+from sap_lightning.data.instructions import InstructionDataModule
+from sap_lightning.errors import InputError, check_at_least, check_share
+from sap_lightning.federation.checkpoints import WholeCheckpoints, every_epoch, last_checkpoint
+from sap_lightning.federation.client import UNTRAINED, TrainerFactory
+from sap_lightning.federation.run_folder import RunFolder, require_settings
+from sap_lightning.federation.systems import SYSTEMS, System, task_weights, text_weights
+from sap_lightning.files import clear_unfinished_at, locked, read_tensors, write_tensors
+from sap_lightning.fingerprints import digest
+from sap_lightning.functional import answers
+from sap_lightning.functional.lora import LoRALayer
+from sap_lightning.functional.rounds import mean_factors
+from sap_lightning.instruction_results import InstructionResult, InstructionResults
+from sap_lightning.io.factors import Shapes
+from sap_lightning.io.instruction_upload import ReadUpload, read_instruction_upload
+from sap_lightning.models.layers import layer_shapes
+from sap_lightning.models.llava import encoder_of, load_language_base
+from sap_lightning.modules.connector import mean_connector
+from sap_lightning.modules.vlm_lora import Start, VLMLoRAModule
+
+log = logging.getLogger(__name__)
+BASE = "base"
+"""What tables call the base as it is."""
+KEPT = "kept.safetensors"
+"""What a client keeps at home from one turn to the next, in its folder."""
+ALL = ""
+"""The task of a connector that serves all."""
+SCORES = {"exact": answers.exact, "f1": answers.f1, "iou": answers.iou}
+
+
+class BaseShapes(NamedTuple):
+    """What uploads are checked against.
+
+    Attributes:
+        layers: of the language model's linear layers, by name.
+        connector: of the connector's parameters, by name.
+        fingerprint: of the base.
+    """
+
+    layers: Shapes
+    connector: dict[str, tuple[int, ...]]
+    fingerprint: str
+
+
+@dataclass(frozen=True)
+class Server:
+    """What a server has for clients that begin a turn.
+
+    Attributes:
+        layers: the LoRA that each client goes on from.
+        connectors: parameters of each task's connector; where nothing is sent, of each client's.
+    """
+
+    layers: Mapping[str, Mapping[str, LoRALayer]] = field(default_factory=dict)
+    connectors: Mapping[str, Mapping[str, Tensor]] = field(default_factory=dict)
+
+
+class InstructionFederation:
+    """Tunes one base in several ways, in a run folder, and continues there what was interrupted.
+
+    Every client trains 1 + R times, and what it sends is made into what it goes on from: by Pilot the first time with a
+    task's features apart from its own, then R times with a mixture of all tasks; by the others in one way throughout,
+    so that all train as long. After each turn every client's model is measured by its own test conversations.
+
+    Args:
+        client: the module that every client trains a copy of.
+        data: the clients' conversations.
+        make_trainer: gives a Lightning Trainer for keyword arguments that override its own.
+        run_dir: folder of the run.
+        rounds: R.
+        epochs_per_round: of a client in a turn.
+        share: of the clients that take part in a turn, drawn anew for each; at least one does.
+        systems: ways to be measured, of ``SYSTEMS``.
+        config: settings that the run folder is held to; a folder of other settings is refused.
+
+    Raises:
+        InputError: for a number out of range, a system that there is not, or one that needs images of a base that sees
+            none.
+    """
+
+    def __init__(
+        self,
+        client: VLMLoRAModule,
+        data: InstructionDataModule,
+        make_trainer: TrainerFactory = L.Trainer,
+        run_dir: str = "runs/instructions",
+        rounds: int = 3,
+        epochs_per_round: int = 1,
+        share: float = 1.0,
+        systems: Sequence[str] = ("local", "fedit", "pilot"),
+        config: Mapping[str, Any] | None = None,
+    ) -> None:
+        check_at_least("federation.rounds", rounds, 1)
+        check_at_least("federation.epochs_per_round", epochs_per_round, 1)
+        check_share("federation.share", share)
+        if not systems or len(set(systems)) < len(systems) or not set(systems) <= SYSTEMS.keys():
+            raise InputError(f"federation.systems {list(systems)}: name some of {', '.join(SYSTEMS)}, each once")
+        self.client = client
+        self.data = data
+        self.make_trainer = make_trainer
+        self.folder = Path(run_dir)
+        self.rounds = rounds
+        self.epochs = epochs_per_round
+        self.share = share
+        self.systems = list(systems)
+        self.config = dict(config or {})
+        self.results = InstructionResults(self.folder)
+
+    def run(self) -> InstructionResults:
+        """Trains, aggregates and measures whatever is not done yet.
+
+        Raises:
+            InputError: when the settings differ from the run folder's, or conversations or an upload are faulty.
+        """
+        if not self._base.connector and any(SYSTEMS[name].by_task for name in self.systems):
+            raise InputError(
+                f"federation.systems: pilot mixes connectors of images, and {self.client.base} is a language model that"
+                " sees none; name local or fedit"
+            )
+        if self.config:
+            require_settings(self.folder, self.config, FREE_INSTRUCTION_SETTINGS)
+        self._measure(BASE, -1, SYSTEMS["fedit"], Server(), [])
+        for name in self.systems:
+            self._play(name, SYSTEMS[name])
+        return self.results
+
+    @cached_property
+    def _encoder(self) -> Any:
+        return encoder_of(self.client.base, self.data.longest)
+
+    @cached_property
+    def _base(self) -> BaseShapes:
+        base = load_language_base(self.client.base)
+        connector = base.connector.state_dict() if base.connector is not None else {}
+        shapes = {name: tuple(tensor.shape) for name, tensor in connector.items()}
+        return BaseShapes(layer_shapes(base.language), shapes, base.fingerprint)
+
+    # Turns
+
+    def chosen(self, number: int) -> list[str]:
+        """The clients of a turn, sorted."""
+        clients = self.data.clients
+        order = torch.randperm(len(clients), generator=torch.Generator().manual_seed(self.data.seed + number)).tolist()
+        return [clients[place] for place in sorted(order[: max(1, round(self.share * len(clients)))])]
+
+    def _play(self, name: str, system: System) -> None:
+        server = Server()
+        for number in range(1 + self.rounds):
+            folder = self._turn_folder(name, system, number)
+            for place, client in enumerate(self.chosen(number), start=1):
+                title = f"{name}, turn {number + 1} of {1 + self.rounds}, client {place} ({client})"
+                self._train(folder, title, client, self._start(name, system, number, server, client), system)
+            uploads = [self._read(folder, client, number) for client in self.chosen(number)]
+            server = aggregated(system, server, uploads, self.data.tasks)
+            self._measure(name, number, system, server, uploads)
+
+    def _turn_folder(self, name: str, system: System, number: int) -> RunFolder:
+        """Where a turn's clients train; the first turn is the same for all ways that begin alike."""
+        if number:
+            return RunFolder(self.folder / name / "turns" / str(number))
+        return RunFolder(self.folder / "first" / (system.first if system.difference else f"{system.first}_not_apart"))
+
+    def _start(self, name: str, system: System, number: int, server: Server, client: str) -> Start:
+        """What a client begins a turn with, or is measured with after the turn before."""
+        return Start(
+            number,
+            system.stage(number),
+            self.data.tasks[client],
+            server.layers.get(client, {}),
+            _connectors_for(system, server, client),
+            self._kept(name, system, number, client),
+        )
+
+    def _kept(self, name: str, system: System, number: int, client: str) -> dict[str, Tensor]:
+        """What a client's last turn before this has kept at home."""
+        for earlier in reversed(range(number)):
+            if client in self.chosen(earlier):
+                file = self._turn_folder(name, system, earlier).client(client) / KEPT
+                found = read_tensors(file)
+                if found is None:
+                    raise InputError(
+                        f"{file}: is not there, and the client goes on from it; remove its folder's upload"
+                    )
+                return found
+        return {}
+
+    def _train(self, folder: RunFolder, title: str, client: str, start: Start, system: System) -> None:
+        upload, home = folder.upload(client), folder.client(client)
+        if upload.exists():
+            return
+        module = self._module(start, system)
+        data = self.data.for_client(client, self._encoder, start.number * self.epochs)
+        shown = training_progress(title)
+        with locked(home):
+            clear_unfinished_at(upload)
+            trainer = self.make_trainer(
+                logger=EventLogger(home.parent, home.name),
+                callbacks=[every_epoch(home), shown],
+                default_root_dir=home,
+                max_epochs=self.epochs,
+                enable_checkpointing=True,
+                enable_progress_bar=isinstance(shown, ProgressBar),
+                limit_val_batches=0,
+            )
+            trainer.strategy.checkpoint_io = WholeCheckpoints()
+            trainer.fit(module, datamodule=data, ckpt_path=last_checkpoint(home), weights_only=True)
+            if trainer.global_step == 0:
+                raise InputError(f"{title}: not one step was trained, so nothing is sent; check trainer.max_time")
+            if trainer.is_global_zero:
+                write_tensors(home / KEPT, module.kept())
+                module.write_upload(upload, client, data.num_samples)
+            trainer.strategy.barrier()
+
+    def _module(self, start: Start, system: System) -> VLMLoRAModule:
+        module = self.client.starting(start)
+        if not system.difference:
+            module.losses = replace(module.losses, difference=0.0)
+        return module
+
+    def _read(self, folder: RunFolder, client: str, number: int) -> ReadUpload:
+        upload = folder.upload(client)
+        read = read_instruction_upload(upload, self._base.layers, self._base.fingerprint, self._base.connector)
+        manifest, task = read.adapter.manifest, self.data.tasks[client]
+        assert manifest is not None
+        for what, said, expected in (
+            ("domain", manifest.domain, client),
+            ("task", manifest.task, task),
+            ("round", manifest.round, number),
+        ):
+            if said != expected:
+                raise InputError(f"{upload}: its {what} is {said!r}, expected {expected!r}; remove it, and it is anew")
+        return read
+
+    # Measuring
+
+    def _measure(self, name: str, number: int, system: System, server: Server, uploads: Sequence[ReadUpload]) -> None:
+        sources = digest(self._base.fingerprint, number, *(one.sha256 for one in uploads))
+        size = 0 if system.is_alone else sum(one.size for one in uploads)
+        for client in self.data.clients:
+            if self.results.has(name, number, client, sources):
+                continue
+            start = replace(self._start(name, system, number + 1, server, client), stage=system.stage(max(number, 0)))
+            self.results.add(self._measured(name, number, client, self._module(start, system), sources, size))
+        for board in self._boards(name):
+            for metric, value in self.results.means(name, number).items():
+                board.add_scalar(metric, value, number + 1)
+            board.flush()
+
+    def _boards(self, name: str) -> Iterator[Any]:
+        trainer = self.make_trainer(logger=EventLogger(self.folder / "server", name), **UNTRAINED)
+        yield from tensorboards(trainer)
+
+    def _measured(
+        self, name: str, number: int, client: str, module: VLMLoRAModule, sources: str, size: int
+    ) -> InstructionResult:
+        trainer = self.make_trainer(logger=False, **UNTRAINED)
+        data = self.data.for_client(client, self._encoder)
+        (found,) = trainer.test(module, datamodule=data, verbose=False)
+        task = self.data.tasks[client]
+        judge = SCORES[self.data.score_of(task)]
+        scores = [judge(said, answer) for said, answer in module.said]
+        log.info("%s after turn %d: %s", name, number + 1, client)
+        return InstructionResult(
+            system=name,
+            turn=number + 1,
+            client=client,
+            task=task,
+            score=sum(scores) / len(scores),
+            perplexity=found["perplexity"],
+            perplexity_other_image=found.get("perplexity_other_image"),
+            bytes_sent=size,
+            sources=sources,
+            said=[{"said": said, "answer": answer} for said, answer in module.said],
+        )
+
+
+FREE_INSTRUCTION_SETTINGS = ("federation.run_dir", "federation.systems")
+"""Settings that may change from one start to the next."""
+
+
+def aggregated(system: System, server: Server, uploads: Sequence[ReadUpload], tasks: Mapping[str, str]) -> Server:
+    """What clients go on from after these uploads; one that has sent nothing has what it had.
+
+    Args:
+        system: the way.
+        server: what it was before.
+        uploads: in any order.
+        tasks: of all clients.
+    """
+    uploads = sorted(uploads, key=lambda one: one.sha256)
+    adapters = [one.adapter for one in uploads]
+    names = [adapter.name for adapter in adapters]
+    weights = text_weights(system.text, adapters)
+    layers = {
+        client: {name: mean_factors([one.layers[name] for one in adapters], row) for name in adapters[0].layers}
+        for client, row in zip(names, weights.tolist(), strict=True)
+    }
+    if system.text == "mean":
+        layers = dict.fromkeys(tasks, layers[names[0]])
+    return Server({**server.layers, **layers}, {**server.connectors, **_connectors(system, uploads, tasks)})
+
+
+def _connectors(
+    system: System, uploads: Sequence[ReadUpload], tasks: Mapping[str, str]
+) -> dict[str, Mapping[str, Tensor]]:
+    if not uploads[0].connector:
+        return {}
+    if system.is_alone:
+        return {one.adapter.name: one.connector for one in uploads}
+    of = [tasks[one.adapter.name] if system.by_task else ALL for one in uploads]
+    adapters = [one.adapter for one in uploads]
+    connectors = [one.connector for one in uploads]
+    return {task: mean_connector(connectors, task_weights(task, of, adapters)) for task in sorted(set(of))}
+
+
+def _connectors_for(system: System, server: Server, client: str) -> Mapping[str, Mapping[str, Tensor]]:
+    """The connectors that a client gets: its own, the one for all, or one of each task."""
+    if not system.is_alone:
+        return server.connectors
+    return {ALL: server.connectors[client]} if client in server.connectors else {}

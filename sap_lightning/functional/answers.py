@@ -1,0 +1,58 @@
+"""How good an answer is."""
+
+from __future__ import annotations
+
+import re
+
+from torchmetrics.functional.text import squad
+
+Box = tuple[float, float, float, float]
+_NUMBER = r"\s*(-?\d*\.?\d+)\s*"
+_BOX = re.compile(rf"\[{','.join([_NUMBER] * 4)}\]")
+OVERLAP = 0.5
+
+
+def exact(said: str, answer: str) -> float:
+    """1 where an answer is the same but for case, articles and punctuation (SQuAD's exact match), else 0."""
+    return _squad(said, answer)["exact_match"]
+
+
+def f1(said: str, answer: str) -> float:
+    """F1 of the words of an answer (SQuAD's), in [0, 1]."""
+    return _squad(said, answer)["f1"]
+
+
+def iou(said: str, answer: str) -> float:
+    """1 where the first box in an answer overlaps with the right one by more than half of both together, else 0.
+
+    A box is ``[x1, y1, x2, y2]``; what is none overlaps with nothing.
+    """
+    one, other = box_in(said), box_in(answer)
+    return float(one is not None and other is not None and overlap(one, other) > OVERLAP)
+
+
+def box_in(text: str) -> Box | None:
+    """The first box in a text."""
+    found = _BOX.search(text)
+    if found is None:
+        return None
+    x1, y1, x2, y2 = map(float, found.groups())
+    return x1, y1, x2, y2
+
+
+def overlap(one: Box, other: Box) -> float:
+    """Intersection over union of two boxes, in [0, 1]; 0 of one without an area."""
+    width = min(one[2], other[2]) - max(one[0], other[0])
+    height = min(one[3], other[3]) - max(one[1], other[1])
+    shared = max(width, 0) * max(height, 0)
+    both = _area(one) + _area(other) - shared
+    return shared / both if both > 0 else 0.0
+
+
+def _area(box: Box) -> float:
+    return max(box[2] - box[0], 0) * max(box[3] - box[1], 0)
+
+
+def _squad(said: str, answer: str) -> dict[str, float]:
+    found = squad({"prediction_text": said, "id": "0"}, {"answers": {"answer_start": [0], "text": [answer]}, "id": "0"})
+    return {name: float(value) / 100 for name, value in found.items()}

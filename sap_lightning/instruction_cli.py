@@ -1,0 +1,77 @@
+"""The parser of ``fit`` for clients that are tuned on instructions."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import yaml
+from lightning.pytorch.cli import LightningArgumentParser
+
+from sap_lightning.command_cli import TRAINER_DEFAULTS, CommandCLI, class_named
+from sap_lightning.data.instructions import InstructionDataModule
+from sap_lightning.federation.instruction import InstructionFederation
+from sap_lightning.modules.vlm_lora import VLMLoRAModule
+from sap_lightning.options import config_files_first, first_input_error, path_of, refuse_others
+
+
+def tunes_on_instructions(args: Sequence[str]) -> bool:
+    """Whether a command line names clients that are tuned on instructions."""
+    return class_named(args) in (VLMLoRAModule.__name__, path_of(VLMLoRAModule), "sap_lightning.modules.VLMLoRAModule")
+
+
+class InstructionCLI(CommandCLI):
+    """LightningCLI with the groups model, data, federation and trainer of instruction tuning.
+
+    Args:
+        args: the command line after ``fit``.
+        description: what the command does, for its help.
+
+    Raises:
+        InputError: for an unknown option or a faulty setting.
+    """
+
+    command = "fit"
+    client = VLMLoRAModule
+
+    def __init__(self, args: Sequence[str], description: str | None = None) -> None:
+        refuse_others(self.command, args)
+        super().__init__(
+            VLMLoRAModule,
+            InstructionDataModule,
+            subclass_mode_model=True,
+            save_config_callback=None,
+            seed_everything_default=0,
+            trainer_defaults=TRAINER_DEFAULTS,
+            parser_kwargs={"prog": f"python -m sap_lightning {self.command}", "description": description},
+            args=config_files_first(args),
+            run=False,
+            auto_configure_optimizers=False,
+            load_from_checkpoint_support=False,
+        )
+
+    def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
+        parts = {"client", "data", "make_trainer", "config"}
+        parser.add_class_arguments(InstructionFederation, "federation", skip=parts, instantiate=False)
+        for target in ("model.init_args.seed", "data.seed"):
+            parser.link_arguments("seed_everything", target)
+
+    def instantiate_classes(self) -> None:
+        """Makes the parts; what one of them says of bad input is said as it is, not as jsonargparse wraps it."""
+        try:
+            super().instantiate_classes()
+        except ValueError as error:
+            if (said := first_input_error(error)) is not None:
+                raise said from None
+            raise
+
+    def federation(self) -> InstructionFederation:
+        """The federation as configured."""
+        return InstructionFederation(
+            self.model, self.datamodule, self.make_trainer, config=self.settings(), **self.config_init.federation
+        )
+
+    def settings(self) -> dict[str, Any]:
+        """Everything that was configured, as plain values."""
+        settings = yaml.safe_load(self.parser.dump(self.config, skip_none=False, skip_link_targets=True))
+        return {name: value for name, value in settings.items() if name != "config"}

@@ -1,0 +1,294 @@
+"""Training one client on instructions: LoRA on a language model, and a connector from images to it."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any, Literal, Self, cast
+
+import lightning as L
+import torch
+from lightning.pytorch.utilities.types import OptimizerLRSchedulerConfig
+from torch import Tensor, nn
+from torch.nn.functional import cross_entropy
+from torchmetrics import MeanMetric
+from transformers import get_constant_schedule_with_warmup, get_cosine_schedule_with_warmup
+
+from sap_lightning.data.instructions import IGNORED, InstructionBatch, InstructionDataModule
+from sap_lightning.errors import InputError, check_at_least, check_positive, check_share
+from sap_lightning.functional.lora import LoRALayer
+from sap_lightning.io.adapter import sha256_of
+from sap_lightning.io.instruction_upload import InstructionUpload, write_instruction_upload
+from sap_lightning.io.manifest import Manifest
+from sap_lightning.io.peft_config import public_name
+from sap_lightning.models.layers import layer_shapes
+from sap_lightning.models.llava import LanguageBase, embedded, load_language_base
+from sap_lightning.models.lora import lora_layers, with_lora
+from sap_lightning.modules.connector import (
+    Connector,
+    LossWeights,
+    MixedConnector,
+    SharedConnector,
+    TaskConnector,
+    ends_in_zeros,
+)
+
+Stage = Literal["shared", "task", "mixed"]
+PACKAGES = ("lightning", "peft", "torch", "transformers")
+MOST_TOKENS = 96
+"""Of an answer that is generated."""
+
+
+@dataclass(frozen=True)
+class Start:
+    """What a client begins a turn with: what the server has sent it, and what it has kept at home.
+
+    Attributes:
+        number: of the turn, from 0.
+        stage: which connector is trained: one for all, Pilot's first stage, or its second.
+        task: the client's.
+        layers: its LoRA; drawn from the seed where there is none.
+        connectors: parameters of the connector of each task, or of the one for all; the base's where there are none.
+        kept: what its last turn has kept at home.
+    """
+
+    number: int = 0
+    stage: Stage = "shared"
+    task: str = ""
+    layers: Mapping[str, LoRALayer] = field(default_factory=dict)
+    connectors: Mapping[str, Mapping[str, Tensor]] = field(default_factory=dict)
+    kept: Mapping[str, Tensor] = field(default_factory=dict)
+
+
+class VLMLoRAModule(L.LightningModule):
+    """Fine-tunes LoRA on a causal language model, and its connector to a frozen vision tower, on conversations.
+
+    The loss is that of the answers' tokens; a connector adds its own. Of a base that is a language model alone there is
+    no connector, and conversations are of text (FedIT).
+
+    Args:
+        base: hub id or folder of a LLaVA checkpoint, or of a causal language model.
+        rank: LoRA rank r.
+        alpha: LoRA alpha; the update is (alpha / r)·B·A.
+        dropout: LoRA dropout.
+        targets: names of the language model's linear layers that get an adapter.
+        learning_rate: peak learning rate of AdamW.
+        weight_decay: weight decay of AdamW.
+        warmup: share of a turn's steps over which the learning rate rises.
+        schedule: what it does then: it falls as a cosine to nothing, or stays (constant).
+        losses: what connectors' losses count.
+        seed: of the adapter's initial values and of dropout.
+
+    Raises:
+        InputError: when a number is out of range, or (with the base at hand) a target is no linear layer.
+    """
+
+    def __init__(
+        self,
+        base: str = "llava-hf/llava-1.5-7b-hf",
+        rank: int = 64,
+        alpha: float = 128.0,
+        dropout: float = 0.05,
+        targets: Sequence[str] = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"),
+        learning_rate: float = 2e-4,
+        weight_decay: float = 0.0,
+        warmup: float = 0.03,
+        schedule: Literal["cosine", "constant"] = "cosine",
+        losses: LossWeights = LossWeights(),  # noqa: B008  # frozen
+        seed: int = 0,
+    ) -> None:
+        super().__init__()
+        check_at_least("model.rank", rank, 1)
+        check_positive("model.alpha", alpha)
+        check_positive("model.learning_rate", learning_rate)
+        check_at_least("model.weight_decay", weight_decay, 0)
+        for name, share in (("dropout", dropout), ("warmup", warmup)):
+            check_share(f"model.{name}", share)
+        if not targets:
+            raise InputError("model.targets is empty; name the linear layers that get an adapter")
+        self.base = base
+        self.rank = rank
+        self.alpha = alpha
+        self.dropout = dropout
+        self.targets = targets
+        self.learning_rate = learning_rate
+        self.weight_decay = weight_decay
+        self.warmup = warmup
+        self.schedule = schedule
+        self.losses = losses
+        self.seed = seed
+        # Checkpoints hold the trained part without the frozen base (on_save_checkpoint).
+        self.strict_loading = False
+        self.language: nn.Module | None = None
+        self.connector: Connector | None = None
+        self._start = Start()
+        self._loaded: LanguageBase | None = None
+
+    def starting(self, start: Start) -> Self:
+        """An untrained module of the same settings, for a client's turn."""
+        other = copy.deepcopy(self)
+        other._start = start
+        return other
+
+    # The model
+
+    def configure_model(self) -> None:
+        if self.language is not None:
+            return
+        loaded = load_language_base(self.base)
+        seed = self.seed + (0 if self._start.layers else self._start.number)
+        language = loaded.language.requires_grad_(False)
+        layers = self._layers_to_adapt(language)
+        self.language = with_lora(language, layers, self.rank, self.alpha, self.dropout, seed, self._start.layers)
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(self.seed)
+            self.connector = self._connector(loaded.connector) if loaded.connector is not None else None
+        self._loaded = loaded._replace(connector=None)  # what is trained is a copy of it
+
+    def _layers_to_adapt(self, language: nn.Module) -> list[str]:
+        linear = [name for name in layer_shapes(language) if name != "lm_head"]
+        for target in self.targets:
+            if not any(f".{name}".endswith(f".{target}") for name in linear):
+                names = ", ".join(sorted({name.rsplit(".", 1)[-1] for name in linear}))
+                raise InputError(f"model.targets: the language model has no linear layer {target!r}; it has {names}")
+        return [name for name in linear if any(f".{name}".endswith(f".{target}") for target in self.targets)]
+
+    def _connector(self, base: nn.Module) -> Connector:
+        start = self._start
+        of_tasks = {task: _with_values(base, values) for task, values in start.connectors.items()}
+        first = of_tasks.get(start.task, base)
+        if start.stage == "shared":
+            return SharedConnector(next(iter(of_tasks.values()), base))
+        if start.stage == "task":
+            connector: Connector = TaskConnector(first, self.losses)
+        else:
+            others = {task: one for task, one in of_tasks.items() if task != start.task}
+            connector = MixedConnector(first, others, ends_in_zeros(base), self.losses)
+        known = connector.state_dict()
+        kept = {name: value for name, value in start.kept.items() if name in known}
+        connector.load_state_dict(kept, strict=False)
+        return connector
+
+    @property
+    def loaded(self) -> LanguageBase:
+        """The base, once it is."""
+        assert self._loaded is not None
+        return self._loaded
+
+    def embedded(self, ids: Tensor, images: Sequence[Path]) -> tuple[Tensor, Tensor]:
+        """Embeddings of tokens and images, shape (n, length, C), and the connector's loss."""
+        language = cast(nn.Module, self.language)
+        if not images:
+            return cast(Any, language).get_input_embeddings()(ids), torch.zeros((), device=self.device)
+        assert self.connector is not None and self.loaded.vision is not None and self.loaded.image_token is not None
+        of_images, loss = self.connector(self.loaded.vision(images, self.device))
+        return embedded(language, ids, self.loaded.image_token, of_images), loss
+
+    def answer_losses(self, batch: InstructionBatch, images: Sequence[Path]) -> tuple[Tensor, Tensor]:
+        """−log p of every token of the answers, given images, and the connector's loss."""
+        inputs, beside = self.embedded(batch.ids, images)
+        logits = cast(Any, self.language)(inputs_embeds=inputs, attention_mask=batch.attention).logits
+        labels = batch.labels[:, 1:]
+        learned = labels != IGNORED
+        return cross_entropy(logits[:, :-1][learned].float(), labels[learned], reduction="none"), beside
+
+    # Training
+
+    def training_step(self, batch: InstructionBatch, batch_idx: int) -> Tensor:
+        losses, beside = self.answer_losses(batch, batch.images)
+        self.log("train/answers", losses.mean().detach(), batch_size=len(batch.ids))
+        self.log("train/connector", beside.detach(), batch_size=len(batch.ids))
+        loss = losses.mean() + beside
+        self.log("train/loss", loss, prog_bar=True, batch_size=len(batch.ids))
+        return loss
+
+    def on_train_batch_start(self, batch: InstructionBatch, batch_idx: int) -> None:
+        # Dropout draws the same values whether or not training was interrupted before this step.
+        torch.manual_seed(self.seed + 1_000_003 * self._start.number + self.global_step)
+
+    def configure_optimizers(self) -> OptimizerLRSchedulerConfig:
+        trained = [parameter for parameter in self.parameters() if parameter.requires_grad]
+        optimizer = torch.optim.AdamW(trained, lr=self.learning_rate, weight_decay=self.weight_decay)
+        steps = int(self.trainer.estimated_stepping_batches)
+        rising = round(self.warmup * steps)
+        if self.schedule == "constant":
+            rates = get_constant_schedule_with_warmup(optimizer, rising)
+        else:
+            rates = get_cosine_schedule_with_warmup(optimizer, rising, steps)
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": rates, "interval": "step"}}
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        trained = {name for name, parameter in self.named_parameters() if parameter.requires_grad}
+        checkpoint["state_dict"] = {k: v for k, v in checkpoint["state_dict"].items() if k in trained}
+        checkpoint["base_fingerprint"] = self.loaded.fingerprint
+
+    # Evaluation
+
+    def on_test_start(self) -> None:
+        self.said: list[tuple[str, str]] = []
+        self._right, self._shuffled = MeanMetric().to(self.device), MeanMetric().to(self.device)
+
+    def test_step(self, batch: InstructionBatch, batch_idx: int) -> None:
+        losses, _ = self.answer_losses(batch, batch.images)
+        self._right.update(losses.mean(), losses.numel())
+        if len(batch.images) > 1:
+            losses, _ = self.answer_losses(batch, (*batch.images[1:], batch.images[0]))
+            self._shuffled.update(losses.mean(), losses.numel())
+        said = self.answers(batch)
+        self.said += list(zip(said, batch.answers, strict=True))
+
+    def on_test_epoch_end(self) -> None:
+        self.log("perplexity", self._right.compute().exp())
+        if self._shuffled.update_count:
+            self.log("perplexity_other_image", self._shuffled.compute().exp())
+
+    @torch.no_grad()
+    def answers(self, batch: InstructionBatch) -> list[str]:
+        """What the model says to the last question of each conversation, greedily."""
+        data = cast(InstructionDataModule, cast(Any, self.trainer).datamodule)
+        inputs, _ = self.embedded(batch.prompts, batch.images)
+        ids = cast(Any, self.language).generate(
+            inputs_embeds=inputs,
+            attention_mask=batch.prompt_attention,
+            max_new_tokens=MOST_TOKENS,
+            do_sample=False,
+            pad_token_id=data.encoder.padding,
+        )
+        return [data.encoder.text(row) for row in ids]
+
+    # What is sent
+
+    def write_upload(self, folder: Path, client: str, num_samples: int) -> Path:
+        """Writes what the client sends: LoRA in PEFT's format, the connector's part for others, and a manifest."""
+        layers = lora_layers(cast(nn.Module, self.language))
+        manifest = Manifest(
+            base=public_name(self.base),
+            base_fingerprint=self.loaded.fingerprint,
+            domain=client,
+            class_names=(),
+            num_samples=num_samples,
+            rank=self.rank,
+            alpha=self.alpha,
+            targets=tuple(self.targets),
+            seed=self.seed,
+            packages={name: version(name) for name in PACKAGES},
+            tensors_sha256=sha256_of(layers),
+            format_version=2,
+            round=self._start.number,
+            task=self._start.task or "instructions",
+        )
+        sent = {} if self.connector is None else dict(self.connector.sent.state_dict())
+        return write_instruction_upload(folder, InstructionUpload(layers, sent), self.base, manifest)
+
+    def kept(self) -> dict[str, Tensor]:
+        """What stays at home from one turn to the next."""
+        return {} if self.connector is None else self.connector.kept()
+
+
+def _with_values(connector: nn.Module, values: Mapping[str, Tensor]) -> nn.Module:
+    other = copy.deepcopy(connector)
+    other.load_state_dict(dict(values))
+    return other

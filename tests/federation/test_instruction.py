@@ -1,0 +1,242 @@
+"""Federated instruction tuning: what is sent, what becomes of it, and that it can be interrupted anywhere."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from functools import partial
+from hashlib import sha256
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+import pytest
+import safetensors.torch
+import torch
+from kills import killed
+from llava import conversations, tiny_language_model, tiny_llava
+
+from sap_lightning.data.instructions import InstructionDataModule
+from sap_lightning.errors import InputError
+from sap_lightning.federation.instruction import BASE, InstructionFederation, Server, aggregated
+from sap_lightning.federation.systems import SYSTEMS, task_weights, text_weights
+from sap_lightning.io.instruction_upload import ReadUpload, read_instruction_upload
+from sap_lightning.models.layers import layer_shapes
+from sap_lightning.models.llava import load_language_base
+from sap_lightning.modules.vlm_lora import VLMLoRAModule
+
+CLIENTS = {"vqa_a": "vqa", "vqa_b": "vqa", "caption_a": "caption"}
+TRAINER = partial(L.Trainer, accelerator="cpu", devices=1, enable_model_summary=False, log_every_n_steps=1)
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory: pytest.TempPathFactory) -> str:
+    return str(tiny_llava(tmp_path_factory.mktemp("llava") / "base"))
+
+
+@pytest.fixture(scope="module")
+def root(tmp_path_factory: pytest.TempPathFactory) -> str:
+    return str(conversations(tmp_path_factory.mktemp("conversations"), CLIENTS, count=3))
+
+
+def federation(base: str, root: str, folder: Path, **settings: Any) -> InstructionFederation:
+    client = VLMLoRAModule(base, rank=2, alpha=4, learning_rate=0.05, targets=["q_proj"])
+    data = InstructionDataModule(root, batch_size=3)
+    return InstructionFederation(client, data, TRAINER, str(folder), **{"rounds": 1, "systems": ["pilot"], **settings})
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory: pytest.TempPathFactory, base: str, root: str) -> Path:
+    folder = tmp_path_factory.mktemp("run")
+    federation(base, root, folder, systems=["local", "fedit", "pilot"]).run()
+    return folder
+
+
+def uploads_of(folder: Path, base: str) -> list[ReadUpload]:
+    parts = load_language_base(base)
+    assert parts.connector is not None
+    connector = {name: tuple(value.shape) for name, value in parts.connector.state_dict().items()}
+    return [
+        read_instruction_upload(upload, layer_shapes(parts.language), parts.fingerprint, connector)
+        for upload in sorted(folder.glob("uploads/*"))
+    ]
+
+
+def test_every_way_is_measured_after_every_turn(run):
+    answers = sorted(str(file.relative_to(run / "answers").parent) for file in run.glob("answers/*/*/vqa_a.json"))
+    assert answers == ["base/0", "fedit/1", "fedit/2", "local/1", "local/2", "pilot/1", "pilot/2"]
+    lines = (run / "results.csv").read_text().splitlines()
+    assert len(lines) == 1 + 7 * len(CLIENTS)
+    assert [line.split(",")[0] for line in lines[1:4]] == [BASE] * 3
+
+
+def test_uploads_hold_the_task_s_connector_and_lora_alone(run):
+    for upload in run.rglob("uploads/*"):
+        connector = safetensors.torch.load_file(upload / "connector.safetensors")
+        assert set(connector) == {"linear_1.weight", "linear_1.bias", "linear_2.weight", "linear_2.bias"}
+        lora = safetensors.torch.load_file(upload / "adapter_model.safetensors")
+        assert all(".q_proj.lora_" in name for name in lora)
+    assert len(list(run.rglob("uploads/*"))) == len(CLIENTS) * (1 + 1 + 3)
+
+
+def test_what_is_a_client_s_own_stays_at_home(run):
+    kept = [safetensors.torch.load_file(file) for file in run.glob("pilot/turns/1/clients/*/kept.safetensors")]
+    assert len(kept) == len(CLIENTS)
+    own = {name for one in kept for name in one}
+    assert {name.split(".")[0] for name in own} == {"own", "corrections", "router"}
+    # A bias that starts at 0 is as many steps of AdamW long in whoever's connector.
+    private = {digest_of(value) for one in kept for value in one.values() if value.ndim > 1 and value.abs().sum()}
+    others = [file for file in run.rglob("*.safetensors") if "clients" not in file.parts]
+    assert private and others
+    for file in others:
+        found = {name: digest_of(value) for name, value in safetensors.torch.load_file(file).items()}
+        assert not [name for name, digest in found.items() if digest in private], file
+
+
+def digest_of(value: torch.Tensor) -> bytes:
+    return sha256(value.numpy().tobytes()).digest()
+
+
+def test_connectors_are_averaged_by_task_and_samples(run, base):
+    uploads = uploads_of(run / "first" / "task", base)
+    server = aggregated(SYSTEMS["pilot"], Server(), uploads, CLIENTS)
+    by_name = {one.adapter.name: one.connector for one in uploads}
+    for name, value in server.connectors["vqa"].items():
+        expected = (by_name["vqa_a"][name].double() + by_name["vqa_b"][name].double()) / 2
+        assert torch.allclose(value.double(), expected, atol=1e-7)
+    assert all(
+        torch.equal(server.connectors["caption"][name], by_name["caption_a"][name]) for name in value_names(uploads)
+    )
+
+
+def value_names(uploads: list[ReadUpload]) -> list[str]:
+    return list(uploads[0].connector)
+
+
+@pytest.mark.parametrize("name", list(SYSTEMS))
+def test_the_order_of_clients_changes_nothing(run, base, name):
+    uploads = uploads_of(run / "first" / "task", base)
+    one, other = (aggregated(SYSTEMS[name], Server(), order, CLIENTS) for order in (uploads, uploads[::-1]))
+    for client, layers in one.layers.items():
+        for layer, value in layers.items():
+            assert torch.equal(value.A, other.layers[client][layer].A)
+            assert torch.equal(value.B, other.layers[client][layer].B)
+    for task, connector in one.connectors.items():
+        assert all(torch.equal(value, other.connectors[task][part]) for part, value in connector.items())
+
+
+def test_weights_of_text(run, base):
+    adapters = [one.adapter for one in uploads_of(run / "first" / "task", base)]
+    for text in ("own", "mean", "ata"):
+        assert torch.allclose(text_weights(text, adapters).sum(1), torch.ones(3, dtype=torch.float64))
+    assert torch.equal(text_weights("own", adapters), torch.eye(3, dtype=torch.float64))
+    assert task_weights("vqa", ["vqa", "caption", "vqa"], adapters) == [0.5, 0, 0.5]
+
+
+def test_fedit_averages_a_and_b_apart(run, base):
+    uploads = uploads_of(run / "first" / "shared", base)
+    server = aggregated(SYSTEMS["fedit"], Server(), uploads, CLIENTS)
+    for name, layer in server.layers["vqa_a"].items():
+        A = sum(one.adapter.layers[name].A for one in uploads) / 3
+        B = sum(one.adapter.layers[name].B for one in uploads) / 3
+        assert torch.allclose(layer.A, A, atol=1e-6) and torch.allclose(layer.B, B, atol=1e-6)
+        assert torch.equal(layer.A, server.layers["caption_a"][name].A)
+
+
+def test_equal_clients_give_what_each_has(run, base):
+    (one, *_) = uploads_of(run / "first" / "task", base)
+    twins = [one, one]
+    server = aggregated(SYSTEMS["pilot"], Server(), twins, {one.adapter.name: "vqa"})
+    task = CLIENTS[one.adapter.name] if one.adapter.name in server.connectors else "vqa"
+    assert all(torch.equal(value, one.connector[part]) for part, value in server.connectors[task].items())
+
+
+def test_who_has_sent_nothing_goes_on_from_what_it_had(run, base):
+    uploads = uploads_of(run / "first" / "task", base)
+    before = aggregated(SYSTEMS["pilot"], Server(), uploads, CLIENTS)
+    vqa = [one for one in uploads if one.adapter.name == "vqa_a"]
+    after = aggregated(SYSTEMS["pilot"], before, vqa, CLIENTS)
+    assert after.layers["caption_a"] is before.layers["caption_a"]
+    assert after.connectors["caption"] is before.connectors["caption"]
+    assert all(torch.equal(after.connectors["vqa"][name], vqa[0].connector[name]) for name in vqa[0].connector)
+
+
+def content(folder: Path) -> dict[str, bytes]:
+    parts = [*folder.rglob("uploads/*/*"), *folder.rglob("kept.safetensors"), *folder.rglob("answers/*/*/*.json")]
+    return {str(file.relative_to(folder)): file.read_bytes() for file in parts if file.is_file()}
+
+
+def test_killed_anywhere_it_goes_on_to_the_same_bytes(tmp_path, base, root):
+    def play(folder: Path) -> None:
+        federation(base, root, folder).run()
+
+    whole, broken = tmp_path / "whole", tmp_path / "broken"
+    changes = killed(whole, lambda: play(whole))
+    expected = content(whole)
+    # In the first stage, between the stages, in the second, and while it measures.
+    for at in (changes // 5, changes // 2, changes * 4 // 5):
+        killed(broken, lambda: play(broken), at)
+        killed(broken, lambda: play(broken))
+        assert content(broken) == expected
+        shutil.rmtree(broken)
+
+
+def test_what_stands_is_not_done_again(run, base, root, monkeypatch):
+    before = content(run)
+    monkeypatch.setattr(VLMLoRAModule, "configure_model", lambda self: pytest.fail("trained or measured again"))
+    federation(base, root, run, systems=["local", "fedit", "pilot"]).run()
+    assert content(run) == before
+
+
+def test_a_share_of_the_clients_takes_part(tmp_path, base, root):
+    one = federation(base, root, tmp_path, share=0.34, systems=["pilot"])
+    assert [len(one.chosen(number)) for number in range(4)] == [1] * 4
+    assert len({tuple(one.chosen(number)) for number in range(8)}) > 1
+    one.run()
+    assert len(list(tmp_path.rglob("uploads/*"))) == 2
+
+
+def test_an_upload_of_another_turn_is_refused(tmp_path, run, base, root):
+    folder = tmp_path / "run"
+    shutil.copytree(run, folder)
+    upload = folder / "pilot/turns/1/uploads/vqa_a"
+    shutil.rmtree(upload)
+    shutil.copytree(folder / "first/task/uploads/vqa_a", upload)
+    with pytest.raises(InputError, match="its round is 0, expected 1"):
+        federation(base, root, folder).run()
+
+
+def test_a_measurement_that_is_damaged_is_made_anew(tmp_path, run, base, root):
+    folder = tmp_path / "run"
+    shutil.copytree(run, folder)
+    file = folder / "answers/pilot/2/vqa_a.json"
+    before = file.read_bytes()
+    file.write_bytes(before.replace(b'"score"', b'"scare"'))
+    federation(base, root, folder).run()
+    assert file.read_bytes() == before
+
+
+def test_pilot_needs_images(tmp_path):
+    base = str(tiny_language_model(tmp_path / "base"))
+    root = str(conversations(tmp_path / "text", CLIENTS, count=3, images=False))
+    with pytest.raises(InputError, match="pilot mixes connectors of images"):
+        federation(base, root, tmp_path / "run").run()
+    federation(base, root, tmp_path / "run", systems=["fedit"]).run()
+    result = json.loads((tmp_path / "run/answers/fedit/2/vqa_a.json").read_text())
+    assert result["perplexity_other_image"] is None
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"rounds": 0}, "federation.rounds must be at least 1"),
+        ({"epochs_per_round": 0}, "federation.epochs_per_round must be at least 1"),
+        ({"share": 2}, "federation.share must lie in"),
+        ({"systems": ["pilots"]}, "name some of local, fedit, pilot"),
+        ({"systems": ["fedit", "fedit"]}, "each once"),
+        ({"systems": []}, "name some of"),
+    ],
+)
+def test_a_faulty_setting_is_named(tmp_path, base, root, settings, message):
+    with pytest.raises(InputError, match=message):
+        federation(base, root, tmp_path, **settings)
