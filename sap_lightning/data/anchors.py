@@ -178,8 +178,8 @@ def pairs_in_folder(folder: Path, num_pairs: int) -> Pairs:
 def _listed(listing: Path, num_pairs: int) -> tuple[list[Path], list[str]]:
     """Images and captions of a listing's first lines."""
     files, captions = [], []
-    for where, entry in _entries(listing):
-        files.append(_image_file(listing.parent, entry, where))
+    for where, entry in entries_in(listing):
+        files.append(image_file(listing.parent, entry, where))
         captions.append(_caption(next((entry[key] for key in CAPTION_COLUMNS if key in entry), None), where))
         if len(files) == num_pairs:
             return files, captions
@@ -217,8 +217,12 @@ def pairs_in_table(table: datasets.Dataset, root: str, num_pairs: int) -> Pairs:
     return Pairs(table_pictures(table, image, range(num_pairs)), captions, table_fingerprint(table, image))
 
 
-def _entries(listing: Path) -> Iterator[tuple[str, dict[str, object]]]:
-    """Each JSON object of the file with the words for where it stands; blank lines are passed over."""
+def entries_in(listing: Path) -> Iterator[tuple[str, dict[str, object]]]:
+    """Each JSON object of a JSONL file with the words for where it stands; blank lines are passed over.
+
+    Raises:
+        InputError: it cannot be read, or a line is no JSON object.
+    """
     try:
         lines = listing.read_text(encoding="utf-8-sig").split("\n")
     except (OSError, UnicodeDecodeError) as error:
@@ -236,7 +240,12 @@ def _entries(listing: Path) -> Iterator[tuple[str, dict[str, object]]]:
         yield where, entry
 
 
-def _image_file(folder: Path, entry: dict[str, object], where: str) -> Path:
+def image_file(folder: Path, entry: dict[str, object], where: str) -> Path:
+    """The image that an entry's `file_name` names, below the folder.
+
+    Raises:
+        InputError: it names none, or one that is missing or outside.
+    """
     name = entry.get("file_name")
     if not isinstance(name, str) or not name:
         raise InputError(f"{where}: file_name must be the name of an image, got {short(name)}")

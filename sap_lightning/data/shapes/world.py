@@ -20,6 +20,7 @@ from numpy.random import Generator
 from numpy.typing import NDArray
 from PIL import Image, ImageDraw, ImageFilter
 
+from sap_lightning.data.questions import with_article
 from sap_lightning.errors import InputError
 from sap_lightning.files import new_folder
 
@@ -389,10 +390,6 @@ COLOUR_TEMPLATES = [
     "{medium} of {coloured} on {background} background.",
     "{thing} in front of {background} wall.",
 ]
-
-
-def with_article(noun: str) -> str:
-    return f"{'an' if noun[0] in 'aeiou' else 'a'} {noun}"
 
 
 def shade(name: str, rng: Generator) -> Array:
