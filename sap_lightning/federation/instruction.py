@@ -95,7 +95,6 @@ class InstructionFederation:
         systems: ways to be measured, of ``SYSTEMS``.
         methods: merge methods that are measured in one shot: on each task, its clients left out, after one turn with
             one connector for all.
-        anchors: public conversations, a file as a client's train.jsonl, for those of them that look at any.
         config: settings that the run folder is held to; a folder of other settings is refused.
 
     Raises:
@@ -114,7 +113,6 @@ class InstructionFederation:
         share: float = 1.0,
         systems: Sequence[str] = ("local", "fedit", "pilot"),
         methods: Sequence[MergeMethod | str] = (),
-        anchors: str | None = None,
         config: Mapping[str, Any] | None = None,
     ) -> None:
         check_at_least("federation.rounds", rounds, 1)
@@ -131,8 +129,7 @@ class InstructionFederation:
         self.share = share
         self.systems = list(systems)
         self.methods = [method_named(one, "federation.methods") if isinstance(one, str) else one for one in methods]
-        self.anchors = anchors
-        check_methods(self.methods, anchors)
+        check_methods(self.methods)
         self.config = dict(config or {})
         self.results = InstructionResults(self.folder)
 
@@ -187,9 +184,10 @@ class InstructionFederation:
         if len(set(self.data.tasks.values())) < 2:
             raise InputError("federation.methods: all clients are of one task, so that none is unseen; leave it out")
         uploads = self._turn(ONE_SHOT, system, 0, Server())
-        seen = None if self.anchors is None else (self.anchors, self._encoder)
+        looks = any(method.needs_anchors for method in self.methods)
+        seen = (self.data.anchors, self._encoder) if looks else None
         for method in self.methods:
-            looked_at = sha256_of_file(Path(self.anchors)) if self.anchors and method.needs_anchors else ""
+            looked_at = sha256_of_file(self.data.anchors) if method.needs_anchors else ""
             sources = digest(method.record, looked_at, *sorted(one.sha256 for one in uploads))
             for task in sorted(set(self.data.tasks.values())):
                 clients = [client for client, of in self.data.tasks.items() if of == task]
@@ -327,7 +325,7 @@ class InstructionFederation:
         )
 
 
-FREE_INSTRUCTION_SETTINGS = ("federation.run_dir", "federation.systems", "federation.methods", "federation.anchors")
+FREE_INSTRUCTION_SETTINGS = ("federation.run_dir", "federation.systems", "federation.methods")
 """Settings that may change from one start to the next."""
 
 

@@ -26,21 +26,14 @@ ANCHORS = 32
 BATCH = 8
 
 
-def check_methods(methods: Sequence[MergeMethod], anchors: str | None) -> None:
-    """Raises InputError for methods that cannot be asked here, or lack conversations to look at."""
+def check_methods(methods: Sequence[MergeMethod]) -> None:
+    """Raises InputError for methods that cannot be asked here, or one that is named twice."""
     for method in methods:
         if method.needs_anchors and type(method) is not SAP:
             raise InputError(
                 f"federation.methods: {method.name} looks at images and captions through CLIP; take sap, or a method"
                 " that looks at nothing"
             )
-        if method.needs_anchors and anchors is None:
-            raise InputError(
-                "federation.anchors is not set: sap looks at public conversations; name a file like a client's"
-                " train.jsonl"
-            )
-    if anchors is not None and not any(method.needs_anchors for method in methods):
-        raise InputError(f"federation.anchors {anchors}: none of federation.methods looks at any; leave it out")
     if len({method.name for method in methods}) < len(methods):
         raise InputError("federation.methods names a method twice")
 
@@ -69,9 +62,9 @@ def one_shot(
     return Start(task=task, connectors=connector, update=method.merge(adapters, weights, cast(Any, probe)))
 
 
-def _probe(base: str, start: Start, anchors: str, encoder: Encoder) -> InstructionProbe:
+def _probe(base: str, start: Start, anchors: Path, encoder: Encoder) -> InstructionProbe:
     """Public conversations, their images through the clients' mean connector."""
-    samples = read_samples(Path(anchors))[:ANCHORS]
+    samples = read_samples(anchors)[:ANCHORS]
     parts = load_language_base(base)
     language = parts.language.requires_grad_(False)
     connector = parts.connector

@@ -28,23 +28,25 @@ TRAINER = partial(L.Trainer, accelerator="cpu", devices=1, enable_model_summary=
 
 
 @pytest.fixture(scope="module")
-def parts(tmp_path_factory: pytest.TempPathFactory) -> tuple[str, str, str]:
+def parts(tmp_path_factory: pytest.TempPathFactory) -> tuple[str, str]:
     folder = tmp_path_factory.mktemp("parts")
     clients = conversations(folder / "clients", CLIENTS, count=3)
-    anchors = conversations(folder / "anchors", {"public": "caption"}, count=4)
-    return str(tiny_llava(folder / "base")), str(clients), str(anchors / "public/train.jsonl")
+    (public,) = conversations(folder / "anchors", {"public": "caption"}, count=4).iterdir()
+    (public / "images").rename(clients / "images")
+    (public / "train.jsonl").rename(clients / "anchors.jsonl")
+    return str(tiny_llava(folder / "base")), str(clients)
 
 
-def federation(parts: tuple[str, str, str], folder: Path, **settings: Any) -> InstructionFederation:
-    base, root, anchors = parts
+def federation(parts: tuple[str, str], folder: Path, **settings: Any) -> InstructionFederation:
+    base, root = parts
     client = VLMLoRAModule(base, rank=2, alpha=4, learning_rate=0.05, targets=["q_proj"])
     data = InstructionDataModule(root, batch_size=3)
-    of = {"rounds": 1, "systems": ["fedit"], "anchors": anchors, **settings}
+    of = {"rounds": 1, "systems": ["fedit"], **settings}
     return InstructionFederation(client, data, TRAINER, str(folder), **of)
 
 
 @pytest.fixture(scope="module")
-def run(tmp_path_factory: pytest.TempPathFactory, parts: tuple[str, str, str]) -> Path:
+def run(tmp_path_factory: pytest.TempPathFactory, parts: tuple[str, str]) -> Path:
     folder = tmp_path_factory.mktemp("run")
     federation(parts, folder, methods=["average", "ties", SAP(sparsity=0.5)]).run()
     return folder
@@ -91,8 +93,6 @@ def test_another_sparsity_is_measured_anew(run, parts):
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"methods": ["sap"], "anchors": None}, "federation.anchors is not set"),
-        ({"methods": ["average"]}, "none of federation.methods looks at any"),
         ({"methods": [ATAF(), "fisher"]}, "looks at images and captions through CLIP"),
         ({"methods": ["sap", SAP(sparsity=0.9)]}, "names a method twice"),
         ({"methods": ["saps"]}, "federation.methods saps: no such method"),
@@ -106,4 +106,10 @@ def test_a_faulty_setting_is_named(parts, tmp_path, settings, message):
 def test_one_task_alone_has_none_unseen(tmp_path, parts):
     root = conversations(tmp_path / "clients", {"vqa_a": "vqa", "vqa_b": "vqa"}, count=3)
     with pytest.raises(InputError, match="all clients are of one task"):
-        federation((parts[0], str(root), ""), tmp_path / "run", methods=["average"], anchors=None).run()
+        federation((parts[0], str(root)), tmp_path / "run", methods=["average"]).run()
+
+
+def test_sap_needs_public_conversations(tmp_path, parts):
+    root = conversations(tmp_path / "clients", CLIENTS, count=3)
+    with pytest.raises(InputError, match=r"anchors.jsonl: is not there; sap looks at public conversations"):
+        federation((parts[0], str(root)), tmp_path / "run", methods=["sap"]).run()
