@@ -1,0 +1,105 @@
+"""``fit`` for clients that are tuned on instructions, from its command line to what it leaves behind."""
+
+from __future__ import annotations
+
+import csv
+import re
+from pathlib import Path
+
+import pytest
+import yaml
+from llava import conversations, tiny_llava
+from places import REPOSITORY
+
+from sap_lightning.commands import COMMANDS
+from sap_lightning.errors import InputError
+from sap_lightning.federation.systems import SYSTEMS
+from sap_lightning.instruction_cli import InstructionCLI, tunes_on_instructions
+
+CONFIG = REPOSITORY / "configs" / "pilot_shapes.yaml"
+CLIENTS = {"vqa_a": "vqa", "caption_a": "caption"}
+
+
+@pytest.fixture(scope="module")
+def options(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
+    folder = tmp_path_factory.mktemp("options")
+    base, root = tiny_llava(folder / "base"), conversations(folder / "clients", CLIENTS, count=3)
+    (root / "vqa_a" / "train.jsonl").rename(root / "anchors.jsonl")
+    (root / "images").symlink_to(root / "vqa_a" / "images")
+    (root / "vqa_a" / "train.jsonl").write_bytes((root / "vqa_a" / "test.jsonl").read_bytes())
+    return [
+        f"--config={CONFIG}", f"--model.base={base}", f"--data.root={root}", "--federation.rounds=1",
+        "--federation.systems=[fedit,pilot]", "--federation.methods=[average,sap]",
+    ]  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def finished(options: list[str], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("run")
+    COMMANDS["fit"]([*options, f"--federation.run_dir={folder}"])
+    return folder
+
+
+def test_it_leaves_tables_answers_figures_and_events(finished):
+    table = (finished / "table.md").read_text()
+    assert re.findall(r"^\| (\w+) \|", table, re.MULTILINE) == [
+        "system", "base", "fedit", "pilot", "base", "average", "sap",
+    ]  # fmt: skip
+    assert (finished / "scores.png").stat().st_size > 10_000
+    assert list(finished.glob("server/pilot/events.out.*"))
+    with (finished / "results.csv").open() as file:
+        rows = list(csv.DictReader(file))
+    assert {(row["system"], row["turn"]) for row in rows} == {
+        ("base", "0"), ("fedit", "1"), ("fedit", "2"), ("pilot", "1"), ("pilot", "2"), ("average", "1"), ("sap", "1"),
+    }  # fmt: skip
+    assert all(0 <= float(row["score"]) <= 1 and float(row["perplexity"]) > 1 for row in rows)
+
+
+def test_settings_are_held_to(finished, options):
+    with pytest.raises(InputError, match=r"was started with other settings: model.init_args.rank was 8, is 4"):
+        COMMANDS["fit"]([*options, f"--federation.run_dir={finished}", "--model.rank=4"])
+
+
+def test_ways_may_be_added_and_nothing_is_trained_again(finished, options, capsys):
+    COMMANDS["fit"]([*options, f"--federation.run_dir={finished}", "--federation.systems=[fedit,local]"])
+    assert {"local", "fedit"} <= {file.name for file in finished.glob("answers/*")}
+
+
+def test_the_config_s_values_are_taken(tmp_path):
+    cli = InstructionCLI([f"--config={CONFIG}", "--model.losses.form=raw", "--data.scores={diagnosis: exact}"])
+    assert cli.model.losses.form == "raw" and cli.model.losses.difference == 0.1
+    assert cli.datamodule.score_of("diagnosis") == "exact"
+    assert cli.federation().systems == list(SYSTEMS)
+
+
+def test_the_class_is_found_in_a_config_or_on_the_command_line(tmp_path):
+    assert tunes_on_instructions([f"--config={CONFIG}"])
+    assert tunes_on_instructions(["--model", "VLMLoRAModule"])
+    assert not tunes_on_instructions([f"--config={REPOSITORY / 'configs' / 'shapes.yaml'}"])
+
+
+@pytest.mark.parametrize(
+    ("option", "message"),
+    [
+        ("--federation.unseen=photo", "federation.unseen"),
+        ("--anchors.num_pairs=3", "anchors.num_pairs"),
+        ("--data.batch_size=0", "data.batch_size must be at least 1"),
+        ("--model.rank=0", "model.rank must be at least 1"),
+        ("--federation.systems=[none]", "federation.systems"),
+        ("--federation.methods=[none]", "federation.methods none: no such method"),
+        ("--data.scores={vqa: nothing}", "data.scores"),
+    ],
+)
+def test_a_faulty_option_is_named(options, tmp_path, option, message):
+    with pytest.raises(InputError, match=re.escape(message)):
+        COMMANDS["fit"]([*options, f"--federation.run_dir={tmp_path}", option])
+
+
+def test_other_commands_do_not_know_these_clients():
+    with pytest.raises(InputError, match="no such class of clients"):
+        COMMANDS["client"]([f"--config={CONFIG}"])
+
+
+def test_the_config_s_groups_are_those_of_the_command():
+    config = yaml.safe_load(CONFIG.read_text())
+    assert set(config) == {"model", "data", "federation", "trainer"}
