@@ -10,6 +10,7 @@ from lightning.pytorch.cli import LightningArgumentParser
 
 from sap_lightning.command_cli import TRAINER_DEFAULTS, CommandCLI, class_named
 from sap_lightning.data.instructions import InstructionDataModule
+from sap_lightning.errors import InputError
 from sap_lightning.federation.instruction import InstructionFederation
 from sap_lightning.modules.vlm_lora import VLMLoRAModule
 from sap_lightning.options import config_files_first, first_input_error, path_of, refuse_others
@@ -42,7 +43,7 @@ class InstructionCLI(CommandCLI):
             subclass_mode_model=True,
             save_config_callback=None,
             seed_everything_default=0,
-            trainer_defaults=TRAINER_DEFAULTS,
+            trainer_defaults={**TRAINER_DEFAULTS, "max_epochs": None},
             parser_kwargs={"prog": f"python -m sap_lightning {self.command}", "description": description},
             args=config_files_first(args),
             run=False,
@@ -60,6 +61,8 @@ class InstructionCLI(CommandCLI):
         """Makes the parts; what one of them says of bad input is said as it is, not as jsonargparse wraps it."""
         try:
             super().instantiate_classes()
+            if self.config_init.trainer.max_epochs is not None:
+                raise InputError("trainer.max_epochs: federation.epochs_per_round says how long; leave it out")
         except ValueError as error:
             if (said := first_input_error(error)) is not None:
                 raise said from None

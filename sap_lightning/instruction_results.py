@@ -9,6 +9,8 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any
 
+from lightning.pytorch.utilities import rank_zero_only
+
 from sap_lightning.errors import InputError
 from sap_lightning.files import set_aside, write_csv, write_json
 from sap_lightning.fingerprints import sealed, unsealed
@@ -86,6 +88,10 @@ class InstructionResults:
     def add(self, result: InstructionResult) -> None:
         """Takes in a result and writes it."""
         self._found[result.system, result.turn, result.client] = result
+        self._write(result)
+
+    @rank_zero_only
+    def _write(self, result: InstructionResult) -> None:
         file = self.folder / "answers" / result.system / str(result.turn) / f"{result.client}.json"
         file.parent.mkdir(parents=True, exist_ok=True)
         write_json(file, sealed(asdict(result)))

@@ -83,6 +83,8 @@ def test_the_class_is_found_in_a_config_or_on_the_command_line(tmp_path):
     [
         ("--federation.unseen=photo", "federation.unseen"),
         ("--anchors.num_pairs=3", "anchors.num_pairs"),
+        ("--trainer.max_epochs=3", "federation.epochs_per_round says how long"),
+        ("--data.longest_answer=0", "data.longest_answer must be at least 1"),
         ("--data.batch_size=0", "data.batch_size must be at least 1"),
         ("--model.rank=0", "model.rank must be at least 1"),
         ("--federation.systems=[none]", "federation.systems"),

@@ -192,6 +192,7 @@ class InstructionDataModule(L.LightningDataModule):
             clients of the built-in world, which are drawn once into the cache.
         batch_size: conversations a batch, over all processes.
         longest: tokens of a conversation, its image's among them; what is beyond is cut off.
+        longest_answer: tokens of an answer that is judged; what a model would say beyond is not asked for.
         scores: by task how an answer is judged: ``exact`` (the same but for case and punctuation), ``f1`` (of its
             words), ``iou`` (the share of boxes that overlap by more than half). Of other tasks by f1.
         seed: of the order of training.
@@ -205,6 +206,7 @@ class InstructionDataModule(L.LightningDataModule):
         root: str = "instructions",
         batch_size: int = 16,
         longest: int = 1024,
+        longest_answer: int = 128,
         scores: dict[str, Score] | None = None,
         seed: int = 0,
     ) -> None:
@@ -213,7 +215,9 @@ class InstructionDataModule(L.LightningDataModule):
         check_at_least("data.longest", longest, 8)
         self._given_root = root
         self.batch_size = batch_size
+        check_at_least("data.longest_answer", longest_answer, 1)
         self.longest = longest
+        self.longest_answer = longest_answer
         self.scores: dict[str, Score] = {"caption": "f1", "vqa": "exact", "grounding": "iou", **(scores or {})}
         self.seed = seed
         self._client: str | None = None

@@ -218,9 +218,17 @@ class InstructionFederation:
             system.stage(number),
             self.data.tasks[client],
             server.layers.get(client, {}),
-            _connectors_for(system, server, client),
+            self._connectors_for(system, server, client),
             self._kept(name, system, number, client),
         )
+
+    def _connectors_for(self, system: System, server: Server, client: str) -> Mapping[str, Mapping[str, Tensor]]:
+        """The connectors that a client gets: its own, the one for all, or one of each task."""
+        if system.by_task:
+            return {task: server.connectors.get(task, {}) for task in sorted(set(self.data.tasks.values()))}
+        if not system.is_alone:
+            return server.connectors
+        return {ALL: server.connectors[client]} if client in server.connectors else {}
 
     def _kept(self, name: str, system: System, number: int, client: str) -> dict[str, Tensor]:
         """What a client's last turn before this has kept at home."""
@@ -362,10 +370,3 @@ def _connectors(
     adapters = [one.adapter for one in uploads]
     connectors = [one.connector for one in uploads]
     return {task: mean_connector(connectors, task_weights(task, of, adapters)) for task in sorted(set(of))}
-
-
-def _connectors_for(system: System, server: Server, client: str) -> Mapping[str, Mapping[str, Tensor]]:
-    """The connectors that a client gets: its own, the one for all, or one of each task."""
-    if not system.is_alone:
-        return server.connectors
-    return {ALL: server.connectors[client]} if client in server.connectors else {}

@@ -6,6 +6,7 @@ import copy
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from importlib.metadata import version
+from itertools import zip_longest
 from pathlib import Path
 from typing import Any, Literal, Self, cast
 
@@ -39,8 +40,6 @@ from sap_lightning.modules.connector import (
 
 Stage = Literal["shared", "task", "mixed"]
 PACKAGES = ("lightning", "peft", "torch", "transformers")
-MOST_TOKENS = 96
-"""Of an answer that is generated."""
 
 
 @dataclass(frozen=True)
@@ -52,7 +51,7 @@ class Start:
         stage: which connector is trained: one for all, Pilot's first stage, or its second.
         task: the client's.
         layers: its LoRA; drawn from the seed where there is none.
-        connectors: parameters of the connector of each task, or of the one for all; the base's where there are none.
+        connectors: parameters of the connector of each task, or of the one for all; the base's where they are empty.
         kept: what its last turn has kept at home.
         update: of the language model's layers, by name, in place of a LoRA, where nothing is trained any more.
     """
@@ -165,7 +164,7 @@ class VLMLoRAModule(L.LightningModule):
 
     def _connector(self, base: nn.Module) -> Connector:
         start = self._start
-        of_tasks = {task: _with_values(base, values) for task, values in start.connectors.items()}
+        of_tasks = {task: _with_values(base, values or base.state_dict()) for task, values in start.connectors.items()}
         first = of_tasks.get(start.task, base)
         if start.stage == "shared":
             return SharedConnector(next(iter(of_tasks.values()), base))
@@ -248,9 +247,18 @@ class VLMLoRAModule(L.LightningModule):
         self.said += list(zip(said, batch.answers, strict=True))
 
     def on_test_epoch_end(self) -> None:
+        self.said = self._of_all_processes()
         self.log("perplexity", self._right.compute().exp())
         if self._shuffled.update_count:
             self.log("perplexity_other_image", self._shuffled.compute().exp())
+
+    def _of_all_processes(self) -> list[tuple[str, str]]:
+        """What was said in every process, in the order of the conversations, which were dealt out in turn."""
+        if self.trainer.world_size == 1:
+            return self.said
+        parts: list[Any] = [None] * self.trainer.world_size
+        torch.distributed.all_gather_object(parts, self.said)
+        return [one for row in zip_longest(*parts) for one in row if one is not None]
 
     @torch.no_grad()
     def answers(self, batch: InstructionBatch) -> list[str]:
@@ -260,7 +268,7 @@ class VLMLoRAModule(L.LightningModule):
         ids = cast(Any, self.language).generate(
             inputs_embeds=inputs,
             attention_mask=batch.prompt_attention,
-            max_new_tokens=MOST_TOKENS,
+            max_new_tokens=data.longest_answer,
             do_sample=False,
             pad_token_id=data.encoder.padding,
         )

@@ -189,11 +189,11 @@ def test_what_stands_is_not_done_again(run, base, root, monkeypatch):
 
 
 def test_a_share_of_the_clients_takes_part(tmp_path, base, root):
-    one = federation(base, root, tmp_path, share=0.34, systems=["pilot"])
+    one = federation(base, root, tmp_path, share=0.34, rounds=3)
     assert [len(one.chosen(number)) for number in range(4)] == [1] * 4
     assert len({tuple(one.chosen(number)) for number in range(8)}) > 1
     one.run()
-    assert len(list(tmp_path.rglob("uploads/*"))) == 2
+    assert len(list(tmp_path.rglob("uploads/*"))) == 4
 
 
 def test_an_upload_of_another_turn_is_refused(tmp_path, run, base, root):

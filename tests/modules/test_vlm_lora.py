@@ -103,7 +103,7 @@ def test_what_it_says_is_what_the_whole_says(base, data):
         embedded = whole.get_input_embeddings()(batch.prompts)
         embedded = embedded.masked_scatter((batch.prompts == 4)[..., None], images)
         ids = whole.generate(
-            inputs_embeds=embedded, attention_mask=batch.prompt_attention, max_new_tokens=96, do_sample=False
+            inputs_embeds=embedded, attention_mask=batch.prompt_attention, max_new_tokens=128, do_sample=False
         )
     assert module.said[:3] == [
         (data.encoder.text(row), sample.answer) for row, sample in zip(ids, samples, strict=False)
