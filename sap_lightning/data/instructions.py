@@ -17,10 +17,12 @@ from torch.utils.data import DataLoader
 
 from sap_lightning.data.loaders import eval_sampler, images_per_process, process_of, train_sampler
 from sap_lightning.data.names import check_names
+from sap_lightning.data.questions import ANCHORS_FILE, IMAGE
+from sap_lightning.data.shapes.instructions import drawn_once
 from sap_lightning.errors import InputError, check_at_least, short
 
-IMAGE = "<image>"
-"""What stands for the image in a question."""
+BUILT_IN = "shapes"
+"""The root that stands for the built-in world's clients."""
 IGNORED = -100
 """The label of a token that is not learned."""
 TRAIN, TEST = "train.jsonl", "test.jsonl"
@@ -185,7 +187,9 @@ class InstructionDataModule(L.LightningDataModule):
 
     Args:
         root: folder ``<client>/train.jsonl`` and ``<client>/test.jsonl`` in LLaVA's format, with the images that they
-            name, relative to the client's folder. Each line may name a ``task``; all of a client's are of one.
+            name, relative to the client's folder. Each line may name a ``task``; all of a client's are of one. Public
+            conversations of the server may stand beside the clients, in ``anchors.jsonl``. Or ``shapes``, for the
+            clients of the built-in world, which are drawn once into the cache.
         batch_size: conversations a batch, over all processes.
         longest: tokens of a conversation, its image's among them; what is beyond is cut off.
         scores: by task how an answer is judged: ``exact`` (the same but for case and punctuation), ``f1`` (of its
@@ -207,7 +211,7 @@ class InstructionDataModule(L.LightningDataModule):
         super().__init__()
         check_at_least("data.batch_size", batch_size, 1)
         check_at_least("data.longest", longest, 8)
-        self.root = Path(root)
+        self._given_root = root
         self.batch_size = batch_size
         self.longest = longest
         self.scores: dict[str, Score] = {"caption": "f1", "vqa": "exact", "grounding": "iou", **(scores or {})}
@@ -215,6 +219,22 @@ class InstructionDataModule(L.LightningDataModule):
         self._client: str | None = None
         self._encoder: Encoder | None = None
         self._first_epoch = 0
+
+    @cached_property
+    def root(self) -> Path:
+        """The folder of all clients."""
+        return drawn_once() if self._given_root == BUILT_IN else Path(self._given_root)
+
+    @property
+    def anchors(self) -> Path:
+        """The server's public conversations.
+
+        Raises:
+            InputError: there are none.
+        """
+        if not (file := self.root / ANCHORS_FILE).is_file():
+            raise InputError(f"{file}: is not there; sap looks at public conversations, lines as in train.jsonl")
+        return file
 
     @cached_property
     def clients(self) -> tuple[str, ...]:

@@ -8,7 +8,10 @@ from pathlib import Path
 from typing import Any
 
 TASKS = ("caption", "vqa", "grounding")
+ANCHORS_FILE = "anchors.jsonl"
+"""The server's public conversations, beside the clients' folders."""
 IMAGE = "<image>"
+"""What stands for the image in a question."""
 DESCRIBE = f"{IMAGE}\nDescribe the image."
 IRREGULAR = {
     "person": "people", "mouse": "mice", "knife": "knives", "sheep": "sheep", "fish": "fish", "skis": "skis",

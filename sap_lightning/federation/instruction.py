@@ -22,7 +22,8 @@ from sap_lightning.federation.checkpoints import WholeCheckpoints, every_epoch, 
 from sap_lightning.federation.client import UNTRAINED, TrainerFactory
 from sap_lightning.federation.run_folder import RunFolder, require_settings
 from sap_lightning.federation.systems import SYSTEMS, System, task_weights, text_weights
-from sap_lightning.files import clear_unfinished_at, locked, read_tensors, write_tensors
+from sap_lightning.federation.unseen_task import check_methods, one_shot
+from sap_lightning.files import clear_unfinished_at, locked, read_tensors, sha256_of_file, write_tensors
 from sap_lightning.fingerprints import digest
 from sap_lightning.functional import answers
 from sap_lightning.functional.lora import LoRALayer
@@ -30,6 +31,8 @@ from sap_lightning.functional.rounds import mean_factors
 from sap_lightning.instruction_results import InstructionResult, InstructionResults
 from sap_lightning.io.factors import Shapes
 from sap_lightning.io.instruction_upload import ReadUpload, read_instruction_upload
+from sap_lightning.merging import MergeMethod
+from sap_lightning.merging.registry import method_named
 from sap_lightning.models.layers import layer_shapes
 from sap_lightning.models.llava import encoder_of, load_language_base
 from sap_lightning.modules.connector import mean_connector
@@ -40,6 +43,8 @@ BASE = "base"
 """What tables call the base as it is."""
 KEPT = "kept.safetensors"
 """What a client keeps at home from one turn to the next, in its folder."""
+ONE_SHOT = "one shot"
+"""What the log calls the one turn whose uploads are merged."""
 ALL = ""
 """The task of a connector that serves all."""
 SCORES = {"exact": answers.exact, "f1": answers.f1, "iou": answers.iou}
@@ -88,6 +93,8 @@ class InstructionFederation:
         epochs_per_round: of a client in a turn.
         share: of the clients that take part in a turn, drawn anew for each; at least one does.
         systems: ways to be measured, of ``SYSTEMS``.
+        methods: merge methods that are measured in one shot: on each task, its clients left out, after one turn with
+            one connector for all.
         config: settings that the run folder is held to; a folder of other settings is refused.
 
     Raises:
@@ -105,6 +112,7 @@ class InstructionFederation:
         epochs_per_round: int = 1,
         share: float = 1.0,
         systems: Sequence[str] = ("local", "fedit", "pilot"),
+        methods: Sequence[MergeMethod | str] = (),
         config: Mapping[str, Any] | None = None,
     ) -> None:
         check_at_least("federation.rounds", rounds, 1)
@@ -120,6 +128,8 @@ class InstructionFederation:
         self.epochs = epochs_per_round
         self.share = share
         self.systems = list(systems)
+        self.methods = [method_named(one, "federation.methods") if isinstance(one, str) else one for one in methods]
+        check_methods(self.methods)
         self.config = dict(config or {})
         self.results = InstructionResults(self.folder)
 
@@ -139,6 +149,8 @@ class InstructionFederation:
         self._measure(BASE, -1, SYSTEMS["fedit"], Server(), [])
         for name in self.systems:
             self._play(name, SYSTEMS[name])
+        if self.methods:
+            self._merge_in_one_shot()
         return self.results
 
     @cached_property
@@ -163,13 +175,35 @@ class InstructionFederation:
     def _play(self, name: str, system: System) -> None:
         server = Server()
         for number in range(1 + self.rounds):
-            folder = self._turn_folder(name, system, number)
-            for place, client in enumerate(self.chosen(number), start=1):
-                title = f"{name}, turn {number + 1} of {1 + self.rounds}, client {place} ({client})"
-                self._train(folder, title, client, self._start(name, system, number, server, client), system)
-            uploads = [self._read(folder, client, number) for client in self.chosen(number)]
+            uploads = self._turn(name, system, number, server)
             server = aggregated(system, server, uploads, self.data.tasks)
             self._measure(name, number, system, server, uploads)
+
+    def _merge_in_one_shot(self) -> None:
+        system = SYSTEMS["fedit"]
+        if len(set(self.data.tasks.values())) < 2:
+            raise InputError("federation.methods: all clients are of one task, so that none is unseen; leave it out")
+        uploads = self._turn(ONE_SHOT, system, 0, Server())
+        looks = any(method.needs_anchors for method in self.methods)
+        seen = (self.data.anchors, self._encoder) if looks else None
+        for method in self.methods:
+            looked_at = sha256_of_file(self.data.anchors) if method.needs_anchors else ""
+            sources = digest(method.record, looked_at, *sorted(one.sha256 for one in uploads))
+            for task in sorted(set(self.data.tasks.values())):
+                clients = [client for client, of in self.data.tasks.items() if of == task]
+                new = [client for client in clients if not self.results.has(method.name, 0, client, sources)]
+                start = one_shot(self.client.base, task, uploads, self.data.tasks, method, seen) if new else Start()
+                for client in new:
+                    module = self._module(start, system)
+                    self.results.add(self._measured(method.name, 0, client, module, sources, 0))
+
+    def _turn(self, name: str, system: System, number: int, server: Server) -> list[ReadUpload]:
+        """What the clients of a turn send, which are trained if they have not been."""
+        folder = self._turn_folder(name, system, number)
+        for place, client in enumerate(self.chosen(number), start=1):
+            title = f"{name}, turn {number + 1} of {1 + self.rounds}, client {place} ({client})"
+            self._train(folder, title, client, self._start(name, system, number, server, client), system)
+        return [self._read(folder, client, number) for client in self.chosen(number)]
 
     def _turn_folder(self, name: str, system: System, number: int) -> RunFolder:
         """Where a turn's clients train; the first turn is the same for all ways that begin alike."""
@@ -291,7 +325,7 @@ class InstructionFederation:
         )
 
 
-FREE_INSTRUCTION_SETTINGS = ("federation.run_dir", "federation.systems")
+FREE_INSTRUCTION_SETTINGS = ("federation.run_dir", "federation.systems", "federation.methods")
 """Settings that may change from one start to the next."""
 
 

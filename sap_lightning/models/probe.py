@@ -47,8 +47,34 @@ class Answer(NamedTuple):
     loss: float
 
 
+class Recalling:
+    """Remembers what it was asked about adapters.
+
+    Attributes:
+        memory: what was answered before.
+        fingerprint: of what answers.
+    """
+
+    memory: Memory
+    fingerprint: str
+
+    def recall(self, question: str, adapter: str, ask: Callable[[], T]) -> T:
+        """The answer to a question about an adapter: what was answered before, else asks, and remembers.
+
+        Args:
+            question: names what is asked.
+            adapter: its sha256.
+            ask: gives the answer.
+        """
+        key = self.fingerprint, question, adapter
+        if key not in self.memory:
+            self.memory[key] = ask()
+        answer: T = self.memory[key]
+        return answer
+
+
 @dataclass(frozen=True, eq=False)
-class AnchorProbe:
+class AnchorProbe(Recalling):
     """Puts updates on the towers and looks at the anchors through them; each question is one pass over them.
 
     Captions go through the text tower anew where an update changes it, else they are looked up.
@@ -91,24 +117,10 @@ class AnchorProbe:
         return self.captions.device
 
     @cached_property
-    def fingerprint(self) -> str:
+    def fingerprint(self) -> str:  # type: ignore[override]  # follows from the rest
         """Tells one set of anchors from another."""
         features = self.captions.detach().float().cpu().numpy().tobytes()
         return hashlib.sha256(features + f"{list(self.pairs)} {self.images}".encode()).hexdigest()
-
-    def recall(self, question: str, adapter: str, ask: Callable[[], T]) -> T:
-        """The answer to a question about an adapter: what was answered before, else asks, and remembers.
-
-        Args:
-            question: names what is asked.
-            adapter: its sha256.
-            ask: gives the answer.
-        """
-        key = self.fingerprint, question, adapter
-        if key not in self.memory:
-            self.memory[key] = ask()
-        answer: T = self.memory[key]
-        return answer
 
     def halves(self) -> tuple[AnchorProbe, AnchorProbe]:
         """Two probes that share the tower and the memory, and look at every other pair each."""

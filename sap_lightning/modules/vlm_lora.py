@@ -19,7 +19,7 @@ from transformers import get_constant_schedule_with_warmup, get_cosine_schedule_
 
 from sap_lightning.data.instructions import IGNORED, InstructionBatch, InstructionDataModule
 from sap_lightning.errors import InputError, check_at_least, check_positive, check_share
-from sap_lightning.functional.lora import LoRALayer
+from sap_lightning.functional.lora import LoRALayer, Update
 from sap_lightning.io.adapter import sha256_of
 from sap_lightning.io.instruction_upload import InstructionUpload, write_instruction_upload
 from sap_lightning.io.manifest import Manifest
@@ -27,6 +27,7 @@ from sap_lightning.io.peft_config import public_name
 from sap_lightning.models.layers import layer_shapes
 from sap_lightning.models.llava import LanguageBase, embedded, load_language_base
 from sap_lightning.models.lora import lora_layers, with_lora
+from sap_lightning.models.patched import Patched
 from sap_lightning.modules.connector import (
     Connector,
     LossWeights,
@@ -53,6 +54,7 @@ class Start:
         layers: its LoRA; drawn from the seed where there is none.
         connectors: parameters of the connector of each task, or of the one for all; the base's where there are none.
         kept: what its last turn has kept at home.
+        update: of the language model's layers, by name, in place of a LoRA, where nothing is trained any more.
     """
 
     number: int = 0
@@ -61,6 +63,7 @@ class Start:
     layers: Mapping[str, LoRALayer] = field(default_factory=dict)
     connectors: Mapping[str, Mapping[str, Tensor]] = field(default_factory=dict)
     kept: Mapping[str, Tensor] = field(default_factory=dict)
+    update: Mapping[str, Update] | None = None
 
 
 class VLMLoRAModule(L.LightningModule):
@@ -141,8 +144,12 @@ class VLMLoRAModule(L.LightningModule):
         loaded = load_language_base(self.base)
         seed = self.seed + (0 if self._start.layers else self._start.number)
         language = loaded.language.requires_grad_(False)
-        layers = self._layers_to_adapt(language)
-        self.language = with_lora(language, layers, self.rank, self.alpha, self.dropout, seed, self._start.layers)
+        if self._start.update is not None:
+            self.language = language
+            Patched(language).set_update(self._start.update)
+        else:
+            layers = self._layers_to_adapt(language)
+            self.language = with_lora(language, layers, self.rank, self.alpha, self.dropout, seed, self._start.layers)
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(self.seed)
             self.connector = self._connector(loaded.connector) if loaded.connector is not None else None

@@ -37,6 +37,28 @@ class InstructionRow(NamedTuple):
     sent: int
 
 
+class Cells(NamedTuple):
+    """A table as text, whose first column is names and the others are numbers."""
+
+    title: str
+    header: Sequence[str]
+    rows: Sequence[Sequence[str]]
+
+    def rich(self) -> Table:
+        """For a terminal."""
+        table = Table(title=self.title)
+        for place, name in enumerate(self.header):
+            table.add_column(name, justify="right" if place else "left")
+        for row in self.rows:
+            table.add_row(*row)
+        return table
+
+    def markdown(self) -> str:
+        """For a file."""
+        lines = [self.header, ["---", *["---:"] * (len(self.header) - 1)], *self.rows]
+        return f"{self.title}\n\n" + "".join(f"| {' | '.join(line)} |\n" for line in lines)
+
+
 def rows_of(results: InstructionResults, systems: Sequence[str], turns: int) -> list[InstructionRow]:
     """A row for the base and each way."""
     rows = []
@@ -68,21 +90,29 @@ def cells(row: InstructionRow) -> list[str]:
     return [row.system, *scores, f"{row.perplexity:.2f}", other, f"{row.sent / 1e6:.1f}"]
 
 
+def one_shot_rows(federation: InstructionFederation) -> list[list[str]]:
+    """The base and each merge method on each task, whose clients it was made without."""
+    rows = []
+    for name in (BASE, *(method.name for method in federation.methods)):
+        found = federation.results.by_task(name, 0 if name == BASE else 1)
+        rows.append([name, *(f"{score:.3f}" for score in (*found.values(), fmean(found.values())))])
+    return rows
+
+
 def show_instruction(federation: InstructionFederation) -> None:
     """Prints the table and writes it, and draws the scores over the turns."""
     results, turns = federation.results, 1 + federation.rounds
     tasks = sorted(set(federation.data.tasks.values()))
     header = ["system", *tasks, "mean", "perplexity", "of another image", "MB sent"]
-    rows = rows_of(results, federation.systems, turns)
-    table = Table()
-    for name in header:
-        table.add_column(name, justify="left" if name == "system" else "right")
-    for row in rows:
-        table.add_row(*cells(row))
-    Console(width=None if on_terminal() else LOG_WIDTH).print(table)
-    lines = [header, ["---", *["---:"] * (len(header) - 1)], *map(cells, rows)]
-    file = federation.folder / TABLE_FILE
-    write_text(file, "".join(f"| {' | '.join(line)} |\n" for line in lines))
+    rows = [cells(row) for row in rows_of(results, federation.systems, turns)]
+    tables = [Cells("Tuned together", header, rows)]
+    if federation.methods:
+        unseen = ["merged once", *(f"{task} unseen" for task in tasks), "mean"]
+        tables.append(Cells("On a task that nobody trained on", unseen, one_shot_rows(federation)))
+    console = Console(width=None if on_terminal() else LOG_WIDTH)
+    for table in tables:
+        console.print(table.rich())
+    write_text(federation.folder / TABLE_FILE, "\n".join(table.markdown() for table in tables))
     over_turns(results, federation.systems, turns).savefig(federation.folder / "scores.png", dpi=150)
     print(f"Table: {results.csv}\nAnswers: {federation.folder / 'answers'}")
     print(f"Figures: {federation.folder / 'scores.png'}, tensorboard --logdir {federation.folder}")

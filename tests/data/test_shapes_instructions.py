@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from sap_lightning.data.instructions import InstructionDataModule, read_samples
 from sap_lightning.data.questions import TASKS, count, plural
 from sap_lightning.data.shapes import instructions
 from sap_lightning.data.shapes.instructions import ASK, CLIENTS, draw_clients
@@ -53,7 +54,7 @@ def test_more_samples_begin_with_the_fewer(clients, tmp_path):
 
 
 def test_every_task_has_two_clients_of_different_styles(clients):
-    assert {path.name for path in clients.iterdir()} == set(CLIENTS)
+    assert {path.name for path in clients.iterdir()} == {*CLIENTS, "anchors", "anchors.jsonl"}
     for task in TASKS:
         styles = [client.split("_")[1] for client in CLIENTS if client.startswith(task)]
         assert len(set(styles)) == 2 and set(styles) <= set(DOMAINS)
@@ -138,3 +139,17 @@ def test_the_command_draws_clients_and_tells_a_bad_folder_in_one_line(tmp_path):
     assert answer.returncode == 1
     assert answer.stderr.startswith(f"error: {tmp_path / 'clients'}: already exists")
     assert len(answer.stderr.splitlines()) == 1
+
+
+def test_the_server_has_public_captions(clients):
+    samples = read_samples(clients / "anchors.jsonl")
+    assert len(samples) == 32 and {sample.task for sample in samples} == {"caption"}
+
+
+def test_the_clients_are_drawn_once(tmp_path, monkeypatch):
+    monkeypatch.setenv("SAP_LIGHTNING_CACHE", str(tmp_path / "images"))
+    monkeypatch.setattr(instructions, "draw_clients", lambda folder: draw_clients(folder, train=1, test=1))
+    root = InstructionDataModule("shapes").root
+    assert root.parent == tmp_path and InstructionDataModule("shapes").clients == tuple(sorted(CLIENTS))
+    monkeypatch.setattr(instructions, "draw_clients", lambda folder: pytest.fail("drawn again"))
+    assert InstructionDataModule("shapes").root == root

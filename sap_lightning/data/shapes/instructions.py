@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Iterator
+from hashlib import sha256
 from pathlib import Path
 from typing import NamedTuple
 
@@ -12,11 +13,22 @@ from jsonargparse import auto_cli
 from numpy.random import Generator
 from PIL import Image
 
-from sap_lightning.data.questions import DESCRIBE, box_answer, count, place, presence, sample, write_samples
+from sap_lightning.data import questions
+from sap_lightning.data.questions import (
+    ANCHORS_FILE,
+    DESCRIBE,
+    box_answer,
+    count,
+    place,
+    presence,
+    sample,
+    write_samples,
+)
+from sap_lightning.data.shapes import arrangement, world
 from sap_lightning.data.shapes.arrangement import MOST, Arrangement, arranged, several_of, some_things
-from sap_lightning.data.shapes.world import CLASSES, COLOUR_TEMPLATES, MEDIA
+from sap_lightning.data.shapes.world import CLASSES, COLOUR_TEMPLATES, MEDIA, STYLES
 from sap_lightning.errors import InputError, check_at_least
-from sap_lightning.files import new_folder
+from sap_lightning.files import cache_folder, new_folder
 
 CLIENTS = (
     "caption_photo", "caption_sketch", "vqa_cartoon", "vqa_painting", "grounding_photo", "grounding_cartoon",
@@ -24,6 +36,8 @@ CLIENTS = (
 """A task and the style of the client's pictures."""
 DESCRIPTION = COLOUR_TEMPLATES[1]
 """The sentence that every caption client says, with the first of its style's media: what differs is what it sees."""
+ANCHORS = 32
+"""Pictures of all styles with captions, which the server has."""
 DECIMALS = 1
 """Of boxes: a tiny model sees patches of an eighth."""
 
@@ -43,7 +57,8 @@ def draw_clients(folder: str | Path, train: int = 60, test: int = 40, size: int 
     client gives the box of a thing, to one decimal.
 
     Args:
-        folder: where to; must not exist yet. Gets `<task>_<style>/train.jsonl`, `test.jsonl` and `images/`.
+        folder: where to; must not exist yet. Gets `<task>_<style>/train.jsonl`, `test.jsonl` and `images/`, and the
+            server's captions in `anchors.jsonl` beside `anchors/`.
         train: samples to train on, of each client.
         test: samples to test with, of each client.
         size: side of the square images, in pixels.
@@ -60,6 +75,20 @@ def draw_clients(folder: str | Path, train: int = 60, test: int = 40, size: int 
             for part, (split, samples) in enumerate({"train": train, "test": test}.items()):
                 rngs = (np.random.default_rng([seed, number, part, at]) for at in range(samples))
                 write_samples(draft / client / f"{split}.jsonl", drawn(draft / client, split, size, rngs))
+        (draft / "anchors").mkdir()
+        rngs = (np.random.default_rng([seed, len(CLIENTS), at]) for at in range(ANCHORS))
+        write_samples(draft / ANCHORS_FILE, anchors(draft, size, rngs))
+
+
+def drawn_once() -> Path:
+    """The clients as they are by default, drawn into the cache where they are not yet."""
+    code = (
+        Path(module.__file__ or "").read_bytes() for module in (world, arrangement, questions, sys.modules[__name__])
+    )
+    folder = cache_folder().parent / f"shapes_instructions-{sha256(b''.join(code)).hexdigest()[:12]}"
+    if not folder.exists():
+        draw_clients(folder)
+    return folder
 
 
 def drawn(folder: Path, split: str, size: int, rngs: Iterator[Generator]) -> Iterator[dict[str, object]]:
@@ -70,6 +99,15 @@ def drawn(folder: Path, split: str, size: int, rngs: Iterator[Generator]) -> Ite
         image, question, answer = ASK[task](style, at, size, rng)
         image.save(folder / name)
         yield sample(name, task, question, answer)
+
+
+def anchors(folder: Path, size: int, rngs: Iterator[Generator]) -> Iterator[dict[str, object]]:
+    """The server's captions, of pictures in any style, their images saved."""
+    for at, rng in enumerate(rngs):
+        name = f"anchors/{at:03}.png"
+        image, question, answer = caption(str(rng.choice(list(STYLES))), at, size, rng)
+        image.save(folder / name)
+        yield sample(name, "caption", question, answer)
 
 
 def caption(style: str, number: int, size: int, rng: Generator) -> Asked:
