@@ -217,6 +217,22 @@ def pairs_in_table(table: datasets.Dataset, root: str, num_pairs: int) -> Pairs:
     return Pairs(table_pictures(table, image, range(num_pairs)), captions, table_fingerprint(table, image))
 
 
+def captioned_images(listing: Path) -> list[tuple[Path, list[str]]]:
+    """Each image that a `captions.jsonl` names, with all of its captions.
+
+    Raises:
+        InputError: a bad line, a missing image, or no line at all.
+    """
+    found = []
+    for where, entry in entries_in(listing):
+        value = next((entry[key] for key in CAPTION_COLUMNS if key in entry), None)
+        captions = [_caption(one, where) for one in (value if isinstance(value, list) and value else [value])]
+        found.append((image_file(listing.parent, entry, where), captions))
+    if not found:
+        raise InputError(f"{listing}: has no image; give a JSON object a line, with file_name and captions")
+    return found
+
+
 def entries_in(listing: Path) -> Iterator[tuple[str, dict[str, object]]]:
     """Each JSON object of a JSONL file with the words for where it stands; blank lines are passed over.
 
