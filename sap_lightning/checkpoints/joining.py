@@ -115,7 +115,7 @@ def check_configs(
     """
     first = configs[0]
     for model, config in zip(models[1:], configs[1:], strict=True):
-        for name in sorted(first.keys() | config.keys()):
+        for name in sorted(first.keys() | config.keys(), key=lambda one: (one != "model_type", one)):
             if name in FREE or name in free or "dropout" in name or first.get(name) == config.get(name):
                 continue
             raise InputError(
