@@ -123,7 +123,7 @@ class Work:
         else:
             return {}
         write_tensors(file, seen)
-        return seen
+        return read_tensors(file) or {}  # in the order of the file, as a run that goes on has them: sums depend on it
 
     def _scores(self) -> list[Scores]:
         """Each model's scores where the method asks for any; those that were written before are kept."""
