@@ -8,8 +8,11 @@ from functools import cached_property
 from hashlib import sha256
 from typing import Any, BinaryIO
 
+import torch
 from torch import Tensor
 
+from sap_lightning.checkpoints.checkpoint import Checkpoint
+from sap_lightning.checkpoints.layout import Layout
 from sap_lightning.checkpoints.method import Seen, WholeMethod
 from sap_lightning.checkpoints.scores import Scores
 from sap_lightning.checkpoints.sources import Part, Rows, Sources, bytes_of
@@ -63,6 +66,7 @@ class Fuser:
         sources: the models.
         scores: how much every element of each model's change matters, for a method that asks data.
         seen: what a method of whole models alone has seen of them.
+        joint: what the result is like where it is not as the first model; then weights that it is given are in seen.
     """
 
     method: MergeMethod
@@ -70,10 +74,21 @@ class Fuser:
     sources: Sources
     scores: Sequence[Scores] = ()
     seen: Seen = field(default_factory=dict)
+    joint: Layout | None = None
+
+    @property
+    def layout(self) -> Checkpoint | Layout:
+        """What the result is like."""
+        return self.joint or self.sources.first
 
     @cached_property
     def kept(self) -> dict[str, str]:
         """Weights that stay as the first model has them, by key, and why."""
+        joint = self.joint
+        return {key: why for key, why in self._kept.items() if joint is None or joint.fuses(key)}
+
+    @property
+    def _kept(self) -> dict[str, str]:
         method, shapes = self.method, self.sources.first.shapes
         if isinstance(method, WholeMethod):
             return method.kept(self.sources, self.seen)
@@ -113,30 +128,43 @@ class Fuser:
             threshold.equal_that_go = left
 
     def write(self, shard: str, file: BinaryIO) -> Tally:
-        """Writes a shard of the first model with every weight fused, in its layout and dtypes.
+        """Writes a shard of the result.
 
         Raises:
             InputError: when a weight is not finite.
         """
-        first, tally = self.sources.first, Tally(len(self.sources.models))
-        file.write(first.head(shard))
-        for key in track(first.keys_of(shard), f"{self.method.name}: weights"):
-            if key in self.kept:
-                for chunk in first.chunks(key):
-                    tally.digests[0].update(chunk)
-                    file.write(chunk)
-            else:
-                thresholds = self._thresholds_of(key)
-                for part in self.parts(key):
-                    result = self._fused(key, part, thresholds)
-                    tally.add(part, result)
-                    file.write(bytes_of(result))
+        tally = Tally(len(self.sources.models))
+        file.write(self.layout.head(shard))
+        for key in track(self.layout.keys_of(shard), f"{self.method.name}: weights"):
+            for content in self._contents(key, tally):
+                file.write(content)
         return tally
+
+    def _contents(self, key: str, tally: Tally) -> Iterator[bytes | memoryview]:
+        """The bytes of a weight of the result; what was read for them is counted."""
+        if key in self.kept:
+            for chunk in self.sources.first.chunks(key):
+                tally.digests[0].update(chunk)
+                yield chunk
+        elif self.joint and key in self.joint.joined:
+            for model, rows in self.joint.pieces(key, self.sources):
+                tally.digests[model].update(bytes_of(rows))
+                yield bytes_of(self._checked(key, rows, self.joint.dtype(key)))
+        elif self.joint and key in self.seen:
+            yield bytes_of(self._checked(key, self.seen[key], self.joint.dtype(key)))
+        else:
+            thresholds = self._thresholds_of(key)
+            for part in self.parts(key):
+                result = self._fused(key, part, thresholds)
+                tally.add(part, result)
+                yield bytes_of(result)
 
     def _fused(self, key: str, part: Part, thresholds: Sequence[RunningThreshold] | None) -> Tensor:
         """A part in the first model's dtype."""
-        dtype = part.changes[0].stored.dtype
-        result = self._weight(key, part, thresholds).to(dtype)
+        return self._checked(key, self._weight(key, part, thresholds), part.changes[0].stored.dtype)
+
+    def _checked(self, key: str, result: Tensor, dtype: torch.dtype) -> Tensor:
+        result = result.to(dtype)
         if not result.isfinite().all():
             raise InputError(
                 f"{key}: what {self.method.name} makes of it is not finite in {dtype}; check the models and the"
@@ -183,7 +211,8 @@ class Fuser:
     @property
     def _pruned_keys(self) -> list[str]:
         every = (key for shard in self.sources.first.shards for key in self.sources.first.keys_of(shard))
-        return [key for key in every if key not in self.kept and not self._is_averaged(key)]
+        fused = (key for key in every if key not in self.kept and (self.joint is None or self.joint.fuses(key)))
+        return [key for key in fused if not self._is_averaged(key)]
 
     def parts(self, key: str) -> Iterator[Part]:
         """A weight, whole or in blocks of its rows, as the method takes it."""

@@ -7,6 +7,7 @@ from pathlib import Path
 
 from sap_lightning.checkpoints.checkpoint import Checkpoint
 from sap_lightning.checkpoints.examples import Anchors, Examples
+from sap_lightning.checkpoints.joining import JoiningMethod
 from sap_lightning.checkpoints.method import WholeMethod
 from sap_lightning.checkpoints.methods import FUSE_METHODS
 from sap_lightning.checkpoints.sources import Sources
@@ -31,7 +32,7 @@ class Fusion:
         method: how the models' changes of the base become one: a method, or the name of one at its own settings.
         weights: a number for each model, by which its change is multiplied; they count alike if not given.
         texts: file of unlabelled texts, one a line, that language models are shown: ataf finds its α by them, sap what
-            matters, and methods of whole models alone look at models at work.
+            matters, and methods of whole models alone look at models at work. For mergeme a file for each model.
         anchors: image–caption pairs, by which they do so for CLIP models.
 
     Raises:
@@ -45,7 +46,7 @@ class Fusion:
         base: str | None = None,
         method: MergeMethod | str = "average",
         weights: list[float] | None = None,
-        texts: str | None = None,
+        texts: list[str] | str | None = None,
         anchors: Anchors | None = None,
     ) -> None:
         self.models = models
@@ -53,9 +54,11 @@ class Fusion:
         self.base = base
         self.method = method_named(method, "fuse.method", FUSE_METHODS) if isinstance(method, str) else method
         self.weights = weights
-        self.texts = texts
+        self.texts = [texts] if isinstance(texts, str) else texts or []
         self.anchors = anchors
         check_method(self.method)
+        if isinstance(self.method, JoiningMethod):
+            check_method(self.method.inner)
         self._check_settings()
 
     def _check_settings(self) -> None:
@@ -64,6 +67,8 @@ class Fusion:
             raise InputError(f"fuse.models {self.models}: {method.name} needs at least {least}")
         if twice := [model for model in self.models if self.models.count(model) > 1]:
             raise InputError(f"fuse.models: {twice[0]} is given twice; give each model once")
+        if isinstance(method, JoiningMethod):
+            method.check(self.models, self.texts, self.anchors is not None)
         if isinstance(method, WholeMethod):
             method.check(self.models, self.base, self.weights)
         elif self.weights is not None:
@@ -71,23 +76,26 @@ class Fusion:
             if len(self.weights) != len(self.models):
                 raise InputError(f"fuse.weights {self.weights}: {len(self.weights)} for {len(self.models)} models")
         self._check_data()
+        fuses = method.inner if isinstance(method, JoiningMethod) else method
         needs_base = not isinstance(method, WholeMethod)
-        if needs_base and self.base is None and not (method.merges_prompts and math.isclose(sum(self.shares), 1)):
+        if needs_base and self.base is None and not (fuses.merges_prompts and math.isclose(sum(self.shares), 1)):
             raise InputError(
-                f"fuse.base is not set: {method.name} fuses what the models have changed of a base; name the model that"
+                f"fuse.base is not set: {fuses.name} fuses what the models have changed of a base; name the model that"
                 " they were trained from"
             )
 
     def _check_data(self) -> None:
         """Data for a method that looks at any, of one kind; anchors of a config file may be there for others."""
-        method = self.method
-        if self.texts is not None and not method.needs_anchors:
-            raise InputError(f"fuse.texts {self.texts}: {method.name} looks at none here; leave it out")
-        if self.texts is not None and self.anchors is not None:
+        method, texts = self.method, ", ".join(self.texts)
+        if texts and not method.needs_anchors:
+            raise InputError(f"fuse.texts {texts}: {method.name} looks at none here; leave it out")
+        if len(self.texts) > 1 and not isinstance(method, JoiningMethod):
+            raise InputError(f"fuse.texts {texts}: {method.name} looks at one file; give one")
+        if texts and self.anchors is not None:
             raise InputError(
-                f"fuse.texts {self.texts}: is for language models, anchors.root for CLIP models; leave one of them out"
+                f"fuse.texts {texts}: is for language models, anchors.root for CLIP models; leave one of them out"
             )
-        if method.needs_anchors and self.texts is None and self.anchors is None:
+        if method.needs_anchors and not texts and self.anchors is None:
             alone = ", or --fuse.method.alpha" if hasattr(method, "alpha") else ""
             raise InputError(
                 f"fuse.method {method.name} looks at data: give --fuse.texts for language models, or --anchors.root for"
@@ -110,7 +118,8 @@ class Fusion:
         sources = Sources.of(models, base, isinstance(self.method, WholeMethod) and self.method.takes_unlike)
         output = Path(self.output)
         workplace = output.with_name(f".{output.name}.fusing")
-        work = Work(self.method, self.shares, sources, workplace, self._examples(models[0].folder))
+        joint = self.method.layout(sources) if isinstance(self.method, JoiningMethod) else None
+        work = Work(self.method, self.shares, sources, workplace, self._examples(models[0].folder), joint)
         if not work.is_planned_in(output):
             refuse_existing(output)
             with locked(workplace), writing(workplace):
@@ -119,19 +128,19 @@ class Fusion:
         work.finish(output)
         return output
 
-    def _examples(self, first: Path) -> Examples | None:
+    def _examples(self, first: Path) -> list[Examples]:
         """What the models are shown, in tokens of the first model's."""
         if not self.method.needs_anchors:
-            return None
+            return []
         # Here, as models take seconds to import, which a method that looks at none should not cost.
-        if self.texts is not None:
+        if self.texts:
             from sap_lightning.checkpoints.texts import Texts
 
-            return Texts(self.texts, first)
+            return [Texts(file, first) for file in self.texts]
         from sap_lightning.checkpoints.pairs import Pairs
 
         assert self.anchors is not None
-        return Pairs(self.anchors, first)
+        return [Pairs(self.anchors, first)]
 
 
 def check_method(method: MergeMethod) -> None:
@@ -149,7 +158,7 @@ def _obstacle(method: MergeMethod) -> str | None:
         return "looks at what clients say of their training, which whole models do not"
     if method.needs_factors:
         return "looks at the factors A and B of LoRA, which whole models have not"
-    if isinstance(method, WholeMethod):
+    if isinstance(method, WholeMethod | JoiningMethod):
         return None
     if method.needs_anchors and not isinstance(method, ATAF | SAP):
         return "looks at anchors through CLIP with an adapter on it, and not at whole models"

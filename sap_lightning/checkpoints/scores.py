@@ -17,7 +17,7 @@ from sap_lightning.checkpoints.sources import Rows, Sources, bytes_of
 from sap_lightning.console import track
 from sap_lightning.errors import InputError
 from sap_lightning.functional.saliency import Reduction, term
-from sap_lightning.io.weights import SafetensorsFile, head_of, matrix_shape
+from sap_lightning.io.weights import SafetensorsFile, Stated, head_of, matrix_shape
 from sap_lightning.merging import SAP
 
 log = logging.getLogger(__name__)
@@ -54,7 +54,7 @@ def write_scores(file: BinaryIO, method: SAP, sources: Sources, index: int, exam
     log.info("%s: %s has a mean loss of %.4f", method.name, checkpoint.name, loss)
     names = matched(list(checkpoint.stated), list(gradients))
     keys = [key for key in sources.first.stated if key not in sources.kept]
-    file.write(head_of({key: sources.first.stated[key].shape for key in keys}))
+    file.write(head_of({key: Stated(torch.float32, sources.first.stated[key].shape) for key in keys}))
     for key in track(keys, f"{method.name}: scores"):
         gradient = gradients.get(names.get(own[key], ""))  # a weight that the model does not use has none
         for rows in sources.blocks(key, BLOCK):

@@ -116,11 +116,13 @@ class Sources:
     def _everyone(self) -> list[tuple[str, Checkpoint, Mapping[str, str]]]:
         """The models and the base with their keys, called as others may know them; those called alike are numbered."""
         pairs = [*zip(self.models, self.keys, strict=True), (self.base, self.base_keys)]
-        names = [public_name(one.name) for one, _ in pairs]
-        return [
-            (name if names.count(name) == 1 else f"{name} ({number})", one, keys)
-            for number, (name, (one, keys)) in enumerate(zip(names, pairs, strict=True), start=1)
-        ]
+        names = _told_apart([public_name(one.name) for one, _ in pairs])
+        return [(name, one, keys) for name, (one, keys) in zip(names, pairs, strict=True)]
+
+    @property
+    def names(self) -> list[str]:
+        """What the models are called, each otherwise than the others."""
+        return _told_apart([public_name(one.name) for one in self.models])
 
     @property
     def unused(self) -> dict[str, list[str]]:
@@ -172,6 +174,11 @@ def _keys_in(model: Checkpoint, first: Checkpoint) -> dict[str, str]:
         if embedding and head:
             keys[head] = embedding
     return keys
+
+
+def _told_apart(names: Sequence[str]) -> list[str]:
+    """Names of which those that are alike are numbered."""
+    return [name if names.count(name) == 1 else f"{name} ({number})" for number, name in enumerate(names, start=1)]
 
 
 def bytes_of(tensor: Tensor) -> memoryview:

@@ -12,9 +12,12 @@ from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
+from sap_lightning.checkpoints.checkpoint import INDEX_FILE
 from sap_lightning.checkpoints.consistency import divergences, most_consistent
 from sap_lightning.checkpoints.examples import Examples
 from sap_lightning.checkpoints.fuser import Fuser
+from sap_lightning.checkpoints.joining import JoiningMethod
+from sap_lightning.checkpoints.layout import Layout
 from sap_lightning.checkpoints.method import Seen, WholeMethod
 from sap_lightning.checkpoints.scores import Scores, write_scores
 from sap_lightning.checkpoints.sources import Sources
@@ -42,14 +45,16 @@ class Work:
         shares: each model's share of the whole.
         sources: the models.
         workplace: the folder in which it is done, where finished shards stand.
-        examples: what a method that asks data shows the models.
+        examples: what a method that asks data shows the models; of one that joins them, each model's own.
+        joint: what the result is like where it is not as the first model.
     """
 
     method: MergeMethod
     shares: Sequence[float]
     sources: Sources
     workplace: Path
-    examples: Examples | None = None
+    examples: Sequence[Examples] = ()
+    joint: Layout | None = None
 
     @property
     def folder(self) -> Path:
@@ -60,7 +65,7 @@ class Work:
     def plan(self) -> dict[str, Any]:
         """What decides the result."""
         models = [{"name": one.name, "files": one.fingerprint} for one in (*self.sources.models, self.sources.base)]
-        examples = self.examples and self.examples.fingerprint
+        examples = [one.fingerprint for one in self.examples]
         shares = list(self.shares)
         return dict(as_json({**self.method.record, "models": models, "shares": shares, "examples": examples}))
 
@@ -85,9 +90,9 @@ class Work:
             for name in (ALPHAS_FILE, SEEN_FILE):
                 (self.workplace / name).unlink(missing_ok=True)
             write_json(self.folder / PLAN_FILE, sealed(self.plan))
-        fuser = Fuser(self._decided(), self.shares, self.sources, self._scores(), self._seen())
+        fuser = Fuser(self._decided(), self.shares, self.sources, self._scores(), self._seen(), self.joint)
         shards: dict[str, dict[str, Any]] = {}
-        for shard in track(list(self.sources.first.shards), f"{self.method.name}: shards"):
+        for shard in track(list(fuser.layout.shards), f"{self.method.name}: shards"):
             record = _record_of(self.folder / shard, self.workplace / f"{shard}.json")
             shards[shard] = record or self._write(shard, fuser, shards)
         self._complete(shards, fuser)
@@ -95,10 +100,12 @@ class Work:
     def _decided(self) -> MergeMethod:
         """The method with all that it needs to know, if need be by a look at the examples."""
         method, file = self.method, self.workplace / ALPHAS_FILE
+        if isinstance(method, JoiningMethod):
+            return method.inner
         if not (isinstance(method, ATAF) and self.examples):
             return method
         if (found := _read(file)) is None:
-            looked = divergences(method, self.shares, self.sources, self.examples)
+            looked = divergences(method, self.shares, self.sources, self.examples[0])
             found = {str(alpha): one for alpha, one in looked.items()}
             write_json(file, sealed(found))
         return replace(method, alpha=most_consistent({float(alpha): one for alpha, one in found.items()}))
@@ -106,12 +113,17 @@ class Work:
     def _seen(self) -> Seen:
         """What a method of whole models alone sees of them; nothing where it is another."""
         method, file = self.method, self.workplace / SEEN_FILE
-        if not (isinstance(method, WholeMethod) and self.examples):
+        if (seen := read_tensors(file)) is not None:
+            return seen
+        if isinstance(method, JoiningMethod):
+            assert self.joint
+            seen = dict(method.look(self.sources, self.joint, self.examples))
+        elif isinstance(method, WholeMethod) and self.examples:
+            seen = dict(method.look(self.sources, self.examples[0]))
+        else:
             return {}
-        if (seen := read_tensors(file)) is None:
-            seen = dict(method.look(self.sources, self.examples))
-            write_tensors(file, seen)
-        return seen
+        write_tensors(file, seen)
+        return read_tensors(file) or {}  # in the order of the file, as a run that goes on has them: sums depend on it
 
     def _scores(self) -> list[Scores]:
         """Each model's scores where the method asks for any; those that were written before are kept."""
@@ -124,7 +136,7 @@ class Work:
             record = path.with_suffix(".json")
             if _record_of(path, record) is None:
                 with replacing(path) as file:
-                    write_scores(file, method, self.sources, index, self.examples)
+                    write_scores(file, method, self.sources, index, self.examples[0])
                 write_json(record, sealed({"digest": sha256_of_file(path)}))
         return list(map(Scores, files))
 
@@ -141,9 +153,11 @@ class Work:
     def _complete(self, shards: Mapping[str, Mapping[str, Any]], fuser: Fuser) -> None:
         """Puts beside the weights what makes them a model, the record and the card."""
         for name, path in self.sources.first.beside().items():
-            if name != RECORD_FILE:
+            if name != RECORD_FILE and not (self.joint and name == INDEX_FILE):
                 with replacing(self.folder / name) as file, path.open("rb") as content:
                     shutil.copyfileobj(content, file)
+        for name, said in self.joint.beside.items() if self.joint else ():
+            write_json(self.folder / name, said)
         record, findings = self._record([*shards.values()]), self._findings([*shards.values()], fuser)
         card = model_card(
             self.sources.base.name,
@@ -183,6 +197,7 @@ class Work:
             "unused": self.sources.unused,
             **({"alpha": fuser.method.alpha} if isinstance(fuser.method, ATAF) else {}),
             **(fuser.method.findings(fuser.seen) if isinstance(fuser.method, WholeMethod) else {}),
+            **(self.joint.findings if self.joint else {}),
             "unchanged": sum(one["unchanged"] for one in shards) / elements if elements else 1.0,
         }
 

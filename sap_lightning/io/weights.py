@@ -23,6 +23,10 @@ from sap_lightning.io.rules import errors_in, is_integer, object_from, short
 
 MAX_HEADER_BYTES = 2**23
 DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+_NAMES = {dtype: name for name, dtype in DTYPES.items()}
+_BYTES = {name: dtype.itemsize for name, dtype in DTYPES.items()} | {
+    "F64": 8, "I64": 8, "I32": 4, "I16": 2, "I8": 1, "U8": 1, "BOOL": 1,
+}  # fmt: skip
 _METADATA = "__metadata__"
 _CHUNK_BYTES = 2**24
 _LENGTH_BYTES = 8
@@ -234,15 +238,36 @@ def matrix_shape(shape: Sequence[int]) -> tuple[int, int]:
     return shape[0], math.prod(shape[1:])
 
 
-def head_of(shapes: Mapping[str, Sequence[int]]) -> bytes:
-    """What stands in a safetensors file before float32 tensors of these shapes, which follow in this order."""
-    header, at = {}, 0
-    for key, shape in shapes.items():
-        end = at + math.prod(shape) * torch.float32.itemsize
-        header[key] = {"dtype": "F32", "shape": list(shape), "data_offsets": [at, end]}
+def head_of(stated: Mapping[str, Stated]) -> bytes:
+    """What stands in a safetensors file before tensors of these dtypes and shapes, which follow in this order.
+
+    Its length is a multiple of eight bytes, as that library has it, and it says what transformers looks for.
+
+    Raises:
+        InputError: for a dtype of unknown size.
+    """
+    header: dict[str, Any] = {_METADATA: {"format": "pt"}}
+    at = 0
+    for key, one in stated.items():
+        end = at + bytes_in(one)
+        name = _NAMES[one.dtype] if isinstance(one.dtype, torch.dtype) else one.dtype
+        header[key] = {"dtype": name, "shape": list(one.shape), "data_offsets": [at, end]}
         at = end
     text = json.dumps(header).encode()
+    text += b" " * (-len(text) % _LENGTH_BYTES)
     return len(text).to_bytes(_LENGTH_BYTES, "little") + text
+
+
+def bytes_in(stated: Stated) -> int:
+    """How many bytes a tensor takes.
+
+    Raises:
+        InputError: for a dtype of unknown size.
+    """
+    name = _NAMES[stated.dtype] if isinstance(stated.dtype, torch.dtype) else stated.dtype
+    if name not in _BYTES:
+        raise InputError(f"numbers are stored as {short(name)}; save the model in floating point")
+    return math.prod(stated.shape) * _BYTES[name]
 
 
 def index_of(file: BinaryIO) -> dict[str, _Place]:

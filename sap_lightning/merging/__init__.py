@@ -37,6 +37,7 @@ from sap_lightning.merging.sap import SAP
 from sap_lightning.merging.sap_auto import SAPAuto
 from sap_lightning.merging.sce import SCE
 from sap_lightning.merging.sens_merging import SensMerging
+from sap_lightning.merging.stats_merging import StatsMerging
 from sap_lightning.merging.task_arithmetic import TaskArithmetic
 from sap_lightning.merging.ties import TIES
 from sap_lightning.merging.trimmed_mean import TrimmedMean
@@ -51,7 +52,7 @@ METHODS |= {
         LoRM, SensMerging, OPNP, PrunerZero, GRASP, ATA, ATAF, SAP, SAPAuto, Median, TrimmedMean, Krum,
         TSVM, IsoC, IsoCTS, CART, WUDI, DCMerge,
         DELLA, Breadcrumbs, Consensus, PCB, SCE,
-        WiSEFT, LiNeS, CoreSpace, LoRALEGO, AdaMerging, AtReach,
+        WiSEFT, LiNeS, CoreSpace, LoRALEGO, AdaMerging, StatsMerging, AtReach,
     )
 }  # fmt: skip
 
@@ -60,5 +61,5 @@ __all__ = [
     "AdaMerging", "AtReach", "Average", "Breadcrumbs", "Consensus", "CoreSpace", "DCMerge", "FedAvg", "Fisher", "IsoC",
     "IsoCTS", "KnOTS", "Krum", "LayerwiseMethod", "LiNeS", "LoRALEGO", "LoRM", "Magnitude", "Median", "MergeMethod",
     "Prepared", "PrunerZero", "Pruning", "PruningMethod", "RandomPruning", "RegMean", "RobustMerge", "SAPAuto",
-    "SensMerging", "TaskArithmetic", "TrimmedMean", "WiSEFT", "method_named",
+    "SensMerging", "StatsMerging", "TaskArithmetic", "TrimmedMean", "WiSEFT", "method_named",
 ]  # fmt: skip

@@ -92,6 +92,8 @@ class AnchorProbe(Recalling):
         chosen: numbers of the pairs to look at; all if not given.
         encode: normalised features of the captions of these pairs through the text tower as it is, with gradients.
         images: tells these images from others with the same captions.
+        targets: for each pair numbers of captions that InfoNCE takes for its image's, shape (m, n), over which it is
+            summed; its own alone if not given.
         memory: what was answered before, to go on with; see ``recall``.
     """
 
@@ -104,6 +106,7 @@ class AnchorProbe(Recalling):
     chosen: Sequence[int] | None = None
     encode: Callable[[Sequence[int]], Tensor] | None = None
     images: str = ""
+    targets: Tensor | None = None
     memory: Memory = field(default_factory=dict)
 
     @cached_property
@@ -262,7 +265,9 @@ class AnchorProbe(Recalling):
             captions = self._captions(self._all, anew=True) if text else self.captions
             if loss == "entropy":
                 return entropy_loss(features, captions, self.logit_scale)
-            return contrastive_loss(features, captions, indices, self.logit_scale)
+            own = indices[:, None] if self.targets is None else self.targets[indices]
+            every = [contrastive_loss(features, captions, one, self.logit_scale) for one in own.unbind(1)]
+            return torch.stack(every).sum(0)
         captions = self._captions(indices, text)
         if loss == "contrastive_symmetric":
             return symmetric_contrastive_loss(features, captions, self.logit_scale)[None]

@@ -13,7 +13,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load, save
 
 from sap_lightning.errors import InputError
-from sap_lightning.io.weights import MAX_HEADER_BYTES, SafetensorsFile, head_of
+from sap_lightning.io.weights import MAX_HEADER_BYTES, SafetensorsFile, Stated, head_of
 
 TENSORS = {
     "a": torch.arange(6.0).view(2, 3),
@@ -34,9 +34,10 @@ def file_of(header: object, data: bytes) -> bytes:
 
 
 def test_a_head_for_tensors_to_come_is_one_that_the_library_reads() -> None:
-    tensors = {"b": torch.rand(2, 3), "a": torch.rand(()), "c": torch.rand(0, 4)}
-    head = head_of({key: tensor.shape for key, tensor in tensors.items()})
+    tensors = {"b": torch.rand(2, 3), "a": torch.rand(()), "c": torch.rand(0, 4), "d": torch.rand(5).half()}
+    head = head_of({key: Stated(tensor.dtype, tensor.shape) for key, tensor in tensors.items()})
     content = head + b"".join(tensor.numpy().tobytes() for tensor in tensors.values())
+    assert len(head) % 8 == 0
     assert all(torch.equal(tensor, tensors[key]) for key, tensor in load(content).items())
     with SafetensorsFile.of(content, "here").opened() as opened:
         assert opened.head() == head and opened.in_order()[0] == "b"

@@ -107,6 +107,7 @@ CHANGES = {
     "core_space": {"method": "average"},
     "lora_lego": {"rank": 2},
     "adamerging": {"steps": 3},
+    "stats_merging": {"steps": 3},
 }
 """Another setting of each method that has settings, but no sparsity of its own."""
 

@@ -1,7 +1,4 @@
-"""StatsMerging: coefficients that are learned from statistics of weights (Merugu et al. 2025, arXiv:2506.04567).
-
-Reference code: statsmerging/statsmerging, src/train-8-models-stats-merge.py and src/statsmergingPP.py.
-"""
+"""StatsMerging of whole models (Merugu et al. 2025, arXiv:2506.04567)."""
 
 from __future__ import annotations
 
@@ -20,28 +17,22 @@ from sap_lightning.checkpoints.keys import matched
 from sap_lightning.checkpoints.method import Seen, WholeMethod
 from sap_lightning.checkpoints.sources import Part, Sources
 from sap_lightning.console import track
-from sap_lightning.errors import check_at_least, check_positive
 from sap_lightning.functional.consensus import weighted_sum
 from sap_lightning.functional.lora import dense
 from sap_lightning.functional.weight_statistics import weight_statistics
+from sap_lightning.merging.stats_merging import Learner, StatsMerging
 
 ALPHAS = "alphas."
 """What stands before a weight's key in what was seen."""
 
 
 @dataclass(frozen=True)
-class StatsMerging(WholeMethod):
+class WholeStatsMerging(StatsMerging, WholeMethod):
     """W_C + Σ α_k·(W_k − W_C), weight by weight, with coefficients α of sum 1 that a small network learns.
 
-    The network sees six statistics of a model's weight (mean, variance, norm, three largest singular values), scaled
-    over all weights and models, and gives a number; the softmax of it over the models is α. It learns by Adam to have
-    the fused model say at unlabelled examples what each model itself says there, its most probable answer, by
-    cross-entropy summed over the models.
-
-    Where we deviate: the paper has examples of its own for each task, and here all models are asked about the same. Its
-    code merges without gradients, so that its coefficients cannot learn; it trains on true labels, and one of its
-    variants lets the base take a part of the softmax. Here one example is looked at in a step, in turn, and steps are
-    few, as 500 of a language model take hours on a CPU.
+    It is `merging.StatsMerging` for whole models: the network sees statistics of the models' weights, and the fused
+    model is to say at unlabelled examples what each model itself says there. One example is looked at in a step, in
+    turn, and steps are few, as 500 of a language model take hours on a CPU.
 
     Args:
         steps: of Adam, an example each.
@@ -59,45 +50,30 @@ class StatsMerging(WholeMethod):
     hidden: int = 16
     seed: int = 0
 
-    def __post_init__(self) -> None:
-        check_at_least("fuse.method.steps", self.steps, 1)
-        check_at_least("fuse.method.hidden", self.hidden, 1)
-        check_positive("fuse.method.rate", self.rate)
-
     def look(self, sources: Sources, examples: Examples) -> Seen:
         answers = [_answers(examples, one.folder) for one in sources.models]
         model = examples.load(sources.first.folder)
         keys = [key for key in sources.first.stated if key not in sources.kept]
         names = matched(keys, list(dict(model.named_parameters())))
         parts = {key: sources.whole(key) for key in track(list(names), f"{self.name}: weights")}
-        features = _scaled(torch.stack([_statistics(part) for part in parts.values()]))
+        learner = self.learner(torch.stack([_statistics(part) for part in parts.values()]))
         mixture = Mixture(model, {names[key]: part for key, part in parts.items()})
-        alphas, losses = self._learned(mixture, features, answers, examples)
+        alphas, losses = self._learned(mixture, learner, answers, examples)
         return {"losses": losses, **{f"{ALPHAS}{key}": alpha for key, alpha in zip(parts, alphas, strict=True)}}
 
     @torch.enable_grad()
     def _learned(
-        self, mixture: Mixture, features: Tensor, answers: Sequence[Sequence[Tensor]], examples: Examples
+        self, mixture: Mixture, learner: Learner, answers: Sequence[Sequence[Tensor]], examples: Examples
     ) -> tuple[Tensor, Tensor]:
         """α of each weight and model, shape (weights, K), and the loss before every step."""
-        network = self._network()
-        adam, losses = torch.optim.Adam(network.parameters(), lr=self.rate), []
+        losses = []
         for number in track(list(islice(cycle(range(len(examples))), self.steps)), f"{self.name}: steps"):
-            alphas = _shares(network, features)
-            mixture.take_on(alphas.detach())
+            mixture.take_on(learner.alphas())
             logits = examples.logits(mixture.model, number)
             loss = torch.stack([cross_entropy(logits, of_one[number]) for of_one in answers]).sum()
-            adam.zero_grad()
-            alphas.backward(mixture.gradients(loss))
-            adam.step()
+            learner.step(mixture.gradients(loss))
             losses.append(float(loss.detach()))
-        return _shares(network, features).detach(), torch.tensor(losses)
-
-    def _network(self) -> nn.Module:
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(self.seed)
-            layers = [nn.Linear(6, self.hidden), nn.ReLU(), nn.Linear(self.hidden, self.hidden), nn.ReLU()]
-            return nn.Sequential(*layers, nn.Linear(self.hidden, 1))
+        return learner.alphas(), torch.tensor(losses)
 
     def kept(self, sources: Sources, seen: Seen) -> dict[str, str]:
         left = (key for key in sources.first.stated if f"{ALPHAS}{key}" not in seen)
@@ -141,10 +117,6 @@ class Mixture:
         )
 
 
-def _shares(network: nn.Module, features: Tensor) -> Tensor:
-    return torch.softmax(network(features).squeeze(-1), -1)
-
-
 def _deltas(part: Part) -> list[Tensor]:
     return [delta for change in part.changes for delta in change.layers.values()]
 
@@ -163,9 +135,3 @@ def _answers(examples: Examples, folder: Path) -> list[Tensor]:
 def _statistics(part: Part) -> Tensor:
     """Those of every model's weight, shape (K, 6)."""
     return torch.stack([weight_statistics(change.stored.float()) for change in part.changes])
-
-
-def _scaled(features: Tensor) -> Tensor:
-    """Each of mean 0 and deviation 1 over weights and models; one that is the same everywhere is 0."""
-    centred = features - features.mean((0, 1))
-    return (centred / centred.std((0, 1), correction=0).clamp(min=torch.finfo(torch.float64).tiny)).float()

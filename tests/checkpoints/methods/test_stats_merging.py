@@ -17,7 +17,7 @@ from transformers import AutoModelForCausalLM
 
 from sap_lightning.checkpoints.checkpoint import Checkpoint
 from sap_lightning.checkpoints.fusion import Fusion
-from sap_lightning.checkpoints.methods import StatsMerging
+from sap_lightning.checkpoints.methods import WholeStatsMerging
 from sap_lightning.checkpoints.methods.stats_merging import ALPHAS, Mixture
 from sap_lightning.checkpoints.sources import Sources
 from sap_lightning.checkpoints.texts import Texts
@@ -55,7 +55,7 @@ def test_it_learns_to_say_what_the_models_say(speaking, texts, tmp_path) -> None
     far = saved(trained(llama(), 5, 0.5), tmp_path / "far")
     near = speaking[0]
     sources = opened([near, str(far), speaking[2]])
-    seen = StatsMerging(steps=60, rate=0.02).look(sources, Texts(texts, Path(near)))
+    seen = WholeStatsMerging(steps=60, rate=0.02).look(sources, Texts(texts, Path(near)))
     losses = seen["losses"]
     assert losses[-3:].sum() < losses[:3].sum()
     alphas = torch.stack([alpha for name, alpha in seen.items() if name.startswith(ALPHAS)])
@@ -74,7 +74,7 @@ def test_the_command_fuses_three_models_by_what_it_has_learned(speaking, texts, 
     folders = [*speaking[:2], third, speaking[2]]
     line = [f"--fuse.models=[{','.join(folders[:3])}]", f"--fuse.base={folders[3]}", f"--fuse.texts={texts}"]
     fuse([*line, "--fuse.method=stats_merging", "--fuse.method.steps=3", f"--fuse.output={tmp_path / 'out'}"])
-    seen = StatsMerging(steps=3).look(opened(folders), Texts(texts, Path(folders[0])))
+    seen = WholeStatsMerging(steps=3).look(opened(folders), Texts(texts, Path(folders[0])))
     for key, weight in weights_in(tmp_path / "out").items():
         assert_close(weight.double(), by_definition(key, seen, folders), atol=1e-6, rtol=0)
     findings = json.loads((tmp_path / "out" / "merge.json").read_text())["findings"]
@@ -84,7 +84,7 @@ def test_the_command_fuses_three_models_by_what_it_has_learned(speaking, texts, 
 
 def test_equal_models_stay_as_they_are(speaking, texts, tmp_path) -> None:
     same = str(shutil.copytree(speaking[0], tmp_path / "same"))
-    method = StatsMerging(steps=1)
+    method = WholeStatsMerging(steps=1)
     out = Fusion([speaking[0], same], str(tmp_path / "out"), speaking[2], method, texts=texts).run()
     own = weights_in(Path(speaking[0]))
     assert all(torch.allclose(weight, own[key], atol=1e-7, rtol=0) for key, weight in weights_in(out).items())

@@ -1,0 +1,26 @@
+"""Labels in groups: what a classifier of several tasks says of each."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+from torch import Tensor
+
+
+def probabilities_by_group(logits: Tensor, groups: Mapping[str, Sequence[int]]) -> dict[str, Tensor]:
+    """Softmax within each group of labels.
+
+    Args:
+        logits: shape (..., labels).
+        groups: of each task the number of its first label, and of the one after its last.
+
+    Returns: By task the probabilities of its labels, shape (..., labels of the task).
+
+    Example:
+        >>> import torch
+        >>> from sap_lightning.functional.groups import probabilities_by_group
+        >>> found = probabilities_by_group(torch.zeros(1, 6), {"animals": [0, 2], "moods": [2, 6]})
+        >>> found["animals"].tolist(), found["moods"].tolist()
+        ([[0.5, 0.5]], [[0.25, 0.25, 0.25, 0.25]])
+    """
+    return {task: logits[..., first:end].softmax(-1) for task, (first, end) in groups.items()}
