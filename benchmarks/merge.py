@@ -25,7 +25,7 @@ from peft import PeftModel
 from random_adapters import vision_tower, write_random_adapters
 
 from sap_lightning.console import quieten
-from sap_lightning.functional.lora import recompress
+from sap_lightning.functional.recompression import recompress
 from sap_lightning.io.uploads import read_uploads
 from sap_lightning.merging import DARE, TIES, Average, FedAvg, Magnitude, MergeMethod
 
