@@ -21,8 +21,8 @@ from pathlib import Path
 from typing import NamedTuple
 
 import lightning as L
+from costs import Cost, alone, peak_mib
 from jsonargparse import auto_cli
-from merge import Cost, alone, peak_mib
 from worlds import SHAPES_CLIP, images_in
 
 from sap_lightning.console import quieten

@@ -14,8 +14,8 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
+from costs import Cost, alone, peak_mib
 from jsonargparse import auto_cli
-from merge import Cost, alone, peak_mib
 from random_adapters import write_random_adapters
 
 from sap_lightning.io.uploads import read_uploads

@@ -8,9 +8,6 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-OVERSAMPLED = 8
-"""Columns of a Krylov block beside those that are wanted: σ that lie close together come out sooner."""
-
 
 class LoRALayer(NamedTuple):
     """ΔW = scale · B·A of one linear layer (LoRA, Hu et al. 2021, https://arxiv.org/abs/2106.09685).
@@ -190,46 +187,6 @@ def singular_triplets(update: Update) -> tuple[Tensor, Tensor, Tensor]:
     return Qb @ U, sigma, V @ Qa.T
 
 
-def largest_triplets(update: Tensor, count: int) -> tuple[Tensor, Tensor, Tensor]:
-    """The singular triplets of a dense ΔW with the largest σ, from products with it where they are few.
-
-    Block Krylov iteration (Musco & Musco, NeurIPS 2015, arXiv:1504.05477) from a fixed start, until a further block
-    adds less than a ten-thousandth to the sum of their σ²; an SVD where half of ΔW's columns would not be enough.
-
-    Args:
-        update: ΔW of shape (d_out, d_in).
-        count: how many, at least one; less if ΔW has fewer.
-
-    Returns:
-        U (d_out, count), σ (count,) in descending order, V (count, d_in).
-
-    Example:
-        >>> import torch
-        >>> from sap_lightning.functional.lora import largest_triplets
-        >>> U, sigma, V = largest_triplets(torch.diag(torch.arange(100.0)), count=2)
-        >>> sigma.tolist(), V.abs().argmax(dim=1).tolist()
-        ([99.0, 98.0], [99, 98])
-    """
-    d_out, d_in = update.shape
-    if d_out < d_in:
-        U, sigma, V = largest_triplets(update.T, count)
-        return V.T, sigma, U.T
-    basis, images, energy = update.new_empty(d_in, 0), update.new_empty(d_out, 0), 0.0
-    block = torch.randn(d_in, count + OVERSAMPLED, generator=torch.Generator().manual_seed(0)).to(update)
-    while basis.shape[1] + block.shape[1] <= d_in // 2:
-        for _ in range(2):  # what is left of a block may be rounding errors, which need not be orthogonal to the basis
-            block, _ = torch.linalg.qr(block - basis @ (basis.T @ block))
-        image = update @ block
-        basis, images = torch.cat([basis, block], dim=1), torch.cat([images, image], dim=1)
-        before, energy = energy, float(torch.linalg.eigvalsh((images.T @ images).double())[-count:].sum())
-        if images.shape[1] > block.shape[1] and energy - before <= 1e-4 * energy:
-            U, sigma, V = torch.linalg.svd(images, full_matrices=False)
-            return U[:, :count], sigma[:count], V[:count] @ basis.T
-        block = update.T @ image
-    U, sigma, V = torch.linalg.svd(update, full_matrices=False)
-    return U[:, :count], sigma[:count], V[:count]
-
-
 def left_singular_vectors(blocks: Iterable[Tensor]) -> tuple[Tensor, Tensor]:
     """U and σ of the thin SVD of [X_1 … X_K] in float64, from one block after another.
 
@@ -286,25 +243,3 @@ def stack(layers: Sequence[LoRALayer], weights: Sequence[float]) -> LoRALayer:
     A = torch.cat([layer.A for layer in layers])
     B = torch.cat([w * layer.scale * layer.B for layer, w in zip(layers, weights, strict=True)], dim=1)
     return LoRALayer(A, B)
-
-
-def recompress(update: Update, rank: int) -> LoRALayer:
-    """The best approximation of ΔW of at most this rank (Eckart–Young), singular values shared by A and B.
-
-    With ΔW = U·diag(σ)·V cut to the largest σ, A = √σ·V and B = U·√σ. Of a dense ΔW these are `largest_triplets`,
-    and the error is within a hundred-thousandth of the least.
-
-    Args:
-        update: ΔW in factor form, or dense of shape (d_out, d_in).
-        rank: of the result, less where ΔW has fewer triplets.
-
-    Example:
-        >>> import torch
-        >>> from sap_lightning.functional.lora import recompress
-        >>> update = torch.tensor([[2.0, 1.0], [1.0, 2.0]])  # singular values 3 and 1
-        >>> recompress(update, rank=1).delta().round(decimals=3).tolist()
-        [[1.5, 1.5], [1.5, 1.5]]
-    """
-    U, sigma, V = largest_triplets(update, rank) if isinstance(update, Tensor) else singular_triplets(update)
-    root = sigma[:rank].sqrt()
-    return LoRALayer(root[:, None] * V[:rank], U[:, :rank] * root)

@@ -10,7 +10,8 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-from sap_lightning.functional.lora import LoRALayer, Update, inner, recompress, singular_triplets, stack
+from sap_lightning.functional.lora import LoRALayer, Update, inner, singular_triplets, stack
+from sap_lightning.functional.recompression import recompress
 
 
 def mean_factors(layers: Sequence[LoRALayer], weights: Sequence[float]) -> LoRALayer:

@@ -17,7 +17,8 @@ from sap_lightning.console import track
 from sap_lightning.errors import InputError, first_line
 from sap_lightning.files import as_json, new_folder, sha256_of_file, write_files, write_json, write_text
 from sap_lightning.fingerprints import sealed, unsealed
-from sap_lightning.functional.lora import LoRALayer, Update, dense, recompress
+from sap_lightning.functional.lora import LoRALayer, Update, dense
+from sap_lightning.functional.recompression import recompress
 from sap_lightning.functional.rescaling import relative_error
 from sap_lightning.io.adapter import Adapter, adapter_files
 from sap_lightning.io.context import as_layer

@@ -3,7 +3,8 @@ from __future__ import annotations
 import pytest
 from adapters import SHAPES, assert_same, deltas, peft_merge, random_adapter, unlike_adapters
 
-from sap_lightning.functional.lora import LoRALayer, dense, recompress
+from sap_lightning.functional.lora import LoRALayer, dense
+from sap_lightning.functional.recompression import recompress
 from sap_lightning.merging.average import Average
 
 WEIGHTS = [0.5, 0.3, 0.2]
