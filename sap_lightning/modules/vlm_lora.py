@@ -248,9 +248,9 @@ class VLMLoRAModule(L.LightningModule):
 
     def on_test_epoch_end(self) -> None:
         self.said = self._of_all_processes()
-        self.log("perplexity", self._right.compute().exp())
+        self.log("perplexity", self._right.compute().exp(), sync_dist=True)
         if self._shuffled.update_count:
-            self.log("perplexity_other_image", self._shuffled.compute().exp())
+            self.log("perplexity_other_image", self._shuffled.compute().exp(), sync_dist=True)
 
     def _of_all_processes(self) -> list[tuple[str, str]]:
         """What was said in every process, in the order of the conversations, which were dealt out in turn."""
