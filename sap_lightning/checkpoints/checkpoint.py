@@ -20,6 +20,7 @@ from sap_lightning.io.weights import OpenFile, SafetensorsFile, Stated
 WEIGHTS_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
 CONFIG_FILE = "config.json"
+PREPROCESSOR_FILE = "preprocessor_config.json"
 PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt")
 BESIDE_WEIGHTS = ("*.json", "*.txt", "*.model", "*.jinja", "LICENSE*", "NOTICE*")
 """Files of a model that are text: its config, its tokenizer, its licence."""
@@ -100,7 +101,8 @@ class Checkpoint:
     @property
     def fingerprint(self) -> str:
         """Tells its files from others, and changes when they do, without reading them."""
-        return file_fingerprint([regular_file(self.folder, name) for name in self.shards])
+        read = [*self.shards, *(name for name in (PREPROCESSOR_FILE,) if os.path.lexists(self.folder / name))]
+        return file_fingerprint([regular_file(self.folder, name) for name in read])
 
     def beside(self) -> dict[str, Path]:
         """The files beside its weights that make it a model, by name."""

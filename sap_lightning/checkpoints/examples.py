@@ -25,8 +25,8 @@ class Anchors(Protocol):
     def preprocessing(self) -> Mapping[str, Any]:
         """What becomes of an image before it is looked at."""
 
-    def images(self) -> Tensor:
-        """Normalised images, shape (pairs, 3, h, w)."""
+    def images(self, base: str | None = None) -> Tensor:
+        """Normalised images, shape (pairs, 3, h, w), or what another checkpoint's preprocessing makes of them."""
 
 
 class Examples(ABC):

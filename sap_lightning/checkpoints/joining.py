@@ -8,7 +8,7 @@ from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from sap_lightning.checkpoints.checkpoint import Checkpoint
+from sap_lightning.checkpoints.checkpoint import PREPROCESSOR_FILE, Checkpoint
 from sap_lightning.checkpoints.examples import Examples
 from sap_lightning.checkpoints.layout import Layout
 from sap_lightning.checkpoints.method import Seen, WholeMethod
@@ -24,7 +24,7 @@ FREE = {
     "pad_token_id", "problem_type", "output_attentions", "output_hidden_states", "return_dict", "pretraining_tp",
 }  # fmt: skip
 """What configs say that decides nothing of what a model computes; dropout, of whatever name, is of that kind too."""
-INPUT_FILES = ("tokenizer.json", "preprocessor_config.json")
+INPUT_FILES = ("tokenizer.json", PREPROCESSOR_FILE)
 FREE_INPUTS = {
     "truncation", "padding", "version", "processor_class", "image_processor_type", "feature_extractor_type",
 }  # fmt: skip

@@ -20,6 +20,7 @@ from torch.utils.data import DataLoader, Dataset
 from sap_lightning.data.cache import load_pixels
 from sap_lightning.data.images import FORMATS_IN_WORDS, Picture, file_picture
 from sap_lightning.data.pixels import PixelDataModule
+from sap_lightning.data.preprocess import Preprocess
 from sap_lightning.data.sources import images_in, subfolders
 from sap_lightning.data.tables import image_column, is_table, load_table, table_fingerprint, table_pictures
 from sap_lightning.errors import InputError, check_at_least, first_line, short
@@ -119,15 +120,19 @@ class AnchorDataModule(PixelDataModule):
         """Changes whenever an image or a caption does."""
         return digest(self._pairs.fingerprint, self.captions, self.noise)
 
-    def images(self) -> Tensor:
-        """All anchor images at once, normalised float (num_pairs, 3, H, W)."""
-        self.setup()
-        return self._preprocess.normalise(torch.from_numpy(self._anchors.images))
+    def images(self, base: str | None = None) -> Tensor:
+        """All anchor images at once, normalised float (num_pairs, 3, H, W).
+
+        Args:
+            base: another checkpoint, whose preprocessing to apply instead.
+        """
+        preprocess = self._preprocess if base is None else Preprocess(base)
+        return preprocess.normalise(torch.from_numpy(self._load(preprocess).images))
 
     def prepare_data(self) -> None:
         """Decode the anchors into the cache, in one process."""
         if self.cache:
-            self._load()
+            self._load(self._preprocess)
 
     def setup(self, stage: str | None = None) -> None:
         """Open the images, in every process.
@@ -135,7 +140,7 @@ class AnchorDataModule(PixelDataModule):
         Args:
             stage: unused.
         """
-        self._anchors = self._load()
+        self._anchors = self._load(self._preprocess)
 
     def val_dataloader(self) -> DataLoader[AnchorBatch]:
         """The anchors in order, each once over all processes."""
@@ -148,11 +153,11 @@ class AnchorDataModule(PixelDataModule):
             return pairs_in_folder(folder, self.num_pairs)
         return pairs_in_table(load_table(self.root, self.num_pairs), self.root, self.num_pairs)
 
-    def _load(self) -> AnchorSet:
+    def _load(self, preprocess: Preprocess) -> AnchorSet:
         pictures, _, fingerprint = self._pairs
         if self.noise:
-            return AnchorSet(noise_images((len(pictures), *self._preprocess.shape)))
-        pixels = load_pixels(pictures, fingerprint, self._preprocess, self.cache)
+            return AnchorSet(noise_images((len(pictures), *preprocess.shape)))
+        pixels = load_pixels(pictures, fingerprint, preprocess, self.cache)
         for position, reason in pixels.corrupt.items():
             raise InputError(f"{self.root}: anchor {pictures[position].name} cannot be decoded: {reason}")
         return AnchorSet(pixels.images)

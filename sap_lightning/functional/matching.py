@@ -176,3 +176,25 @@ def in_coordinates_of(first: Tensor, other: Tensor, rows: Tensor, columns: Tenso
         return torch.where(rows >= 0, other[rows], first)
     known = (rows >= 0)[:, None] & (columns >= 0)
     return torch.where(known, other[rows][:, columns], first)
+
+
+def row_scales(first: Tensor, other: Tensor, columns: Tensor) -> Tensor:
+    """By what each row of another model's weight is as long as the first one's, over columns that both have.
+
+    Args:
+        first: shape (d_out, d_in).
+        other: of the same shape, in the first one's coordinates.
+        columns: for each column the other's, or `UNMATCHED`, shape (d_in,).
+
+    Returns:
+        Shape (d_out,), 1 for a row of zeros.
+
+    Example:
+        >>> import torch
+        >>> from sap_lightning.functional.matching import row_scales
+        >>> first, other = torch.tensor([[3.0, 4.0, 9.0]]), torch.tensor([[0.0, 10.0, 1.0]])
+        >>> row_scales(first, other, torch.tensor([0, 1, -1])).tolist()
+        [0.5]
+    """
+    mine, theirs = (one[:, columns != UNMATCHED].norm(dim=1) for one in (first, other))
+    return torch.where((mine > 0) & (theirs > 0), mine / theirs, 1.0)

@@ -25,7 +25,7 @@ from sap_lightning.checkpoints.sources import Change, Part, Rows, Sources
 from sap_lightning.errors import InputError, check_positive, check_share
 from sap_lightning.functional.flatness import flatness_aware_importance, sharpness_of
 from sap_lightning.functional.masking import keep_highest
-from sap_lightning.functional.matching import UNMATCHED, in_coordinates_of
+from sap_lightning.functional.matching import UNMATCHED, in_coordinates_of, row_scales
 from sap_lightning.functional.projection import split_along
 from sap_lightning.io.weights import matrix_shape
 
@@ -54,6 +54,8 @@ class FAM(WholeMethod):
     - Blocks of models of other depth are assigned in order, by linear CKA of what they read.
     - H is the variance v as v / (v + the median of the layer), in [0, 1), where the code has v and sums over positions:
       there σ keeps all pairs or none, as outputs are large or small.
+    - A row of B is taken at the scale of A's, as long as that over the columns that both have, with its bias; and as
+      inputs without a counterpart are not there to be made up for, a bias moves by the share of columns that have one.
     - Where towers divide an image into other patches, it is looked at in its class token and 4 × 4 fields.
 
     Linear layers of the blocks are merged; all else stays as A has it.
@@ -125,21 +127,27 @@ class FAM(WholeMethod):
         a, b = sources.models
         if f"{layer_of(key)}.rows" not in seen:
             return f"{self.name} leaves it"
-        if key not in others:
-            return f"not in {b.name}"
-        if not (a.is_float(key) and b.is_float(others[key])):
-            return "not of floating point numbers"
+        for needed in (key, f"{layer_of(key)}.weight"):
+            if needed not in others:
+                return f"not in {b.name}"
+            if not (a.is_float(needed) and b.is_float(others[needed])):
+                return "not of floating point numbers"
         return None
 
     def part(self, key: str, rows: Rows, sources: Sources, seen: Seen) -> Part:
         a, b = sources.models
-        own, layer = _other_keys(sources, seen)[key], layer_of(key)
-        first, other = a.rows(key, *rows), b.rows(own, 0, matrix_shape(b.stated[own].shape)[0]).float()
-        base, counterparts = first.float(), seen[f"{layer}.rows"]
+        layer, others = layer_of(key), _other_keys(sources, seen)
+        counterparts, columns = seen[f"{layer}.rows"], seen[f"{layer}.columns"]
+        mine, theirs = (one.float() for one in _both(f"{layer}.weight", sources, others))
+        there = in_coordinates_of(mine, theirs, counterparts, columns)
+        scales, known = row_scales(mine, there, columns), columns != UNMATCHED
+        first, other = _both(key, sources, others)
+        base = first.float()
         if key.endswith("bias"):
-            there = in_coordinates_of(base[0], other[0], counterparts)[None]
+            moved = scales * in_coordinates_of(base[0], other[0].float(), counterparts) - base
+            there = base + known.float().mean() * moved
         else:
-            there = in_coordinates_of(base, other, counterparts, seen[f"{layer}.columns"])
+            there = torch.where(known, scales[:, None] * there, base)
         return Part(rows, base, [Change(a.name, key, first, base), Change(b.name, key, there, base)])
 
     def fused(self, key: str, part: Part, seen: Seen) -> Tensor:
@@ -158,6 +166,12 @@ class FAM(WholeMethod):
             "matched": float((columns >= 0).float().mean()),
             "merged": float((rows >= 0).float().mean()),
         }
+
+
+def _both(key: str, sources: Sources, others: Mapping[str, str]) -> list[Tensor]:
+    """All rows of a weight, A's and B's."""
+    keys = zip(sources.models, (key, others[key]), strict=True)
+    return [one.rows(own, 0, matrix_shape(one.stated[own].shape)[0]) for one, own in keys]
 
 
 def _other_keys(sources: Sources, seen: Seen) -> dict[str, str]:

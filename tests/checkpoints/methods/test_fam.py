@@ -110,6 +110,44 @@ def test_merging_a_permuted_copy_gives_back_the_weights(kind, examples, tmp_path
 
 
 @KINDS
+def test_rows_are_taken_at_the_first_model_s_scale(kind, examples, tmp_path) -> None:
+    """A copy of which layers give other multiples of the same gives back the weights and biases."""
+    model = of(kind)
+    copied = permuted(model)[0]
+    with torch.no_grad():
+        for number, (name, module) in enumerate(copied.named_modules()):
+            if isinstance(module, torch.nn.Linear) and ".layers." in name and "text_model" not in name:
+                for parameter in module.parameters():
+                    parameter.mul_(1 + number / 100)
+    pair = sources(model, copied, folder=tmp_path)
+    # Neurons of the multiples say other things; what is which is known from the copy itself.
+    exact = ALL.look(sources(model, permuted(model)[0], folder=tmp_path / "exact"), examples[kind])
+    kept = ALL.kept(pair, exact)
+    found = 0
+    for key in pair.first.stated.keys() - kept.keys():
+        (rows,) = pair.blocks(key, None)
+        weight = ALL.fused(key, ALL.part(key, rows, pair, exact), exact).view(pair.first.stated[key].shape)
+        assert_close(weight, model.state_dict()[key], atol=1e-5, rtol=0)
+        found += 1
+    assert found == 2 * (12 if kind == "clip" else 7)
+
+
+def test_a_bias_moves_by_the_share_of_inputs_that_have_a_counterpart(examples, tmp_path) -> None:
+    model, other = of("clip"), trained(of("clip"), 1, 0.05)
+    pair = sources(model, other, folder=tmp_path)
+    seen = dict(ALL.look(pair, examples["clip"]))
+    layer = "vision_model.encoder.layers.0.mlp.fc1"
+    seen[f"{layer}.rows"] = torch.arange(40)
+    seen[f"{layer}.columns"] = torch.where(torch.arange(24) < 6, torch.arange(24), -1)
+    (rows,) = pair.blocks(f"{layer}.bias", None)
+    found = ALL.fused(f"{layer}.bias", ALL.part(f"{layer}.bias", rows, pair, seen), seen)[0]
+    a, b = (one.state_dict() for one in (model, other))
+    scale = a[f"{layer}.weight"][:, :6].norm(dim=1) / b[f"{layer}.weight"][:, :6].norm(dim=1)
+    expected = a[f"{layer}.bias"] + 0.25 * (scale * b[f"{layer}.bias"] - a[f"{layer}.bias"])
+    assert_close(found, expected, atol=1e-6, rtol=0)
+
+
+@KINDS
 def test_the_order_of_the_other_s_neurons_does_not_matter(kind, examples, tmp_path) -> None:
     model = of(kind)
     other = trained(model, 1, 0.02)
@@ -188,7 +226,7 @@ def by_definition(a: np.ndarray, b: np.ndarray, x: tuple, y: tuple, rows: np.nda
     d, result = x[0].mean(0), a.copy()
     for i, j in enumerate(rows):
         if j >= 0 and i in important[0] and j in important[1]:
-            tau = b[j] - a[i]
+            tau = np.linalg.norm(a[i]) / np.linalg.norm(b[j]) * b[j] - a[i]
             along = (1 - method.beta * sharp[j]) * (tau @ d) / (d @ d) * d
             result[i] = a[i] + method.along * along + method.across * (tau - along)
     return result
