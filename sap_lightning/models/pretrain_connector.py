@@ -158,13 +158,29 @@ def pretrain_connector(
     for name, value, least in (("epochs", epochs, 1), ("batch_size", batch_size, 1), ("seed", seed, 0)):
         check_at_least(name, value, least)
     check_positive("learning_rate", learning_rate)
-    samples = [
+    samples = caption_samples(Path(captions))
+    whole = assemble(vision, language, seed)
+    train(whole, samples, epochs, batch_size, learning_rate, seed)
+    write(whole, output)
+
+
+def caption_samples(captions: Path) -> list[Sample]:
+    """A question and an answer for each caption of a JSONL file.
+
+    Raises:
+        InputError: a line is faulty.
+    """
+    return [
         Sample("caption", ((DESCRIBE, caption),), image, str(captions))
-        for image, said in captioned_images(Path(captions))
+        for image, said in captioned_images(captions)
         for caption in said
     ]
-    whole = assemble(vision, language, seed)
-    module = ConnectorPretraining(whole, samples, batch_size, learning_rate, seed)
+
+
+def train(
+    whole: Whole, samples: Sequence[Sample], epochs: int, batch_size: int, learning_rate: float, seed: int
+) -> None:
+    """Trains the connector of a checkpoint in place."""
     trainer = L.Trainer(
         devices=1,
         max_epochs=epochs,
@@ -173,8 +189,12 @@ def pretrain_connector(
         enable_model_summary=False,
         enable_progress_bar=on_terminal(),
     )
-    trainer.fit(module)
-    with new_folder(output) as draft:
+    trainer.fit(ConnectorPretraining(whole, samples, batch_size, learning_rate, seed))
+
+
+def write(whole: Whole, folder: str | Path) -> None:
+    """Writes a checkpoint that transformers loads."""
+    with new_folder(folder) as draft:
         whole.llava.save_pretrained(draft)
         whole.processor.save_pretrained(draft)
 

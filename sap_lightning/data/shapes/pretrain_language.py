@@ -27,7 +27,7 @@ GRID = 8
 """Patches a side of the world's vision tower."""
 STYLE_SHARE = 0.15
 """Share of the background's patches that say the style."""
-CONVERSATIONS = 16384
+CONVERSATIONS = 8192
 EPOCHS = 3
 BATCH = 32
 LEARNING_RATE = 3e-3
