@@ -28,7 +28,7 @@ from sap_lightning.modules.merge import MergeModule
 from sap_lightning.results import PERSONAL, Result, Results
 
 log = logging.getLogger(__name__)
-PROJECTED_IMAGES = 56
+PROJECTED_IMAGES = 35
 """Images of each domain whose features the report projects: enough to see clusters, few enough for seconds."""
 
 

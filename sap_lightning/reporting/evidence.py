@@ -271,9 +271,12 @@ class Inspection:
 
     def anchors(self) -> AnchorProbe:
         """The anchors, to be looked at through the base with what every client sent."""
+        server = self.federation.server
         self.merge.set_update({})
         self.merge.use(())
-        self.federation.server.validate(self.merge, datamodule=self.federation.anchors, verbose=False)
+        if server.val_dataloaders is None:  # everything was known, and the server has looked at no anchors
+            server.validate(self.merge, datamodule=self.federation.anchors, verbose=False)
+        self.merge.trainer = server
         return self.merge.probe()
 
     def pruning(self, adapters: Sequence[Adapter], anchors: AnchorProbe) -> Pruning | None:
