@@ -1,4 +1,4 @@
-"""Random LoRA adapters on all linear layers of CLIP's ViT-B/16 vision tower, for the merge benchmarks."""
+"""Random LoRA adapters on all linear layers of a vision tower of CLIP's, for the merge benchmarks."""
 
 from __future__ import annotations
 
@@ -20,19 +20,28 @@ VIT_B_16 = CLIPVisionConfig(
 )
 
 
+SMALL = CLIPVisionConfig(
+    hidden_size=96,
+    intermediate_size=384,
+    num_hidden_layers=12,
+    num_attention_heads=3,
+    patch_size=16,
+)
+"""As deep as ViT-B/16 and an eighth as wide."""
+
+
 def vision_tower() -> CLIPVisionModelWithProjection:
-    """The tower with random weights, which no merge looks at."""
+    """ViT-B/16 with random weights, which no merge looks at."""
     return CLIPVisionModelWithProjection(VIT_B_16).eval().requires_grad_(False)
 
 
-def write_random_adapters(folder: Path, number: int, rank: int) -> list[Path]:
+def write_random_adapters(folder: Path, number: int, rank: int, tower: CLIPVisionConfig = VIT_B_16) -> list[Path]:
     """Writes that many adapters, the same ones every time, and returns their folders."""
     with torch.device("meta"):
-        shapes = layer_shapes(CLIPVisionModelWithProjection(VIT_B_16))
+        shapes = layer_shapes(CLIPVisionModelWithProjection(tower))
     shapes = {name: shape for name, shape in shapes.items() if ".layers." in name}
     return [
-        write_adapter(folder / f"client{seed}", _random_layers(shapes, rank, seed), "vit-b-16")
-        for seed in range(number)
+        write_adapter(folder / f"client{seed}", _random_layers(shapes, rank, seed), "a tower") for seed in range(number)
     ]
 
 

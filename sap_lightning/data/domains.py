@@ -157,7 +157,7 @@ class DomainDataModule(PixelDataModule):
     def held_out(self, number: int) -> Batch:
         """At most so many images of the validation part, spread evenly over it, as pixels; known after `setup`."""
         part = self._val
-        return part[_spread(torch.arange(len(part)), number).tolist()]
+        return part[spread(torch.arange(len(part)), number).tolist()]
 
     def images(self) -> np.ndarray:
         """All images of the domain as they are decoded, uint8 (n, 3, h, w); zeros where one could not be."""
@@ -201,7 +201,7 @@ class DomainDataModule(PixelDataModule):
             )
         self._val = self._part(usable[order[:num_val]].sort().values)
         self._train = self._train_part(usable[order[num_val:]].sort().values)
-        self._test = self._part(_spread(usable, self._test_images))
+        self._test = self._part(spread(usable, self._test_images))
         self._difficulty = None
 
     def train_dataloader(self) -> DataLoader[Batch]:
@@ -351,7 +351,8 @@ def match_classes(found: list[str], given: list[str] | None) -> tuple[list[str],
     return names, {name: label[spelling(name)] for name in found}
 
 
-def _spread(rows: Tensor, number: int | None) -> Tensor:
+def spread(rows: Tensor, number: int | None) -> Tensor:
+    """So many of these rows, spread evenly over them; all if there are not more, or no number is given."""
     if number is None or number >= len(rows):
         return rows
     return rows[torch.linspace(0, len(rows) - 1, number).round().long()]

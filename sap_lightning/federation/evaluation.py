@@ -10,13 +10,17 @@ from pathlib import Path
 from typing import NamedTuple
 
 import lightning as L
+import torch
+from lightning.pytorch.utilities import rank_zero_only
 
 from sap_lightning.console import track
 from sap_lightning.data.anchors import AnchorDataModule
-from sap_lightning.data.domains import DomainDataModule
+from sap_lightning.data.domains import DomainDataModule, spread
 from sap_lightning.federation.homes import Homes
 from sap_lightning.federation.points import Point
 from sap_lightning.federation.run_folder import RunFolder
+from sap_lightning.files import write_tensors
+from sap_lightning.fingerprints import digest
 from sap_lightning.io.adapter import Adapter
 from sap_lightning.merging.merged import Merged, holds
 from sap_lightning.merging.method import MergeMethod
@@ -24,6 +28,8 @@ from sap_lightning.modules.merge import MergeModule
 from sap_lightning.results import PERSONAL, Result, Results
 
 log = logging.getLogger(__name__)
+PROJECTED_IMAGES = 35
+"""Images of each domain whose features the report projects: enough to see clusters, few enough for seconds."""
 
 
 class Preparation(NamedTuple):
@@ -121,10 +127,24 @@ class Evaluation:
             prompt = merged.update if merged else point.adapters[0].layers
             metrics = {**metrics, PERSONAL: self.homes.accuracy(point.adapters, prompt, point.remembers)}
         log.info("%s on unseen %s, seed %d: accuracy %.3f", result.label, result.unseen, result.seed, accuracy)
+        if point.reported:
+            self.keep_features(result, data)
         self.results.keep_predictions(result.measurement, self.merge.predictions)
         if merged is not None and (folder := self._model_folder(point)):
             self._keep_model(merged, folder, {f"accuracy on {result.unseen}": accuracy})
         return replace(result, metrics=dict(metrics), rejected=list(merged.rejected) if merged else [])
+
+    @rank_zero_only
+    def keep_features(self, of: Result, data: DomainDataModule) -> None:
+        """Stores what the report projects of the last test, so that it needs no other of the same images.
+
+        Args:
+            of: of the model that was tested.
+            data: what it was tested on.
+        """
+        shown = spread(torch.arange(len(self.merge.tested_features)), PROJECTED_IMAGES)
+        features, labels = self.merge.tested_features[shown], self.merge.predictions.labels[shown]
+        write_tensors(features_file(self.results, of, data), {"features": features, "labels": labels})
 
     def _model_folder(self, point: Point) -> Path | None:
         """Where the merged model of a point is kept; nowhere that of other points."""
@@ -144,3 +164,10 @@ class Evaluation:
             shutil.rmtree(folder, ignore_errors=True)
             merged.save(folder, metrics, self.merge.format, self.merge.rank)
         self.server.strategy.barrier()
+
+
+def features_file(results: Results, of: Result, data: DomainDataModule) -> Path:
+    """Where a run keeps the features that a measured model gives some images of a domain."""
+    domain = data.require_domain()
+    name = digest(of.measurement, domain, data.fingerprint(domain), PROJECTED_IMAGES)
+    return results.folder / "features" / f"{name}.safetensors"

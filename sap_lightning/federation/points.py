@@ -15,6 +15,7 @@ from sap_lightning.federation.homes import Homes
 from sap_lightning.files import as_json
 from sap_lightning.fingerprints import digest, fingerprint
 from sap_lightning.io.adapter import Adapter
+from sap_lightning.merging import SAP
 from sap_lightning.merging.method import MergeMethod
 from sap_lightning.modules.merge import MergeModule
 from sap_lightning.results import AVERAGE, ZERO_SHOT, Kind, Result
@@ -32,6 +33,7 @@ class Point(NamedTuple):
         method: how; None for zero-shot and a client alone.
         poisoned: whether one of the adapters is poisoned.
         remembers: whether its clients add to it, each at home, what they remember of their images.
+        reported: whether the report looks at it: zero-shot, or the merge of honest clients that it is about.
     """
 
     result: Result
@@ -39,6 +41,7 @@ class Point(NamedTuple):
     method: MergeMethod | None = None
     poisoned: bool = False
     remembers: bool = False
+    reported: bool = False
 
 
 @dataclass(frozen=True)
@@ -64,6 +67,18 @@ class Plan:
     def sweeps(self, method: MergeMethod) -> bool:
         """Whether a method is measured at several sparsities."""
         return method.sparsity is not None and len(self.sparsities) > 0
+
+    @property
+    def reported(self) -> MergeMethod:
+        """The method that the report is about: SAP, or the last one if it is not there."""
+        methods = list(self.methods.values())
+        return next((method for method in methods if method.name == SAP.name), methods[-1])
+
+    @property
+    def reported_sparsity(self) -> float | None:
+        """The measured sparsity that is nearest to its own."""
+        own = self.reported.sparsity
+        return own if own is None else min(self.sparsities or [own], key=lambda rho: abs(rho - own))
 
 
 class Sent(NamedTuple):
@@ -206,7 +221,8 @@ class Points:
             bytes=self.sent.bytes_before + sum(adapter.size for adapter in adapters) if adapters else 0,
         )
         poisoned = any(adapter in self.sent.poisoned for adapter in adapters)
-        return Point(result, adapters, method, poisoned, remembers)
+        merge = method is self.plan.reported and sparsity == self.plan.reported_sparsity and not poisoned
+        return Point(result, adapters, method, poisoned, remembers, merge or result.kind == ZERO_SHOT)
 
     def _measurement(self, unseen: str, adapters: Sequence[Adapter], settings: Mapping[str, Any]) -> str:
         """A digest of all that the metrics of a model depend on."""

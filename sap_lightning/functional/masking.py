@@ -129,6 +129,11 @@ class RunningThreshold:
             return torch.ones_like(values, dtype=torch.bool)
         return torch.from_numpy(np.concatenate([self._keep(bits) for bits in _order_bits(values)])).view(values.shape)
 
+    def settle(self) -> None:
+        """Lets go of the counts, which take a MiB, when all was shown twice."""
+        assert self.equal_that_go >= 0  # all that ``keep`` goes by follows from the counts with this
+        self._upper = self._lower = np.zeros(0, np.int64)
+
     def _keep(self, bits: np.ndarray) -> np.ndarray:
         keep: np.ndarray = bits >= self._threshold
         equal = np.flatnonzero(bits == self._threshold)[: self.equal_that_go]
@@ -183,6 +188,8 @@ def running_thresholds(
             for threshold, tensors in zip(thresholds, part, strict=True):
                 for values in tensors:
                     look(threshold, values)
+    for threshold in thresholds:
+        threshold.settle()
     return thresholds
 
 

@@ -219,11 +219,14 @@ class Pruning(Prepared):
     def _thresholds(self, names: Sequence[str], sparsity: float) -> list[RunningThreshold]:
         """Each client's threshold over these layers, of which one is in memory at a time."""
 
-        def shown() -> Iterator[Iterator[Iterator[Tensor]]]:
-            for name in track(names, f"{self.method.name}: threshold"):
-                yield (chain.from_iterable(self.scores(source, [name]).values()) for source in self.adapters)
+        def shown(source: Source) -> Iterator[list[Iterator[Tensor]]]:
+            for name in names:
+                yield [chain.from_iterable(self.scores(source, [name]).values())]
 
-        return running_thresholds(sparsity, len(self.adapters), shown)
+        thresholds: list[RunningThreshold] = []
+        for source in track(self.adapters, f"{self.method.name}: thresholds"):  # one's counts in memory at a time
+            thresholds += running_thresholds(sparsity, 1, partial(shown, source))
+        return thresholds
 
     def _layer_of_each(
         self, name: str, sparsity: float, thresholds: Sequence[RunningThreshold] | None

@@ -34,7 +34,11 @@ def draw(results: Results, rows: Sequence[TableRow], evidence: Evidence | None) 
     if any(len(curve) > 1 for curve in curves.values()):
         figures["accuracy_by_sparsity"] = sparsity_figure(curves, references)
     figures |= _draw_rounds(results, rows)
-    return figures | (_draw_evidence(evidence) if evidence else {})
+    figures |= _draw_evidence(evidence) if evidence else {}
+    for figure in figures.values():  # laid out once, not anew for each of its formats
+        figure.draw_without_rendering()
+        figure.set_layout_engine("none")
+    return figures
 
 
 def _draw_rounds(results: Results, rows: Sequence[TableRow]) -> dict[str, Figure]:

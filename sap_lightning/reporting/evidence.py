@@ -11,33 +11,31 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
-from lightning.pytorch.utilities import rank_zero_only
 from safetensors.torch import load_file
 from torch import Tensor
 from torchmetrics.functional.classification import multiclass_confusion_matrix
 
 from sap_lightning.errors import InputError
+from sap_lightning.federation.evaluation import PROJECTED_IMAGES, features_file
 from sap_lightning.federation.one_shot import OneShotFederation
 from sap_lightning.federation.points import Point
-from sap_lightning.files import read_tensors, write_tensors
-from sap_lightning.fingerprints import digest
+from sap_lightning.files import read_tensors
 from sap_lightning.functional.agreement import overlap, principal_components, share_kept, sign_conflict
 from sap_lightning.functional.lora import dense
+from sap_lightning.functional.spaces import Parameters
 from sap_lightning.functional.traffic import sparse_upload, triplets_upload
 from sap_lightning.io.adapter import Adapter
-from sap_lightning.merging import SAP, Pruning
-from sap_lightning.merging.clients import client_weights, layer_names
+from sap_lightning.merging import Pruning
+from sap_lightning.merging.clients import Source, client_weights, layer_names
 from sap_lightning.merging.on_top import pruning_in
 from sap_lightning.merging.pruning import masked
 from sap_lightning.merging.selection import losses_alone, standings
 from sap_lightning.models.probe import AnchorProbe
 from sap_lightning.reporting.drift import Drift, drift_of
-from sap_lightning.results import Predictions
+from sap_lightning.results import Predictions, Result
 
 log = logging.getLogger(__name__)
 
-PROJECTED_IMAGES = 105
-"""Images of each domain in the projection: enough to see clusters, few enough to compute in seconds."""
 PICTURES = 12
 """Images in each gallery, over all unseen domains."""
 
@@ -132,23 +130,32 @@ class Evidence:
 
 
 class MaskEvidence(NamedTuple):
-    """What pruning left of the clients; see :class:`Evidence`."""
+    """What pruning left of the clients; see :class:`Evidence`.
+
+    Attributes:
+        share_kept: as there.
+        overlap: as there.
+        conflict: as there.
+        sizes: bytes of each upload, by its sha256, had its client pruned it.
+    """
 
     share_kept: dict[str, dict[str, float]]
     overlap: Tensor
     conflict: dict[str, tuple[float, float]]
+    sizes: dict[str, int]
 
 
-NO_MASKS = MaskEvidence({}, torch.empty(0, 0), {})
+NO_MASKS = MaskEvidence({}, torch.empty(0, 0), {}, {})
 
 
 def evidence_of_masks(pruning: Pruning, sparsity: float | None) -> MaskEvidence:
-    """Share kept, mask overlap and sign conflict of clients pruned to a sparsity.
+    """Share kept, mask overlap, sign conflict and bytes of clients pruned to a sparsity.
 
     The masks of all clients are in memory together, a byte for each parameter; their updates one layer at a time.
     """
     adapters = pruning.adapters
     masks = [pruning.kept(adapter, sparsity) for adapter in adapters]
+    sizes = {one.sha256: pruned_bytes(pruning, one, kept) for one, kept in zip(adapters, masks, strict=True)}
     shares = {adapter.name: share_kept(kept) for adapter, kept in zip(adapters, masks, strict=True)}
     matrix = torch.tensor([[overlap(one, other) for other in masks] for one in masks], dtype=torch.float64)
     conflict = {}
@@ -159,7 +166,7 @@ def evidence_of_masks(pruning: Pruning, sparsity: float | None) -> MaskEvidence:
                 whole.append(dense(adapter.layers[name]))
                 pruned.append(dense(space.update(masked(space.parameters, kept[name]))))
         conflict[name] = sign_conflict(whole), sign_conflict(pruned)
-    return MaskEvidence(shares, matrix, conflict)
+    return MaskEvidence(shares, matrix, conflict, sizes)
 
 
 def gallery(
@@ -214,11 +221,7 @@ class Inspection:
     def __init__(self, federation: OneShotFederation) -> None:
         self.federation = federation
         self.merge = federation.merge
-        plan = federation.plan
-        methods = list(plan.methods.values())
-        self.method = next((method for method in methods if method.name == SAP.name), methods[-1])
-        own = self.method.sparsity
-        self.sparsity = own if own is None else min(plan.sparsities or [own], key=lambda rho: abs(rho - own))
+        self.method, self.sparsity = federation.plan.reported, federation.plan.reported_sparsity
         self.sent = sorted(federation.sent.adapters, key=lambda adapter: adapter.name)
 
     def evidence(self) -> Evidence:
@@ -237,10 +240,10 @@ class Inspection:
         losses = losses_alone(self.sent, anchors)
         sound = [adapter for adapter, loss in zip(self.sent, losses, strict=True) if math.isfinite(loss)]
         pruning = self.pruning(sound, anchors)
-        share_kept, overlap, conflict = evidence_of_masks(pruning, self.sparsity) if pruning else NO_MASKS
+        share_kept, overlap, conflict, sizes = evidence_of_masks(pruning, self.sparsity) if pruning else NO_MASKS
         return Evidence(
             merged=self.point(shown).result.label,
-            clients=self.clients(losses, anchors, pruning),
+            clients=self.clients(losses, anchors, sizes),
             share_kept=share_kept,
             overlap=overlap,
             conflict=conflict,
@@ -255,15 +258,11 @@ class Inspection:
 
     def point(self, unseen: str) -> Point:
         """The merge of honest clients that this is about, on one unseen domain."""
-        return next(
-            point
-            for point in self.federation.points_on(unseen)
-            if point.method is self.method and point.result.sparsity in (None, self.sparsity) and not point.poisoned
-        )
+        return next(point for point in self.federation.points_on(unseen) if point.reported and point.method)
 
     def zero_shot(self, unseen: str) -> Point:
         """The base on one unseen domain."""
-        return next(point for point in self.federation.points_on(unseen) if point.result.kind == "zero-shot")
+        return next(point for point in self.federation.points_on(unseen) if point.reported and not point.method)
 
     def before_and_after(self, unseen: str) -> tuple[Predictions, Predictions]:
         """What zero-shot and the merge said of the unseen domain."""
@@ -272,9 +271,12 @@ class Inspection:
 
     def anchors(self) -> AnchorProbe:
         """The anchors, to be looked at through the base with what every client sent."""
+        server = self.federation.server
         self.merge.set_update({})
         self.merge.use(())
-        self.federation.server.validate(self.merge, datamodule=self.federation.anchors, verbose=False)
+        if server.val_dataloaders is None:  # everything was known, and the server has looked at no anchors
+            server.validate(self.merge, datamodule=self.federation.anchors, verbose=False)
+        self.merge.trainer = server
         return self.merge.probe()
 
     def pruning(self, adapters: Sequence[Adapter], anchors: AnchorProbe) -> Pruning | None:
@@ -288,13 +290,13 @@ class Inspection:
             return None
         return pruning_in(prepared)
 
-    def clients(self, losses: Sequence[float], anchors: AnchorProbe, pruning: Pruning | None) -> list[Client]:
-        """What each client sent, and how it stands on the anchors."""
+    def clients(self, losses: Sequence[float], anchors: AnchorProbe, sizes: Mapping[str, int]) -> list[Client]:
+        """What each client sent, its size if that were pruned, and how it stands on the anchors."""
         return [
             Client(
                 adapter.name,
                 adapter.size,
-                pruned_bytes(pruning, adapter, self.sparsity) if pruning and adapter in pruning.adapters else None,
+                sizes.get(adapter.sha256),
                 loss,
                 one.margin,
                 one.stands_out,
@@ -312,36 +314,39 @@ class Inspection:
 
     def features(self, point: Point) -> tuple[Tensor, list[str], list[int]]:
         """Features (n, d) of some images of every domain, and the domain and class of each; computed once in a run."""
-        files = {domain: self._features_file(point, domain) for domain in self.federation.data.domains}
-        known = {domain: read_tensors(file) for domain, file in files.items()}
-        if missing := {domain: files[domain] for domain, part in known.items() if part is None}:
+        of = {domain: self._measured_on(domain, point).result for domain in self.federation.data.domains}
+        known = {domain: read_tensors(self._features_file(result, domain)) for domain, result in of.items()}
+        if missing := {domain: of[domain] for domain, part in known.items() if part is None}:
             self._compute_features(point, missing)
-        parts = {domain: part or load_file(files[domain]) for domain, part in known.items()}
+        parts = {domain: part or load_file(self._features_file(of[domain], domain)) for domain, part in known.items()}
         domains = [domain for domain, part in parts.items() for _ in part["labels"]]
         labels = torch.cat([part["labels"] for part in parts.values()]).tolist()
         return torch.cat([part["features"] for part in parts.values()]), domains, labels
 
-    def _features_file(self, point: Point, domain: str) -> Path:
-        images = self.federation.data.fingerprint(domain)
-        name = digest(point.result.measurement, domain, images, PROJECTED_IMAGES)
-        return self.federation.results.folder / "features" / f"{name}.safetensors"
+    def _measured_on(self, domain: str, point: Point) -> Point:
+        """The same model, measured on this domain if it was."""
+        return self.zero_shot(domain) if point.method is None and domain in self.federation.unseen else point
 
-    def _compute_features(self, point: Point, files: Mapping[str, Path]) -> None:
+    def _features_file(self, result: Result, domain: str) -> Path:
+        return features_file(self.federation.results, result, self.federation.data.for_domain(domain))
+
+    def _compute_features(self, point: Point, results: Mapping[str, Result]) -> None:
         self.federation.evaluation.become(point)
         self.merge.remember_stem(())
-        write = rank_zero_only(write_tensors)
-        for domain, file in files.items():
-            data = self.federation.data.for_domain(domain, test_images=PROJECTED_IMAGES)
+        for domain, result in results.items():
+            # In the very batches that it was measured in, as the last bits of a feature depend on them.
+            number = None if result.unseen == domain else PROJECTED_IMAGES
+            data = self.federation.data.for_domain(domain, test_images=number)
             self.federation.evaluator.test(self.merge, datamodule=data, verbose=False)
-            write(file, {"features": self.merge.tested_features, "labels": self.merge.predictions.labels})
+            self.federation.evaluation.keep_features(result, data)
         self.federation.server.strategy.barrier()
 
 
-def pruned_bytes(pruning: Pruning, adapter: Adapter, sparsity: float | None) -> int:
-    """What an upload would take had its client pruned it."""
-    kept = pruning.kept(adapter, sparsity)
+def pruned_bytes(pruning: Pruning, source: Source, kept: Mapping[str, Parameters]) -> int:
+    """What an upload would take had its client pruned it to this."""
     if pruning.method.space == "singular":
-        return triplets_upload(kept, {name: layer.shape for name, layer in adapter.layers.items()})
+        shapes = {name: (layer.shape[0], layer.shape[1]) for name, layer in source.layers.items()}
+        return triplets_upload(kept, shapes)
     return sparse_upload(kept)
 
 

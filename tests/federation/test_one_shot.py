@@ -33,7 +33,9 @@ from federation.runs import (
 from places import REPOSITORY
 from safetensors.torch import load_file
 
+from sap_lightning.data.domains import DomainDataModule
 from sap_lightning.errors import InputError
+from sap_lightning.federation.evaluation import features_file
 from sap_lightning.io.adapter import read_adapter, sha256_of, write_adapter
 from sap_lightning.results import Results
 
@@ -95,6 +97,14 @@ def test_running_again_changes_nothing(finished, run):
     assert times(finished, "clients/*/last.ckpt") == checkpoints
 
 
+def features_on(unseen: str, run: Path) -> Path:
+    """Those of zero-shot, which the report reads."""
+    results = Results(run)
+    (point,) = (row for row in results.of("zero-shot") if row.unseen == unseen)
+    root = yaml.safe_load((run / "config.yaml").read_text())["data"]["root"]
+    return features_file(results, point, DomainDataModule(root, unseen))
+
+
 def test_damaged_files_of_a_run_are_named_and_made_anew_to_the_same_bytes(copy, finished, run, caplog, monkeypatch):
     monkeypatch.setattr(logging.getLogger("sap_lightning"), "propagate", True)
     run("fit", f"--federation.run_dir={copy}")
@@ -107,7 +117,7 @@ def test_damaged_files_of_a_run_are_named_and_made_anew_to_the_same_bytes(copy, 
         "merged/photo/sap/merge.json",
         "merged/sketch/average/adapter_model.safetensors",
         f"predictions/{lines_of(copy)[0]['measurement']}.safetensors",  # of zero-shot, which is not measured anew
-        max(name for name in before if name.startswith("features/")),
+        str(features_on("sketch", copy).relative_to(copy)),
     ]
     for name in damaged:
         flip(copy / name)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import tracemalloc
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from itertools import groupby
@@ -16,7 +17,7 @@ from sap_lightning.errors import InputError
 from sap_lightning.functional.lora import LoRALayer, dense
 from sap_lightning.functional.spaces import Parameters, Space, magnitudes
 from sap_lightning.io.adapter import Adapter
-from sap_lightning.merging import GRASP, METHODS, PrunerZero
+from sap_lightning.merging import GRASP, METHODS, TIES, PrunerZero
 from sap_lightning.merging.opnp import OPNP
 from sap_lightning.merging.pruning import PruningMethod
 from sap_lightning.models.probe import AnchorProbe, Answer
@@ -122,6 +123,15 @@ def test_one_threshold_over_all_layers_is_found_in_three_looks_at_one_layer_afte
     assert relative_gap(merged, expected) < 1e-6
     for adapter in watched:
         assert [name for name, _ in groupby(adapter.layers.read)] == 3 * sorted(adapter.layers)
+
+
+def test_thresholds_of_many_clients_are_found_in_the_memory_of_one() -> None:
+    every = [random_adapter(seed) for seed in range(40)]
+    tracemalloc.start()
+    TIES().prepare(every, [1 / 40] * 40).apply()
+    _, peak = tracemalloc.get_traced_memory()  # of NumPy's arrays, in which values are counted
+    tracemalloc.stop()
+    assert peak < 8 * 2**20
 
 
 def test_some_layers_can_be_pruned_alone():

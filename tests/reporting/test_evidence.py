@@ -11,6 +11,7 @@ import torch
 from torch import tensor
 
 from sap_lightning.functional.lora import LoRALayer
+from sap_lightning.functional.traffic import sparse_upload
 from sap_lightning.io.adapter import Adapter, sha256_of
 from sap_lightning.merging.magnitude import Magnitude
 from sap_lightning.reporting.evidence import confusion, evidence_of_masks, gain, gallery
@@ -60,7 +61,7 @@ def test_evidence_of_masks_is_that_of_the_dense_updates(scope, space):
 
     adapters = [client("a", ["q", "v"]), client("b", ["q", "v"]), client("c", ["v"])]
     pruning = Magnitude(0.5, scope, space).prepare(adapters, [1 / 3] * 3)
-    shares, matrix, conflict = evidence_of_masks(pruning, 0.5)
+    shares, matrix, conflict, sizes = evidence_of_masks(pruning, 0.5)
     assert {name: list(layers) for name, layers in shares.items()} == {"a": ["q", "v"], "b": ["q", "v"], "c": ["v"]}
     if scope == "layer":
         assert shares["a"] == pytest.approx({"q": 0.5, "v": 0.5})
@@ -73,6 +74,7 @@ def test_evidence_of_masks_is_that_of_the_dense_updates(scope, space):
         }
         for one in adapters
     ]
+    assert sizes == {one.sha256: sparse_upload(pruning.kept(one, 0.5)) for one in adapters}
     np.testing.assert_allclose(matrix, [[len(p & q) / len(p | q) for q in kept] for p in kept])
     for name, (before, after) in conflict.items():
         own = [one for one in adapters if name in one.layers]

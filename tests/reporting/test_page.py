@@ -173,7 +173,7 @@ def test_the_command_that_repeats_a_run_is_there_with_its_settings(tmp_path: Pat
 def test_sections_without_data_are_left_out(tmp_path: Path) -> None:
     results = Results(tmp_path)
     add(results, "zero-shot", {"photo": 10}, "zero-shot")
-    bare = Evidence("sap", [], *NO_MASKS, None, "", {}, [], [], [])
+    bare = Evidence("sap", [], *NO_MASKS[:3], None, "", {}, [], [], [])
     page = Page(write(tmp_path, results, ["photo"], bare, {}))
     assert [section["id"] for section in page.all("section")] == ["results", "settings"]
     assert page.all("img") == []
@@ -181,7 +181,7 @@ def test_sections_without_data_are_left_out(tmp_path: Path) -> None:
 
 def test_a_merge_that_prunes_nothing_has_no_masks_and_no_pruned_bytes(tmp_path: Path) -> None:
     clients = [Client(name, 1000, None, 0.5, 0.1, False, "") for name in ("photo", "sketch", "cartoon")]
-    bare = Evidence("krum", clients, *NO_MASKS, None, "", {}, [], [], [])
+    bare = Evidence("krum", clients, *NO_MASKS[:3], None, "", {}, [], [], [])
     page = Page(write(tmp_path, swept(tmp_path), UNSEEN, bare, {}))
     assert [section["id"] for section in page.all("section")] == [
         "results",
