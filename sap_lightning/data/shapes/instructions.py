@@ -50,7 +50,7 @@ class Asked(NamedTuple):
     answer: str
 
 
-def draw_clients(folder: str | Path, train: int = 60, test: int = 40, size: int = 64, seed: int = 0) -> None:
+def draw_clients(folder: str | Path, train: int = 240, test: int = 40, size: int = 64, seed: int = 0) -> None:
     """Draw two clients of each task, of different styles; the same seed gives the same files, bit for bit.
 
     A caption client names colours, things and background; a vqa client says in turn yes, no and how many; a grounding
