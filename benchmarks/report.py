@@ -26,7 +26,7 @@ from sap_lightning.modules.merge import MergeModule
 from sap_lightning.reporting.show import show
 
 
-def main(base: str, images: Path, anchors: Path, images_per_class: Sequence[int] = (5, 15)) -> None:
+def main(base: str, images: Path, anchors: Path, images_per_class: Sequence[int] = (5, 15, 20)) -> None:
     """A row for each size of the subset.
 
     Args:
