@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
@@ -12,6 +13,7 @@ from typing import Any, NamedTuple
 import lightning as L
 import torch
 from lightning.pytorch.callbacks import ProgressBar
+from lightning.pytorch.utilities import rank_zero_only
 from torch import Tensor
 
 from sap_lightning.callbacks.progress import training_progress
@@ -30,7 +32,12 @@ from sap_lightning.functional.lora import LoRALayer
 from sap_lightning.functional.rounds import mean_factors
 from sap_lightning.instruction_results import InstructionResult, InstructionResults
 from sap_lightning.io.factors import Shapes
-from sap_lightning.io.instruction_upload import ReadUpload, read_instruction_upload
+from sap_lightning.io.instruction_upload import (
+    InstructionUpload,
+    ReadUpload,
+    read_instruction_upload,
+    write_instruction_upload,
+)
 from sap_lightning.merging import MergeMethod
 from sap_lightning.merging.registry import method_named
 from sap_lightning.models.layers import layer_shapes
@@ -178,6 +185,7 @@ class InstructionFederation:
             uploads = self._turn(name, system, number, server)
             server = aggregated(system, server, uploads, self.data.tasks)
             self._measure(name, number, system, server, uploads)
+        self._keep_models(name, system, server)
 
     def _merge_in_one_shot(self) -> None:
         system = SYSTEMS["fedit"]
@@ -289,6 +297,19 @@ class InstructionFederation:
             if said != expected:
                 raise InputError(f"{upload}: its {what} is {said!r}, expected {expected!r}; remove it, and it is anew")
         return read
+
+    @rank_zero_only
+    def _keep_models(self, name: str, system: System, server: Server) -> None:
+        """Writes what a newcomer of each task, or of any, begins with: a connector, and the mean of all LoRA."""
+        if system.is_alone:
+            return
+        of_all = list(server.layers.values())
+        share = [1 / len(of_all)] * len(of_all)
+        layers = {layer: mean_factors([one[layer] for one in of_all], share) for layer in of_all[0]}
+        for task, connector in (server.connectors or {ALL: {}}).items():
+            folder = self.folder / name / "models" / (task or "all")
+            shutil.rmtree(folder, ignore_errors=True)
+            write_instruction_upload(folder, InstructionUpload(layers, connector), self.client.base)
 
     # Measuring
 

@@ -52,8 +52,10 @@ class ReadUpload(NamedTuple):
     size: int
 
 
-def write_instruction_upload(folder: Path, upload: InstructionUpload, base: str, manifest: Manifest) -> Path:
-    """Writes an upload whose LoRA PEFT loads; equal ones give equal bytes.
+def write_instruction_upload(
+    folder: Path, upload: InstructionUpload, base: str, manifest: Manifest | None = None
+) -> Path:
+    """Writes an upload, or without a manifest a model that was tuned; equal ones give equal bytes.
 
     Raises:
         InputError: the folder exists or cannot be written, or a number is not finite.
@@ -84,20 +86,33 @@ def read_instruction_upload(
             finite or of another shape or dtype.
     """
     adapter = read_adapter(folder, shapes, base_fingerprint)
-    files = FilesInFolder(folder)
     if adapter.manifest is None:
         raise InputError(f"{folder}: has no manifest.json, which says of what task and round it is; send it whole")
-    if files.has(CONNECTOR_FILE) != bool(connector):
-        words = "has no" if connector else "has a"
-        raise InputError(f"{folder}: {words} {CONNECTOR_FILE}, unlike the base; train the client on this base")
-    tensors: dict[str, Tensor] = {}
-    if connector:
-        with files.weights(CONNECTOR_FILE).opened() as stored:
-            tensors = _connector_in(stored, connector)
+    tensors = _read_connector(folder, connector)
     digest = sha256(adapter.sha256.encode())
     for name, tensor in sorted(tensors.items()):
         hash_tensor(digest, name, tensor)
-    return ReadUpload(adapter, tensors, digest.hexdigest(), files.size())
+    return ReadUpload(adapter, tensors, digest.hexdigest(), FilesInFolder(folder).size())
+
+
+def read_tuned(folder: Path, shapes: Shapes, connector: Mapping[str, Sequence[int]]) -> InstructionUpload:
+    """Reads a model that was tuned, or an upload of whatever base; takes what `read_instruction_upload` does.
+
+    Raises:
+        InputError: as that does.
+    """
+    return InstructionUpload(read_adapter(folder, shapes).layers, _read_connector(folder, connector))
+
+
+def _read_connector(folder: Path, shapes: Mapping[str, Sequence[int]]) -> dict[str, Tensor]:
+    files = FilesInFolder(folder)
+    if files.has(CONNECTOR_FILE) != bool(shapes):
+        words = "has no" if shapes else "has a"
+        raise InputError(f"{folder}: {words} {CONNECTOR_FILE}, unlike the base; train the client on this base")
+    if not shapes:
+        return {}
+    with files.weights(CONNECTOR_FILE).opened() as stored:
+        return _connector_in(stored, shapes)
 
 
 def _connector_in(stored: OpenWeights, shapes: Mapping[str, Sequence[int]]) -> dict[str, Tensor]:

@@ -17,7 +17,10 @@ from sap_lightning.data.instructions import IMAGE, Encoder
 from sap_lightning.data.preprocess import Preprocess
 from sap_lightning.errors import InputError, first_line
 from sap_lightning.fingerprints import fingerprint
+from sap_lightning.io.instruction_upload import read_tuned
 from sap_lightning.models.language import load_language_model, tokenizer_of
+from sap_lightning.models.layers import layer_shapes
+from sap_lightning.models.patched import Patched
 
 MAX_REMEMBERED = 2**30
 """Bytes of image features that are kept in memory; those of further images are computed anew."""
@@ -109,6 +112,25 @@ def load_language_base(base: str) -> LanguageBase:
     language, connector = _language_of(llava), llava.model.multi_modal_projector
     whole = nn.ModuleDict({"language": language, "connector": connector})
     return LanguageBase(language, llava.config.image_token_id, connector, frozen_vision(base), fingerprint(whole))
+
+
+def tuned_llava(base: str, folder: str | Path) -> LlavaForConditionalGeneration:
+    """A LLaVA checkpoint with the LoRA and the connector that instruction tuning left in a folder, merged into it.
+
+    Args:
+        base: hub id or folder of the checkpoint that was tuned.
+        folder: of the run's ``<way>/models/<task>``, or a client's upload.
+
+    Raises:
+        InputError: the base is no LLaVA checkpoint, or the folder holds no model tuned on it.
+    """
+    llava = _load_llava(base)
+    language, connector = _language_of(llava), llava.model.multi_modal_projector
+    shapes = {name: tuple(value.shape) for name, value in connector.state_dict().items()}
+    found = read_tuned(Path(folder), layer_shapes(language), shapes)
+    Patched(language.requires_grad_(False)).set_update(found.layers)
+    connector.load_state_dict(dict(found.connector))
+    return cast(LlavaForConditionalGeneration, llava)
 
 
 def encoder_of(base: str, longest: int) -> Encoder:

@@ -15,14 +15,16 @@ import safetensors.torch
 import torch
 from kills import killed
 from llava import conversations, tiny_language_model, tiny_llava
+from transformers import LlavaForConditionalGeneration
 
 from sap_lightning.data.instructions import InstructionDataModule
 from sap_lightning.errors import InputError
 from sap_lightning.federation.instruction import BASE, InstructionFederation, Server, aggregated
 from sap_lightning.federation.systems import SYSTEMS, task_weights, text_weights
+from sap_lightning.io.adapter import read_adapter
 from sap_lightning.io.instruction_upload import ReadUpload, read_instruction_upload
 from sap_lightning.models.layers import layer_shapes
-from sap_lightning.models.llava import load_language_base
+from sap_lightning.models.llava import load_language_base, tuned_llava
 from sap_lightning.modules.vlm_lora import VLMLoRAModule
 
 CLIENTS = {"vqa_a": "vqa", "vqa_b": "vqa", "caption_a": "caption"}
@@ -240,3 +242,28 @@ def test_pilot_needs_images(tmp_path):
 def test_a_faulty_setting_is_named(tmp_path, base, root, settings, message):
     with pytest.raises(InputError, match=message):
         federation(base, root, tmp_path, **settings)
+
+
+def test_what_a_newcomer_begins_with_is_a_llava(run, base, root, tmp_path):
+    assert {path.name for path in run.glob("*/models/*")} == {"all", "vqa", "caption"}
+    assert {path.parents[1].name for path in run.glob("*/models/*")} == {"fedit", "pilot"}
+    llava = tuned_llava(base, run / "pilot/models/vqa")
+    sent = safetensors.torch.load_file(run / "pilot/models/vqa/connector.safetensors")
+    for name, value in llava.model.multi_modal_projector.state_dict().items():
+        assert torch.equal(value, sent[name])
+    layers = read_adapter(run / "pilot/models/vqa").layers
+    plain = LlavaForConditionalGeneration.from_pretrained(base)
+    for name, layer in layers.items():
+        inner = name.removeprefix("model.")
+        before, after = (one.model.language_model.get_submodule(inner).weight for one in (plain, llava))
+        assert torch.allclose(after, before + layer.delta(), atol=1e-6)
+    llava.save_pretrained(tmp_path / "saved")
+    assert LlavaForConditionalGeneration.from_pretrained(tmp_path / "saved").num_parameters() == plain.num_parameters()
+
+
+def test_a_folder_that_holds_no_tuned_model_is_named(run, base, tmp_path):
+    folder = tmp_path / "model"
+    shutil.copytree(run / "pilot/models/vqa", folder)
+    (folder / "connector.safetensors").unlink()
+    with pytest.raises(InputError, match=r"has no connector.safetensors"):
+        tuned_llava(base, folder)
