@@ -22,9 +22,7 @@ def load_language_model(folder: Path) -> PreTrainedModel:
             folder, dtype=torch.float32, trust_remote_code=False, use_safetensors=True
         )
     except Exception as error:  # transformers raises whatever a faulty file leads it to
-        raise InputError(
-            f"{folder}: is no causal language model ({first_line(error)}); CLIP models are shown --anchors.root"
-        ) from error
+        raise InputError(f"{folder}: is no causal language model ({first_line(error)})") from error
     return model.eval()
 
 

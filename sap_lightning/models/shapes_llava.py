@@ -64,7 +64,7 @@ def pretrain(folder: str | Path, seed: int = 0) -> None:
 def align(whole: Whole, images: Sequence[Path], drawn: Sequence[Drawn], seed: int) -> None:
     """Trains the connector by least squares to give the embedding that a text would have in each patch's place.
 
-    From a connector at random, captions alone find what the language model listens to much later.
+    From a connector at random, captions alone find what the language model listens to somewhat later.
     """
     tokenizer, rng = whole.encoder.tokenizer, np.random.default_rng([seed, len(drawn)])
     connector, cpu = whole.llava.model.multi_modal_projector, torch.device("cpu")
