@@ -211,6 +211,8 @@ def assemble(vision: str, language: str, seed: int) -> Whole:
     tokenizer.chat_template = tokenizer.chat_template or PLAIN_TEMPLATE
     image_token = with_image_token(model, tokenizer)
     seen = FrozenVision(tower, Preprocess(vision), LAYER, keeps_class=False)
+    for part in (tower.config, model.config):
+        part._name_or_path = ""  # where they were read is nobody's business
     config = LlavaConfig(
         vision_config=tower.config,
         text_config=model.config,

@@ -174,6 +174,10 @@ def test_same_seed_gives_same_files(language, captions, tmp_path):
     assert contents(tmp_path / "first") != contents(tmp_path / "other")
 
 
+def test_it_does_not_say_where_its_parts_were(made, language):
+    assert language.parent.name not in (made / "config.json").read_text()
+
+
 def test_rows_that_are_not_tied_both_get_the_mean_and_a_spare_row_is_used(tmp_path):
     whole = assemble(SHAPES_CLIP, str(language_model(tmp_path / "untied", tied=False)), 0)
     for table in (whole.language.get_input_embeddings(), whole.language.get_output_embeddings()):
