@@ -12,6 +12,7 @@ from llava import conversations, tiny_llava
 from places import REPOSITORY
 
 from sap_lightning.commands import COMMANDS
+from sap_lightning.data.instructions import InstructionDataModule
 from sap_lightning.errors import InputError
 from sap_lightning.federation.systems import SYSTEMS
 from sap_lightning.instruction_cli import InstructionCLI, tunes_on_instructions
@@ -70,6 +71,20 @@ def test_the_config_s_values_are_taken(tmp_path):
     assert cli.model.losses.form == "raw" and cli.model.losses.difference == 0.1
     assert cli.datamodule.score_of("diagnosis") == "exact"
     assert cli.federation().systems == list(SYSTEMS)
+
+
+def test_the_plain_config_names_every_setting_at_its_default():
+    """But for seeds, which follow from seed_everything."""
+    plain = InstructionCLI([f"--config={CONFIG.with_name('pilot.yaml')}"]).settings()
+    default = InstructionCLI(["--model=VLMLoRAModule"]).settings()
+    assert default["data"].pop("scores") is None
+    assert InstructionDataModule().scores == plain["data"].pop("scores")
+    assert plain["model"]["init_args"] == default["model"]["init_args"]
+    assert (plain["data"], plain["federation"]) == (default["data"], default["federation"])
+    written = yaml.safe_load(CONFIG.with_name("pilot.yaml").read_text())
+    assert set(written["federation"]) == set(default["federation"])
+    assert set(written["data"]) == {*default["data"], "scores"} - {"seed"}
+    assert set(written["model"]["init_args"]) == set(default["model"]["init_args"]) - {"seed"}
 
 
 def test_the_class_is_found_in_a_config_or_on_the_command_line(tmp_path):
