@@ -7,14 +7,14 @@ import os
 import sys
 import threading
 import warnings
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import TypeVar
 
 from rich import get_console
 from rich.logging import RichHandler
 from rich.progress import track as progress_track
 
-from sap_lightning.errors import printable
+from sap_lightning.errors import InputError, printable
 
 Item = TypeVar("Item")
 
@@ -84,3 +84,18 @@ def on_terminal() -> bool:
 def track(items: Sequence[Item], description: str) -> Iterable[Item]:
     """The items, with a bar that goes away when they are through."""
     return progress_track(items, description, transient=True) if on_terminal() else items
+
+
+def run_as_command(function: Callable[..., object], as_positional: bool = True) -> None:
+    """Runs a function with arguments from the command line; bad input ends in one line and exit code 1.
+
+    Args:
+        function: whose docstring is the help.
+        as_positional: whether arguments without a default are given by their place, or by name.
+    """
+    from jsonargparse import auto_cli  # which few that write to a console need
+
+    try:
+        auto_cli(function, as_positional=as_positional)
+    except InputError as error:
+        sys.exit(f"error: {error}")

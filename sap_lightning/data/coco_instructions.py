@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import shutil
-import sys
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -11,9 +10,9 @@ from pathlib import Path
 from typing import Any, TypeGuard
 
 import numpy as np
-from jsonargparse import auto_cli
 from numpy.random import Generator
 
+from sap_lightning.console import run_as_command
 from sap_lightning.data.anchors import entries_in, image_file
 from sap_lightning.data.questions import (
     DESCRIBE,
@@ -248,13 +247,5 @@ def is_box(value: Any) -> bool:
     return bool(0 <= x1 < x2 <= 1 and 0 <= y1 < y2 <= 1)
 
 
-def main() -> None:
-    """Make clients from the command line."""
-    try:
-        auto_cli(make_clients, as_positional=True)
-    except InputError as error:
-        sys.exit(f"error: {error}")
-
-
 if __name__ == "__main__":
-    main()
+    run_as_command(make_clients)

@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, cast
 
 import lightning as L
 import torch
-from jsonargparse import auto_cli
 from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from tokenizers import AddedToken
 from torch import Tensor, nn
@@ -24,12 +22,12 @@ from transformers import (
 )
 from transformers.models.llava.modeling_llava import LlavaMultiModalProjector
 
-from sap_lightning.console import on_terminal, quieten
+from sap_lightning.console import on_terminal, quieten, run_as_command
 from sap_lightning.data.anchors import captioned_images
 from sap_lightning.data.instructions import IMAGE, PLAIN_TEMPLATE, Encoder, InstructionBatch, Sample, batch_of
 from sap_lightning.data.preprocess import Preprocess
 from sap_lightning.data.questions import DESCRIBE
-from sap_lightning.errors import InputError, check_at_least, check_positive
+from sap_lightning.errors import check_at_least, check_positive
 from sap_lightning.files import new_folder, refuse_existing
 from sap_lightning.models.clip import load_clip
 from sap_lightning.models.language import load_language_model, tokenizer_of
@@ -258,14 +256,6 @@ def with_image_token(model: PreTrainedModel, tokenizer: Any) -> int:
     return known
 
 
-def main() -> None:
-    """Pretrain from the command line."""
-    quieten()
-    try:
-        auto_cli(pretrain_connector, as_positional=False)
-    except InputError as error:
-        sys.exit(f"error: {error}")
-
-
 if __name__ == "__main__":
-    main()
+    quieten()
+    run_as_command(pretrain_connector, as_positional=False)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import sys
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
@@ -11,15 +10,14 @@ from typing import cast
 
 import numpy as np
 import torch
-from jsonargparse import auto_cli
 
-from sap_lightning.console import quieten
+from sap_lightning.console import quieten, run_as_command
 from sap_lightning.data.shapes import pretrain_language
 from sap_lightning.data.shapes.arrangement import arranged, some_things
 from sap_lightning.data.shapes.pretrain import SIZE, THREADS
 from sap_lightning.data.shapes.pretrain_tower import Drawn, pretrain_tower
 from sap_lightning.data.shapes.world import COLOUR_TEMPLATES, STYLES, TEMPLATES
-from sap_lightning.errors import InputError, check_at_least
+from sap_lightning.errors import check_at_least
 from sap_lightning.files import refuse_existing
 from sap_lightning.models.pretrain_connector import Whole, assemble, caption_samples, train, write
 
@@ -100,14 +98,6 @@ def draw_pictures(folder: Path, number: int, seed: int) -> list[Drawn]:
     return drawn
 
 
-def main() -> None:
-    """Pretrain from the command line."""
-    quieten()
-    try:
-        auto_cli(pretrain, as_positional=True)
-    except InputError as error:
-        sys.exit(f"error: {error}")
-
-
 if __name__ == "__main__":
-    main()
+    quieten()
+    run_as_command(pretrain)

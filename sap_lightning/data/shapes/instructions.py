@@ -9,10 +9,10 @@ from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
-from jsonargparse import auto_cli
 from numpy.random import Generator
 from PIL import Image
 
+from sap_lightning.console import run_as_command
 from sap_lightning.data import questions
 from sap_lightning.data.questions import (
     ANCHORS_FILE,
@@ -27,7 +27,7 @@ from sap_lightning.data.questions import (
 from sap_lightning.data.shapes import arrangement, world
 from sap_lightning.data.shapes.arrangement import MOST, Arrangement, arranged, several_of, some_things
 from sap_lightning.data.shapes.world import CLASSES, COLOUR_TEMPLATES, MEDIA, STYLES
-from sap_lightning.errors import InputError, check_at_least
+from sap_lightning.errors import check_at_least
 from sap_lightning.files import cache_folder, new_folder
 
 CLIENTS = (
@@ -142,13 +142,5 @@ def grounding(style: str, number: int, size: int, rng: Generator) -> Asked:
 ASK = {"caption": caption, "vqa": vqa, "grounding": grounding}
 
 
-def main() -> None:
-    """Draw the clients from the command line."""
-    try:
-        auto_cli(draw_clients, as_positional=True)
-    except InputError as error:
-        sys.exit(f"error: {error}")
-
-
 if __name__ == "__main__":
-    main()
+    run_as_command(draw_clients)

@@ -3,19 +3,18 @@
 from __future__ import annotations
 
 import json
-import sys
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from jsonargparse import auto_cli
 from tokenizers import pre_tokenizers, trainers
 from torch import Tensor
 from torch.nn import functional as F
 from transformers import CLIPConfig, CLIPModel, CLIPTokenizer
 
+from sap_lightning.console import run_as_command
 from sap_lightning.data.shapes.world import COLOUR_TEMPLATES, TEMPLATES, hearsay, neutral_scene
 from sap_lightning.errors import InputError
 from sap_lightning.files import new_folder, refuse_existing, write_json
@@ -165,13 +164,5 @@ def preprocessor(mean: Tensor, std: Tensor) -> dict[str, object]:
     }
 
 
-def main() -> None:
-    """Pretrain from the command line."""
-    try:
-        auto_cli(pretrain, as_positional=True)
-    except InputError as error:
-        sys.exit(f"error: {error}")
-
-
 if __name__ == "__main__":
-    main()
+    run_as_command(pretrain)

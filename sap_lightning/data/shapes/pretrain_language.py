@@ -2,25 +2,24 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from jsonargparse import auto_cli
 from numpy.random import Generator
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from torch import Tensor
 from torch.nn import functional as F
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
+from sap_lightning.console import run_as_command
 from sap_lightning.data.questions import DESCRIBE, IMAGE, box_answer, count, place, presence
 from sap_lightning.data.shapes.arrangement import MOST, Arrangement, Box, arranged, several_of, some_things
 from sap_lightning.data.shapes.instructions import DECIMALS
 from sap_lightning.data.shapes.world import CLASSES, COLOUR_TEMPLATES, COLOURS, STYLES, TEMPLATES, WALLS
-from sap_lightning.errors import InputError, check_at_least
+from sap_lightning.errors import check_at_least
 from sap_lightning.files import new_folder, refuse_existing
 
 GRID = 8
@@ -239,13 +238,5 @@ def answer_loss(model: LlamaForCausalLM, tokens: Tokens) -> Tensor:
     return (losses * weights[learned]).sum() / weights.sum()
 
 
-def main() -> None:
-    """Pretrain from the command line."""
-    try:
-        auto_cli(pretrain, as_positional=True)
-    except InputError as error:
-        sys.exit(f"error: {error}")
-
-
 if __name__ == "__main__":
-    main()
+    run_as_command(pretrain)
