@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -116,18 +116,56 @@ def _train(
     reach = ReachCallback(sent)
     measured = [reach] if module.reach else []
     kept = [KeepEpochs(folder.epochs(domain))] if module.keeps_epochs else []
+    trainer = fit_at_home(
+        home,
+        title,
+        module,
+        data,
+        make_trainer,
+        shown,
+        [sent, SparseUpdate(module.trained_rows, sent), *measured, *kept],
+        reload_dataloaders_every_n_epochs=int(data.curriculum.narrows),
+    )
+    if trainer.is_global_zero:
+        module.write_upload(folder.upload(domain), domain, data.num_samples, reach.reach, sent.blocks)
+    trainer.strategy.barrier()
+
+
+def fit_at_home(
+    home: Path,
+    title: str,
+    module: L.LightningModule,
+    data: L.LightningDataModule,
+    make_trainer: TrainerFactory,
+    shown: L.Callback,
+    callbacks: Sequence[L.Callback] = (),
+    **overrides: Any,
+) -> L.Trainer:
+    """Trains what a client sends, from the last checkpoint in its folder if it was interrupted.
+
+    Args:
+        home: the client's folder, for checkpoints and events.
+        title: what the log calls the client.
+        module: what is trained.
+        data: what it is trained on.
+        make_trainer: gives the trainer.
+        shown: shows how far it is.
+        callbacks: besides.
+        overrides: of the trainer.
+
+    Raises:
+        InputError: when there was no time for one step.
+    """
     trainer = make_trainer(
         logger=EventLogger(home.parent, home.name),
-        callbacks=[every_epoch(home), shown, sent, SparseUpdate(module.trained_rows, sent), *measured, *kept],
+        callbacks=[every_epoch(home), shown, *callbacks],
         default_root_dir=home,
         enable_checkpointing=True,
         enable_progress_bar=isinstance(shown, ProgressBar),
-        reload_dataloaders_every_n_epochs=int(data.curriculum.narrows),
+        **overrides,
     )
     trainer.strategy.checkpoint_io = WholeCheckpoints()
     trainer.fit(module, datamodule=data, ckpt_path=last_checkpoint(home), weights_only=True)
     if trainer.global_step == 0:
         raise InputError(f"{title}: not one step was trained, so nothing is sent; check trainer.max_time")
-    if trainer.is_global_zero:
-        module.write_upload(folder.upload(domain), domain, data.num_samples, reach.reach, sent.blocks)
-    trainer.strategy.barrier()
+    return trainer

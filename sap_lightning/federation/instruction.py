@@ -5,14 +5,12 @@ from __future__ import annotations
 import logging
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import lightning as L
-import torch
-from lightning.pytorch.callbacks import ProgressBar
 from lightning.pytorch.utilities import rank_zero_only
 from torch import Tensor
 
@@ -20,15 +18,14 @@ from sap_lightning.callbacks.progress import training_progress
 from sap_lightning.callbacks.tensorboard import EventLogger, tensorboards
 from sap_lightning.data.instructions import InstructionDataModule
 from sap_lightning.errors import InputError, check_at_least, check_share
-from sap_lightning.federation.checkpoints import WholeCheckpoints, every_epoch, last_checkpoint
-from sap_lightning.federation.client import UNTRAINED, TrainerFactory
+from sap_lightning.federation.client import UNTRAINED, TrainerFactory, fit_at_home
 from sap_lightning.federation.run_folder import RunFolder, require_settings
-from sap_lightning.federation.systems import SYSTEMS, System, task_weights, text_weights
+from sap_lightning.federation.systems import ALL, SYSTEMS, Server, System, aggregated
+from sap_lightning.federation.turns import taking_part
 from sap_lightning.federation.unseen_task import check_methods, one_shot
 from sap_lightning.files import clear_unfinished_at, locked, read_tensors, sha256_of_file, write_tensors
 from sap_lightning.fingerprints import digest
 from sap_lightning.functional import answers
-from sap_lightning.functional.lora import LoRALayer
 from sap_lightning.functional.rounds import mean_factors
 from sap_lightning.instruction_results import InstructionResult, InstructionResults
 from sap_lightning.io.factors import Shapes
@@ -42,7 +39,6 @@ from sap_lightning.merging import MergeMethod
 from sap_lightning.merging.registry import method_named
 from sap_lightning.models.layers import layer_shapes
 from sap_lightning.models.llava import encoder_of, load_language_base
-from sap_lightning.modules.connector import mean_connector
 from sap_lightning.modules.vlm_lora import Start, VLMLoRAModule
 
 log = logging.getLogger(__name__)
@@ -52,8 +48,6 @@ KEPT = "kept.safetensors"
 """What a client keeps at home from one turn to the next, in its folder."""
 ONE_SHOT = "one shot"
 """What the log calls the one turn whose uploads are merged."""
-ALL = ""
-"""The task of a connector that serves all."""
 SCORES = {"exact": answers.exact, "f1": answers.f1, "iou": answers.iou}
 
 
@@ -69,19 +63,6 @@ class BaseShapes(NamedTuple):
     layers: Shapes
     connector: dict[str, tuple[int, ...]]
     fingerprint: str
-
-
-@dataclass(frozen=True)
-class Server:
-    """What a server has for clients that begin a turn.
-
-    Attributes:
-        layers: the LoRA that each client goes on from.
-        connectors: parameters of each task's connector; where nothing is sent, of each client's.
-    """
-
-    layers: Mapping[str, Mapping[str, LoRALayer]] = field(default_factory=dict)
-    connectors: Mapping[str, Mapping[str, Tensor]] = field(default_factory=dict)
 
 
 class InstructionFederation:
@@ -175,9 +156,7 @@ class InstructionFederation:
 
     def chosen(self, number: int) -> list[str]:
         """The clients of a turn, sorted."""
-        clients = self.data.clients
-        order = torch.randperm(len(clients), generator=torch.Generator().manual_seed(self.data.seed + number)).tolist()
-        return [clients[place] for place in sorted(order[: max(1, round(self.share * len(clients)))])]
+        return taking_part(self.data.clients, self.share, self.data.seed + number)
 
     def _play(self, name: str, system: System) -> None:
         server = Server()
@@ -260,19 +239,9 @@ class InstructionFederation:
         shown = training_progress(title)
         with locked(home):
             clear_unfinished_at(upload)
-            trainer = self.make_trainer(
-                logger=EventLogger(home.parent, home.name),
-                callbacks=[every_epoch(home), shown],
-                default_root_dir=home,
-                max_epochs=self.epochs,
-                enable_checkpointing=True,
-                enable_progress_bar=isinstance(shown, ProgressBar),
-                limit_val_batches=0,
+            trainer = fit_at_home(
+                home, title, module, data, self.make_trainer, shown, max_epochs=self.epochs, limit_val_batches=0
             )
-            trainer.strategy.checkpoint_io = WholeCheckpoints()
-            trainer.fit(module, datamodule=data, ckpt_path=last_checkpoint(home), weights_only=True)
-            if trainer.global_step == 0:
-                raise InputError(f"{title}: not one step was trained, so nothing is sent; check trainer.max_time")
             if trainer.is_global_zero:
                 write_tensors(home / KEPT, module.kept())
                 module.write_upload(upload, client, data.num_samples)
@@ -356,38 +325,3 @@ class InstructionFederation:
 
 FREE_INSTRUCTION_SETTINGS = ("federation.run_dir", "federation.systems", "federation.methods")
 """Settings that may change from one start to the next."""
-
-
-def aggregated(system: System, server: Server, uploads: Sequence[ReadUpload], tasks: Mapping[str, str]) -> Server:
-    """What clients go on from after these uploads; one that has sent nothing has what it had.
-
-    Args:
-        system: the way.
-        server: what it was before.
-        uploads: in any order.
-        tasks: of all clients.
-    """
-    uploads = sorted(uploads, key=lambda one: one.sha256)
-    adapters = [one.adapter for one in uploads]
-    names = [adapter.name for adapter in adapters]
-    weights = text_weights(system.text, adapters)
-    layers = {
-        client: {name: mean_factors([one.layers[name] for one in adapters], row) for name in adapters[0].layers}
-        for client, row in zip(names, weights.tolist(), strict=True)
-    }
-    if system.text == "mean":
-        layers = dict.fromkeys(tasks, layers[names[0]])
-    return Server({**server.layers, **layers}, {**server.connectors, **_connectors(system, uploads, tasks)})
-
-
-def _connectors(
-    system: System, uploads: Sequence[ReadUpload], tasks: Mapping[str, str]
-) -> dict[str, Mapping[str, Tensor]]:
-    if not uploads[0].connector:
-        return {}
-    if system.is_alone:
-        return {one.adapter.name: one.connector for one in uploads}
-    of = [tasks[one.adapter.name] if system.by_task else ALL for one in uploads]
-    adapters = [one.adapter for one in uploads]
-    connectors = [one.connector for one in uploads]
-    return {task: mean_connector(connectors, task_weights(task, of, adapters)) for task in sorted(set(of))}

@@ -9,8 +9,6 @@ from functools import cached_property, partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import torch
-
 from sap_lightning.data.domains import DomainDataModule
 from sap_lightning.errors import InputError, check_at_least, check_share
 from sap_lightning.federation.aggregation import Way, joined, next_start, on_the_base
@@ -18,7 +16,7 @@ from sap_lightning.federation.client import TrainerFactory
 from sap_lightning.federation.handed import Handed, hand_over, handed_in
 from sap_lightning.federation.one_shot import OneShotFederation, chosen_domains
 from sap_lightning.federation.points import Plan, Point, Points, Sent, settings_of
-from sap_lightning.federation.turns import Agreement, Optimizer, folded_in
+from sap_lightning.federation.turns import Agreement, Optimizer, folded_in, taking_part
 from sap_lightning.functional.lora import LoRALayer, Update
 from sap_lightning.functional.rescaling import relative_error
 from sap_lightning.io.adapter import Adapter, Expected
@@ -183,9 +181,7 @@ class RoundsFederation(OneShotFederation):
 
     def chosen(self, unseen: str, number: int) -> list[str]:
         """The clients of a round, of an unseen domain's."""
-        clients = super().senders(unseen)
-        order = torch.randperm(len(clients), generator=torch.Generator().manual_seed(self.data.seed + number)).tolist()
-        return [clients[place] for place in sorted(order[: max(1, round(self.share * len(clients)))])]
+        return taking_part(super().senders(unseen), self.share, self.data.seed + number)
 
     def senders(self, unseen: str) -> list[str]:
         return self.chosen(unseen, self.rounds - 1)

@@ -2,19 +2,25 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Literal
 
 import torch
 from torch import Tensor
 
+from sap_lightning.functional.lora import LoRALayer
+from sap_lightning.functional.rounds import mean_factors
 from sap_lightning.io.adapter import Adapter
+from sap_lightning.io.instruction_upload import ReadUpload
 from sap_lightning.merging.ata import ATA, aggregation_weights
 from sap_lightning.merging.distances import squared_distances
+from sap_lightning.modules.connector import mean_connector
 from sap_lightning.modules.vlm_lora import Stage
 
 Text = Literal["own", "mean", "ata"]
+ALL = ""
+"""The task of a connector that serves all."""
 
 
 @dataclass(frozen=True)
@@ -59,6 +65,63 @@ SYSTEMS = {
 }
 """Nothing is sent; FedIT with one connector for all (Zhang et al. 2023, arXiv:2305.05644); Pilot (Xiong et al. 2025,
 arXiv:2501.13985), and the paper's ablations of it."""
+
+
+@dataclass(frozen=True)
+class Server:
+    """What a server has for clients that begin a turn.
+
+    Attributes:
+        layers: the LoRA that each client goes on from.
+        connectors: parameters of each task's connector; where nothing is sent, of each client's.
+    """
+
+    layers: Mapping[str, Mapping[str, LoRALayer]] = field(default_factory=dict)
+    connectors: Mapping[str, Mapping[str, Tensor]] = field(default_factory=dict)
+
+
+def aggregated(system: System, server: Server, uploads: Sequence[ReadUpload], tasks: Mapping[str, str]) -> Server:
+    """What clients go on from after these uploads; one that has sent nothing has what it had.
+
+    Args:
+        system: the way.
+        server: what it was before.
+        uploads: in any order.
+        tasks: of all clients.
+    """
+    uploads = sorted(uploads, key=lambda one: one.sha256)
+    adapters = [one.adapter for one in uploads]
+    names = [adapter.name for adapter in adapters]
+    rows = [tuple(row) for row in text_weights(system.text, adapters).tolist()]
+    means = {row: _mean_layers(adapters, row) for row in dict.fromkeys(rows)}
+    layers = {client: means[row] for client, row in zip(names, rows, strict=True)}
+    if system.text == "mean":
+        layers = dict.fromkeys(tasks, means[rows[0]])
+    return Server({**server.layers, **layers}, {**server.connectors, **connectors_of(system, uploads, tasks)})
+
+
+def _mean_layers(adapters: Sequence[Adapter], weights: Sequence[float]) -> dict[str, LoRALayer]:
+    return {name: mean_factors([one.layers[name] for one in adapters], weights) for name in adapters[0].layers}
+
+
+def connectors_of(
+    system: System, uploads: Sequence[ReadUpload], tasks: Mapping[str, str]
+) -> dict[str, Mapping[str, Tensor]]:
+    """The mean connector of each task of which there is an upload, of all, or where nothing is sent each client's.
+
+    Args:
+        system: the way.
+        uploads: sorted, so that their order changes no bit.
+        tasks: of all clients.
+    """
+    if not uploads[0].connector:
+        return {}
+    if system.is_alone:
+        return {one.adapter.name: one.connector for one in uploads}
+    of = [tasks[one.adapter.name] if system.by_task else ALL for one in uploads]
+    adapters = [one.adapter for one in uploads]
+    connectors = [one.connector for one in uploads]
+    return {task: mean_connector(connectors, task_weights(task, of, adapters)) for task in sorted(set(of))}
 
 
 def text_weights(text: Text, adapters: Sequence[Adapter]) -> Tensor:

@@ -7,6 +7,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+import torch
+
 from sap_lightning.errors import InputError
 from sap_lightning.federation.aggregation import AGGREGATIONS, Aggregation, PromptFL, Way
 from sap_lightning.federation.checkpoints import last_checkpoint, optimizer_state
@@ -97,6 +99,18 @@ class Agreement:
         if self.optimizer == "reset" or home is None:
             return {}
         return optimizer_state(_checkpoint(home, "federation.optimizer keep"))
+
+
+def taking_part(clients: Sequence[str], share: float, seed: int) -> list[str]:
+    """Some of the clients, in their order; at least one.
+
+    Args:
+        clients: all of them.
+        share: of them that are drawn.
+        seed: of the draw.
+    """
+    order = torch.randperm(len(clients), generator=torch.Generator().manual_seed(seed)).tolist()
+    return [clients[place] for place in sorted(order[: max(1, round(share * len(clients)))])]
 
 
 def folded_in(handed: Sequence[Handed]) -> list[Adapter]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, cast
 
@@ -10,6 +11,7 @@ import torch
 
 from sap_lightning.data.instructions import Encoder, batch_of, read_samples
 from sap_lightning.errors import InputError
+from sap_lightning.federation.systems import ALL, SYSTEMS, connectors_of
 from sap_lightning.fingerprints import digest
 from sap_lightning.io.instruction_upload import ReadUpload
 from sap_lightning.merging import SAP
@@ -18,7 +20,6 @@ from sap_lightning.merging.method import MergeMethod
 from sap_lightning.models.instruction_probe import Embedded, InstructionProbe
 from sap_lightning.models.llava import embedded, load_language_base
 from sap_lightning.models.patched import Patched
-from sap_lightning.modules.connector import mean_connector
 from sap_lightning.modules.vlm_lora import Start
 
 ANCHORS = 32
@@ -53,13 +54,9 @@ def one_shot(
     """
     others = sorted((one for one in uploads if tasks[one.adapter.name] != task), key=lambda one: one.sha256)
     adapters = [one.adapter for one in others]
-    connector = {}
-    if others[0].connector:
-        connector = {"": mean_connector([one.connector for one in others], client_weights(adapters, "samples"))}
-    start = Start(task=task, connectors=connector)
+    start = Start(task=task, connectors=connectors_of(SYSTEMS["fedit"], others, tasks))
     probe = _probe(base, start, *seen) if method.needs_anchors else None
-    weights = client_weights(adapters)
-    return Start(task=task, connectors=connector, update=method.merge(adapters, weights, cast(Any, probe)))
+    return replace(start, update=method.merge(adapters, client_weights(adapters), cast(Any, probe)))
 
 
 def _probe(base: str, start: Start, anchors: Path, encoder: Encoder) -> InstructionProbe:
@@ -68,8 +65,8 @@ def _probe(base: str, start: Start, anchors: Path, encoder: Encoder) -> Instruct
     parts = load_language_base(base)
     language = parts.language.requires_grad_(False)
     connector = parts.connector
-    if connector is not None and start.connectors:
-        connector.load_state_dict(dict(next(iter(start.connectors.values()))))
+    if connector is not None:
+        connector.load_state_dict(dict(start.connectors[ALL]))
 
     def batches() -> Iterable[Embedded]:
         for first in range(0, len(samples), BATCH):

@@ -19,8 +19,8 @@ from transformers import LlavaForConditionalGeneration
 
 from sap_lightning.data.instructions import InstructionDataModule
 from sap_lightning.errors import InputError
-from sap_lightning.federation.instruction import BASE, InstructionFederation, Server, aggregated
-from sap_lightning.federation.systems import SYSTEMS, task_weights, text_weights
+from sap_lightning.federation.instruction import BASE, InstructionFederation
+from sap_lightning.federation.systems import SYSTEMS, Server, aggregated, task_weights, text_weights
 from sap_lightning.io.adapter import read_adapter
 from sap_lightning.io.instruction_upload import ReadUpload, read_instruction_upload
 from sap_lightning.models.layers import layer_shapes
