@@ -31,7 +31,6 @@ from sap_lightning.options import (
     TAKEN_BY,
     TRAINING,
     config_files_first,
-    first_input_error,
     path_of,
     refuse_others,
     with_class_paths,
@@ -136,19 +135,12 @@ class SapCLI(CommandCLI):
         if self.command in TAKEN_BY["uploads"]:
             parser.add_argument("--uploads", nargs="+", default=[], help=UPLOADS)
 
-    def instantiate_classes(self) -> None:
-        """Makes the parts; what one of them says of bad input is said as it is, not as jsonargparse wraps it."""
-        try:
-            super().instantiate_classes()
-            self.merge = self._merge_module()
-            if self.command in TRAINING:
-                self._check_that_it_trains()
-            given = self.config.get("uploads") or []
-            self.uploads: list[str] = [given] if isinstance(given, str) else list(given)
-        except ValueError as error:
-            if (said := first_input_error(error)) is not None:
-                raise said from None
-            raise
+    def put_together(self) -> None:
+        self.merge = self._merge_module()
+        if self.command in TRAINING:
+            self._check_that_it_trains()
+        given = self.config.get("uploads") or []
+        self.uploads: list[str] = [given] if isinstance(given, str) else list(given)
 
     def _merge_module(self) -> MergeModule:
         settings = {name: value for name, value in self.config_init.merge.items() if name not in MERGE_COMMAND}
@@ -241,13 +233,13 @@ class SapCLI(CommandCLI):
         return other
 
     def settings(self) -> dict[str, Any]:
-        """Everything that was configured, as plain values."""
-        settings = yaml.safe_load(self.parser.dump(self.config, skip_none=False, skip_link_targets=True))
+        """Everything that was configured, as plain values; a class that is the usual one is not named."""
+        settings = super().settings()
         if self.client is CLIPLoRAModule:
             settings["model"] = settings["model"]["init_args"]  # as where no class is named
         elif self.client:
             settings["model"]["class_path"] = path_of(self.client)
-        return {name: value for name, value in settings.items() if name != "config"}
+        return settings
 
 
 class TrainerMaker:

@@ -22,7 +22,7 @@ from sap_lightning.modules.client import ClientModule
 from sap_lightning.modules.clip_lora import CLIPLoRAModule
 from sap_lightning.modules.clip_prompt import CLIPPromptModule
 from sap_lightning.option_errors import option_error
-from sap_lightning.options import config_files_first, config_in, is_taken
+from sap_lightning.options import config_files_first, config_in, first_input_error, is_taken
 
 TRAINER_DEFAULTS = {
     "max_epochs": 5,
@@ -105,6 +105,24 @@ class CommandCLI(LightningCLI):
 
     command: str
     client: type[L.LightningModule] | None
+
+    def instantiate_classes(self) -> None:
+        """Makes the parts; what one of them says of bad input is said as it is, not as jsonargparse wraps it."""
+        try:
+            super().instantiate_classes()
+            self.put_together()
+        except ValueError as error:
+            if (said := first_input_error(error)) is not None:
+                raise said from None
+            raise
+
+    def put_together(self) -> None:
+        """Makes what the parser does not, and looks at whether settings go together."""
+
+    def settings(self) -> dict[str, Any]:
+        """Everything that was configured, as plain values."""
+        settings = yaml.safe_load(self.parser.dump(self.config, skip_none=False, skip_link_targets=True))
+        return {name: value for name, value in settings.items() if name != "config"}
 
     def init_parser(self, **kwargs: Any) -> LightningArgumentParser:
         parser = CommandParser(command=self.command, client=self.client, **kwargs)

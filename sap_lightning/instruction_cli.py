@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
-import yaml
 from lightning.pytorch.cli import LightningArgumentParser
 
 from sap_lightning.command_cli import TRAINER_DEFAULTS, CommandCLI, class_named
@@ -13,7 +11,7 @@ from sap_lightning.data.instructions import InstructionDataModule
 from sap_lightning.errors import InputError
 from sap_lightning.federation.instruction import InstructionFederation
 from sap_lightning.modules.vlm_lora import VLMLoRAModule
-from sap_lightning.options import config_files_first, first_input_error, path_of, refuse_others
+from sap_lightning.options import config_files_first, path_of, refuse_others
 
 
 def tunes_on_instructions(args: Sequence[str]) -> bool:
@@ -57,24 +55,12 @@ class InstructionCLI(CommandCLI):
         for target in ("model.init_args.seed", "data.seed"):
             parser.link_arguments("seed_everything", target)
 
-    def instantiate_classes(self) -> None:
-        """Makes the parts; what one of them says of bad input is said as it is, not as jsonargparse wraps it."""
-        try:
-            super().instantiate_classes()
-            if self.config_init.trainer.max_epochs is not None:
-                raise InputError("trainer.max_epochs: federation.epochs_per_round says how long; leave it out")
-        except ValueError as error:
-            if (said := first_input_error(error)) is not None:
-                raise said from None
-            raise
+    def put_together(self) -> None:
+        if self.config_init.trainer.max_epochs is not None:
+            raise InputError("trainer.max_epochs: federation.epochs_per_round says how long; leave it out")
 
     def federation(self) -> InstructionFederation:
         """The federation as configured."""
         return InstructionFederation(
             self.model, self.datamodule, self.make_trainer, config=self.settings(), **self.config_init.federation
         )
-
-    def settings(self) -> dict[str, Any]:
-        """Everything that was configured, as plain values."""
-        settings = yaml.safe_load(self.parser.dump(self.config, skip_none=False, skip_link_targets=True))
-        return {name: value for name, value in settings.items() if name != "config"}

@@ -223,6 +223,7 @@ class InstructionDataModule(L.LightningDataModule):
         self._client: str | None = None
         self._encoder: Encoder | None = None
         self._first_epoch = 0
+        self._read: dict[Path, list[Sample]] = {}
 
     @cached_property
     def root(self) -> Path:
@@ -277,7 +278,10 @@ class InstructionDataModule(L.LightningDataModule):
         Raises:
             InputError: naming the line that is no conversation, or whose image is missing.
         """
-        return read_samples(self.root / client / file)
+        path = self.root / client / file
+        if path not in self._read:
+            self._read[path] = read_samples(path)
+        return self._read[path]
 
     def score_of(self, task: str) -> Score:
         """How the answers of a task are judged."""
