@@ -12,8 +12,6 @@ import torch
 from lightning.pytorch.utilities.types import OptimizerLRSchedulerConfig
 from torch import Tensor, nn
 from torch.nn.functional import normalize
-from torch.optim.lr_scheduler import LambdaLR
-from transformers import get_constant_schedule_with_warmup, get_cosine_schedule_with_warmup
 
 from sap_lightning.data.loaders import Batch
 from sap_lightning.errors import InputError, check_at_least, check_share
@@ -27,6 +25,7 @@ from sap_lightning.models.layers import block_of, blocks_of, layer_shapes, linea
 from sap_lightning.models.lora import adapted_layers, lora_layers, with_lora
 from sap_lightning.modules.classifier import data_of
 from sap_lightning.modules.client import ClientModule
+from sap_lightning.modules.schedule import Schedule, rates
 from sap_lightning.modules.turn import Turn
 
 Tower = Literal["vision", "text"]
@@ -74,7 +73,7 @@ class CLIPLoRAModule(ClientModule):
         learning_rate: float = 1e-3,
         weight_decay: float = 0.01,
         warmup: float = 0.1,
-        schedule: Literal["cosine", "constant"] = "cosine",
+        schedule: Schedule = "cosine",
         label_smoothing: float = 0.0,
         reach: bool = True,
         sent_blocks: float | Sequence[int] = 1.0,
@@ -209,8 +208,9 @@ class CLIPLoRAModule(ClientModule):
             optimizer.load_state_dict(optimizer.state_dict() | {"state": self._turn.optimizer})
         number, (first, end) = self._turn.number, self._turn.scheduled
         self._first_step = self._steps(0, number)
-        rates = self._rates(optimizer, self._steps(first, number), self._steps(first, end))
-        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": rates, "interval": "step"}}
+        done, steps = self._steps(first, number), self._steps(first, end)
+        scheduler = rates(optimizer, self.schedule, self.warmup, steps, done)
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
 
     def _steps(self, first: int, end: int) -> int:
         """Steps of the optimizer in the rounds from the first to the one before the end."""
@@ -219,13 +219,6 @@ class CLIPLoRAModule(ClientModule):
             return (end - first) * int(self.trainer.estimated_stepping_batches)
         assert epochs is not None
         return int(data.steps(range(first * epochs, end * epochs)))
-
-    def _rates(self, optimizer: torch.optim.Optimizer, done: int, steps: int) -> LambdaLR:
-        """The schedule over so many steps, of which some are done."""
-        rising = round(self.warmup * steps)
-        if self.schedule == "constant":
-            return get_constant_schedule_with_warmup(optimizer, rising, last_epoch=done - 1)
-        return get_cosine_schedule_with_warmup(optimizer, rising, steps, last_epoch=done - 1)
 
     def layers(self) -> dict[str, LoRALayer]:
         """The trained adapter by layer name in CLIPModel, float32 on the CPU."""

@@ -16,7 +16,6 @@ from lightning.pytorch.utilities.types import OptimizerLRSchedulerConfig
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 from torchmetrics import MeanMetric
-from transformers import get_constant_schedule_with_warmup, get_cosine_schedule_with_warmup
 
 from sap_lightning.data.instructions import IGNORED, InstructionBatch, InstructionDataModule
 from sap_lightning.errors import InputError, check_at_least, check_positive, check_share
@@ -37,6 +36,7 @@ from sap_lightning.modules.connector import (
     TaskConnector,
     ends_in_zeros,
 )
+from sap_lightning.modules.schedule import Schedule, rates
 
 Stage = Literal["shared", "task", "mixed"]
 PACKAGES = ("lightning", "peft", "torch", "transformers")
@@ -98,7 +98,7 @@ class VLMLoRAModule(L.LightningModule):
         learning_rate: float = 2e-4,
         weight_decay: float = 0.0,
         warmup: float = 0.03,
-        schedule: Literal["cosine", "constant"] = "cosine",
+        schedule: Schedule = "cosine",
         losses: LossWeights = LossWeights(),  # noqa: B008  # frozen
         seed: int = 0,
     ) -> None:
@@ -219,12 +219,8 @@ class VLMLoRAModule(L.LightningModule):
         trained = [parameter for parameter in self.parameters() if parameter.requires_grad]
         optimizer = torch.optim.AdamW(trained, lr=self.learning_rate, weight_decay=self.weight_decay)
         steps = int(self.trainer.estimated_stepping_batches)
-        rising = round(self.warmup * steps)
-        if self.schedule == "constant":
-            rates = get_constant_schedule_with_warmup(optimizer, rising)
-        else:
-            rates = get_cosine_schedule_with_warmup(optimizer, rising, steps)
-        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": rates, "interval": "step"}}
+        scheduler = rates(optimizer, self.schedule, self.warmup, steps)
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         trained = {name for name, parameter in self.named_parameters() if parameter.requires_grad}
