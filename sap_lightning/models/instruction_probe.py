@@ -8,13 +8,12 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
-from torch.nn.functional import cross_entropy
 
-from sap_lightning.data.instructions import IGNORED
 from sap_lightning.errors import InputError
 from sap_lightning.functional.lora import Update
 from sap_lightning.functional.saliency import AnchorLoss, GradientSum, Reduction
 from sap_lightning.functional.spaces import Space
+from sap_lightning.models.language import answer_losses
 from sap_lightning.models.patched import Patched
 from sap_lightning.models.probe import Answer, Memory, Recalling, hooked, on_gradient
 
@@ -95,7 +94,5 @@ class InstructionProbe(Recalling):
         """The loss of each conversation, shape (n,)."""
         # Every weight is frozen: the embeddings carry the graph.
         inputs = batch.inputs.detach().requires_grad_()
-        logits = self.patched.model(inputs_embeds=inputs, attention_mask=batch.attention).logits[:, :-1]
-        labels = batch.labels[:, 1:]
-        losses = cross_entropy(logits.mT.float(), labels, reduction="none", ignore_index=IGNORED)
-        return losses.sum(1) / (labels != IGNORED).sum(1)
+        losses, answered = answer_losses(self.patched.model, inputs, batch.attention, batch.labels)
+        return losses.sum(1) / answered.sum(1)

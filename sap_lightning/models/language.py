@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
+from torch import Tensor, nn
+from torch.nn.functional import cross_entropy
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
+from sap_lightning.data.instructions import IGNORED
 from sap_lightning.errors import InputError, first_line
 
 
@@ -42,3 +45,25 @@ def tokenizer_of(folder: Path, option: str) -> Any:
         raise InputError(
             f"{folder}: has no tokenizer for {option} ({first_line(error)}); save it beside the model"
         ) from error
+
+
+def answer_losses(language: nn.Module, inputs: Tensor, attention: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+    """−log p of every token of the answers.
+
+    Args:
+        language: a causal language model.
+        inputs: embeddings of what it reads, shape (n, length, C).
+        attention: shape (n, length).
+        labels: shape (n, length); IGNORED of what is no answer.
+
+    Returns:
+        The losses, shape (n, m), of the m positions at which any conversation has an answer, 0 where one has none, and
+        whether it has, shape (n, m).
+    """
+    labels = labels[:, 1:]
+    # Logits of a large vocabulary are as much work as a third of a small model's layers, and no other is looked at.
+    positions = (labels != IGNORED).any(0).nonzero().flatten()
+    logits = cast(Any, language)(inputs_embeds=inputs, attention_mask=attention, logits_to_keep=positions).logits
+    labels = labels[:, positions]
+    losses = cross_entropy(logits.mT.float(), labels, reduction="none", ignore_index=IGNORED)
+    return losses, labels != IGNORED

@@ -14,16 +14,16 @@ import lightning as L
 import torch
 from lightning.pytorch.utilities.types import OptimizerLRSchedulerConfig
 from torch import Tensor, nn
-from torch.nn.functional import cross_entropy
 from torchmetrics import MeanMetric
 
-from sap_lightning.data.instructions import IGNORED, InstructionBatch, InstructionDataModule
+from sap_lightning.data.instructions import InstructionBatch, InstructionDataModule
 from sap_lightning.errors import InputError, check_at_least, check_positive, check_share
 from sap_lightning.functional.lora import LoRALayer, Update
 from sap_lightning.io.adapter import sha256_of
 from sap_lightning.io.instruction_upload import InstructionUpload, write_instruction_upload
 from sap_lightning.io.manifest import Manifest
 from sap_lightning.io.peft_config import public_name
+from sap_lightning.models.language import answer_losses
 from sap_lightning.models.layers import layer_shapes
 from sap_lightning.models.llava import LanguageBase, embedded, load_language_base
 from sap_lightning.models.lora import lora_layers, with_lora
@@ -196,10 +196,8 @@ class VLMLoRAModule(L.LightningModule):
     def answer_losses(self, batch: InstructionBatch, images: Sequence[Path]) -> tuple[Tensor, Tensor]:
         """−log p of every token of the answers, given images, and the connector's loss."""
         inputs, beside = self.embedded(batch.ids, images)
-        logits = cast(Any, self.language)(inputs_embeds=inputs, attention_mask=batch.attention).logits
-        labels = batch.labels[:, 1:]
-        learned = labels != IGNORED
-        return cross_entropy(logits[:, :-1][learned].float(), labels[learned], reduction="none"), beside
+        losses, answered = answer_losses(cast(nn.Module, self.language), inputs, batch.attention, batch.labels)
+        return losses[answered], beside
 
     # Training
 
