@@ -13,8 +13,9 @@ import numpy as np
 from numpy.random import Generator
 
 from sap_lightning.console import run_as_command
-from sap_lightning.data.anchors import entries_in, image_file
+from sap_lightning.data.anchors import captioned_images, entries_in, image_file
 from sap_lightning.data.questions import (
+    ANCHORS_FILE,
     DESCRIBE,
     TASKS,
     box_answer,
@@ -78,7 +79,12 @@ class Annotated:
 
 
 def make_clients(
-    annotations: str | Path, folder: str | Path, clients: int = 2, samples: int = 200, seed: int = 0
+    annotations: str | Path,
+    folder: str | Path,
+    clients: int = 2,
+    samples: int = 200,
+    seed: int = 0,
+    anchors: str | Path | None = None,
 ) -> None:
     """Write clients of three tasks, each with images of its own; the same seed gives the same files.
 
@@ -94,6 +100,8 @@ def make_clients(
         clients: of each task; images are dealt among them, so that none is at two of a task.
         samples: of a client at most, in each of its two files.
         seed: of all random choices.
+        anchors: JSONL file beside its images, `file_name` and `captions`; the first caption of each is one of the
+            server's public conversations, `anchors.jsonl`, at which `sap` looks.
 
     Raises:
         InputError: the folder exists, a number is out of range, a line is faulty, or there are too few images.
@@ -118,6 +126,8 @@ def make_clients(
                             " more images or fewer clients"
                         )
                     write(draft / name, task, split, drawn)
+        if anchors is not None:
+            write_anchors(draft, Path(anchors))
 
 
 def questions_of(
@@ -188,6 +198,17 @@ def write(folder: Path, task: str, split: str, drawn: Sequence[tuple[Annotated, 
         shutil.copyfile(file, folder / "images" / file.name)
     lines = [sample(f"images/{image.file.name}", task, *asked) for image, asked in drawn]
     write_samples(folder / f"{split}.jsonl", lines)
+
+
+def write_anchors(folder: Path, listing: Path) -> None:
+    """Writes the server's public conversations, and their images."""
+    (folder / "anchors").mkdir()
+    lines = []
+    for number, (file, (caption, *_)) in enumerate(captioned_images(listing)):
+        name = f"anchors/{number:03}{file.suffix}"
+        shutil.copyfile(file, folder / name)
+        lines.append(sample(name, "caption", DESCRIBE, caption))
+    write_samples(folder / ANCHORS_FILE, lines)
 
 
 def read_annotations(file: Path) -> list[Annotated]:

@@ -17,6 +17,7 @@ from PIL import Image
 
 from sap_lightning.data import coco_instructions
 from sap_lightning.data.coco_instructions import make_clients
+from sap_lightning.data.instructions import InstructionDataModule, read_samples
 from sap_lightning.data.questions import TASKS
 from sap_lightning.errors import InputError
 
@@ -207,6 +208,18 @@ def test_too_few_images_are_said_and_nothing_is_left(annotations, tmp_path):
 def test_a_number_out_of_range_is_refused_by_name(annotations, tmp_path, wrong):
     with pytest.raises(InputError, match=next(iter(wrong))):
         make_clients(annotations, tmp_path / "clients", **wrong)
+
+
+def test_the_server_s_conversations_are_the_first_captions_of_public_images(annotations, tmp_path):
+    make_clients(annotations, tmp_path / "clients", anchors=annotations)
+    found = read_samples(tmp_path / "clients" / "anchors.jsonl")
+    expected = [json.loads(line) for line in annotations.read_text().splitlines()]
+    assert [one.answer for one in found] == [one["captions"][0] for one in expected]
+    for one, entry in zip(found, expected, strict=True):
+        assert one.image.read_bytes() == (annotations.parent / entry["file_name"]).read_bytes()
+    assert InstructionDataModule(str(tmp_path / "clients")).clients == tuple(
+        f"{task}_{number}" for task in ("caption", "grounding", "vqa") for number in (1, 2)
+    )
 
 
 def test_an_empty_file_and_an_existing_folder_are_refused(annotations, tmp_path):
