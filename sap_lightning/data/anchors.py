@@ -261,17 +261,17 @@ def entries_in(listing: Path) -> Iterator[tuple[str, dict[str, object]]]:
         yield where, entry
 
 
-def image_file(folder: Path, entry: dict[str, object], where: str) -> Path:
-    """The image that an entry's `file_name` names, below the folder.
+def image_file(folder: Path, entry: dict[str, object], where: str, key: str = "file_name") -> Path:
+    """The image that an entry names under a key, below the folder.
 
     Raises:
         InputError: it names none, or one that is missing or outside.
     """
-    name = entry.get("file_name")
+    name = entry.get(key)
     if not isinstance(name, str) or not name:
-        raise InputError(f"{where}: file_name must be the name of an image, got {short(name)}")
+        raise InputError(f"{where}: {key} must be the name of an image, got {short(name)}")
     if Path(name).is_absolute() or ".." in Path(name).parts:
-        raise InputError(f"{where}: file_name {short(name)} points out of the folder")
+        raise InputError(f"{where}: {key} {short(name)} points out of the folder")
     if not os.path.isfile(folder / name):  # which also takes a name that no file can have
         raise InputError(f"{where}: image {short(name)} is missing")
     return folder / name

@@ -3,23 +3,28 @@
 from __future__ import annotations
 
 import copy
-import json
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import chain
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, Literal, NamedTuple, Self, get_args
 
 import lightning as L
 import torch
+from jinja2 import TemplateError
 from torch import Tensor
 from torch.utils.data import DataLoader
 
+from sap_lightning.data.anchors import entries_in, image_file
 from sap_lightning.data.loaders import eval_sampler, images_per_process, process_of, train_sampler
-from sap_lightning.data.names import check_names
+from sap_lightning.data.names import FOLDER_NAME, FOLDER_NAME_WORDS, check_names
 from sap_lightning.data.questions import ANCHORS_FILE, IMAGE
 from sap_lightning.data.shapes.instructions import drawn_once
 from sap_lightning.errors import InputError, check_at_least, short
+from sap_lightning.fingerprints import digest
 
 BUILT_IN = "shapes"
 """The root that stands for the built-in world's clients."""
@@ -28,12 +33,15 @@ IGNORED = -100
 TRAIN, TEST = "train.jsonl", "test.jsonl"
 SPEAKERS = ("human", "gpt")
 PLAIN_TEMPLATE = (
-    "{% for message in messages %}"
+    "{{ bos_token }}{% for message in messages %}"
     "{% if message['role'] == 'user' %}USER: {{ message['content'] }} "
     "{% else %}ASSISTANT: {{ message['content'] }}{{ eos_token }}{% endif %}"
     "{% endfor %}{% if add_generation_prompt %}ASSISTANT: {% endif %}"
 )
-"""LLaVA 1.5's own, for tokenizers that have none."""
+"""LLaVA 1.5's without its system sentence, for tokenizers that have none."""
+TODAY = "26 Jul 2024"
+"""What templates that name the date are told, as Llama 3's are without a clock, so that a run is the same tomorrow."""
+HALF_CHARACTER = re.compile("[\ud800-\udfff]")
 Score = Literal["exact", "f1", "iou"]
 SCORES: tuple[Score, ...] = get_args(Score)
 
@@ -82,6 +90,7 @@ class InstructionBatch(NamedTuple):
         prompts: (B, shorter) int64, what goes before the last answer, filled up on the left.
         prompt_attention: (B, shorter) int64.
         answers: the last answers.
+        others: images of other conversations, which a test shows in place of these; empty where there are none.
     """
 
     ids: Tensor
@@ -91,6 +100,7 @@ class InstructionBatch(NamedTuple):
     prompts: Tensor
     prompt_attention: Tensor
     answers: tuple[str, ...]
+    others: tuple[Path, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -137,8 +147,19 @@ class Encoder:
         return [id for turn in before for text in turn for id in self._ids(text, sample)] + self._ids(last, sample)
 
     def text(self, ids: Tensor) -> str:
-        """What a model has answered."""
-        return str(self.tokenizer.decode(ids, skip_special_tokens=True)).strip()
+        """What a model has answered, up to its end."""
+        said = ids.tolist()
+        end = next((place for place, id in enumerate(said) if id in self.ends), len(said))
+        return str(self.tokenizer.decode(said[:end], skip_special_tokens=True)).strip()
+
+    @cached_property
+    def ends(self) -> list[int]:
+        """Ids that end an answer: the tokenizer's own end, and the special token that the template puts there."""
+        ((_, answered),) = self._turns(Sample("", (("?", "!"),), None, "the tokenizer"))
+        special = {*self.tokenizer.all_special_ids} - {self.tokenizer.unk_token_id}
+        of_template = [id for id in self.tokenizer(answered, add_special_tokens=False).input_ids if id in special][:1]
+        own = self.tokenizer.eos_token_id
+        return sorted({*of_template, *([] if own is None else [own])})
 
     @property
     def padding(self) -> int:
@@ -147,13 +168,26 @@ class Encoder:
         return int(self.tokenizer.eos_token_id or 0) if found is None else int(found)
 
     def _turns(self, sample: Sample) -> list[tuple[str, str]]:
-        """What the template makes of each question and answer."""
-        messages: list[dict[str, str]] = []
+        """What the template makes of each question and answer, be it one that takes texts or one that takes parts."""
+        for in_parts in (False, True):
+            try:
+                turns = self._templated(sample, in_parts)
+            except TemplateError:
+                continue
+            pairs = zip(chain(*sample.turns), chain(*turns), strict=True)
+            if all(said.strip() in made for said, made in pairs):
+                return turns
+        raise InputError(
+            f"{sample.place}: the tokenizer's chat template leaves out what is said; give the base another template"
+        )
+
+    def _templated(self, sample: Sample, in_parts: bool) -> list[tuple[str, str]]:
+        messages: list[dict[str, Any]] = []
         turns, done = [], ""
         for question, answer in sample.turns:
-            messages.append({"role": "user", "content": question})
+            messages.append(_message("user", question, in_parts))
             asked = self._rendered(messages, add_generation_prompt=True)
-            messages.append({"role": "assistant", "content": answer})
+            messages.append(_message("assistant", answer, in_parts))
             answered = self._rendered(messages, add_generation_prompt=False)
             if not (asked.startswith(done) and answered.startswith(asked)):
                 raise InputError(
@@ -164,11 +198,16 @@ class Encoder:
             done = answered
         return turns
 
-    def _rendered(self, messages: Sequence[Mapping[str, str]], add_generation_prompt: bool) -> str:
-        template = self.tokenizer.chat_template or PLAIN_TEMPLATE
+    def _rendered(self, messages: Sequence[Mapping[str, Any]], add_generation_prompt: bool) -> str:
+        given = self.tokenizer.chat_template
+        template = given.get("default") if isinstance(given, dict) else given
         return str(
             self.tokenizer.apply_chat_template(
-                messages, chat_template=template, tokenize=False, add_generation_prompt=add_generation_prompt
+                messages,
+                chat_template=template or PLAIN_TEMPLATE,
+                tokenize=False,
+                add_generation_prompt=add_generation_prompt,
+                date_string=TODAY,
             )
         )
 
@@ -180,6 +219,10 @@ class Encoder:
             raise InputError(f"{sample.place}: has an image, and the base is a language model that sees none")
         found = ids.index(self.image_token)
         return [*ids[:found], *[self.image_token] * self.features, *ids[found + 1 :]]
+
+
+def _message(role: str, said: str, in_parts: bool) -> dict[str, Any]:
+    return {"role": role, "content": [{"type": "text", "text": said}] if in_parts else said}
 
 
 class InstructionDataModule(L.LightningDataModule):
@@ -283,6 +326,12 @@ class InstructionDataModule(L.LightningDataModule):
             self._read[path] = read_samples(path)
         return self._read[path]
 
+    def contents(self, client: str) -> str:
+        """A digest of a client's conversations, and of the sizes of their images."""
+        samples = [*self.samples(client, TRAIN), *self.samples(client, TEST)]
+        sizes = [sample.image.stat().st_size for sample in samples if sample.image]
+        return digest([(sample.task, sample.turns) for sample in samples], sizes)
+
     def score_of(self, task: str) -> Score:
         """How the answers of a task are judged."""
         return self.scores.get(task, "f1")
@@ -305,6 +354,12 @@ class InstructionDataModule(L.LightningDataModule):
         assert self._client is not None
         return len(self.samples(self._client, TRAIN))
 
+    @property
+    def others(self) -> dict[str, Path]:
+        """For each conversation that the client is judged by, by its place, an image that is another one's."""
+        assert self._client is not None
+        return other_images(self.samples(self._client, TEST))
+
     def train_dataloader(self) -> DataLoader[InstructionBatch]:
         """The client's conversations in another order in every epoch."""
         return self._loader(TRAIN)
@@ -322,19 +377,19 @@ class InstructionDataModule(L.LightningDataModule):
         else:
             sampler = eval_sampler(samples, world, rank, str(self.root / self._client / file))  # type: ignore[arg-type]
         size = images_per_process(self.batch_size, world)
-        return DataLoader(samples, size, sampler=sampler, collate_fn=lambda some: batch_of(some, encoder))  # type: ignore[arg-type]
+        others = self.others if file == TEST else {}
+        return DataLoader(
+            samples,  # type: ignore[arg-type]
+            size,
+            sampler=sampler,
+            collate_fn=lambda some: batch_of(some, encoder, others),
+        )
 
 
-def batch_of(samples: Sequence[Sample], encoder: Encoder) -> InstructionBatch:
-    """Conversations of which all have an image, or none.
-
-    Raises:
-        InputError: some have one, and some have none.
-    """
-    images = tuple(sample.image for sample in samples if sample.image is not None)
-    if images and len(images) < len(samples):
-        without = next(sample for sample in samples if sample.image is None)
-        raise InputError(f"{without.place}: has no image, and others of the file have; make it several clients")
+def batch_of(
+    samples: Sequence[Sample], encoder: Encoder, others: Mapping[str, Path] = MappingProxyType({})
+) -> InstructionBatch:
+    """Conversations of one file, each with the image that a test shows in place of its own."""
     encoded = [encoder.encode(sample) for sample in samples]
     prompts = [encoder.prompt(sample) for sample in samples]
     padding = encoder.padding
@@ -342,11 +397,23 @@ def batch_of(samples: Sequence[Sample], encoder: Encoder) -> InstructionBatch:
         _filled([one.ids for one in encoded], padding),
         _filled([[1] * len(one.ids) for one in encoded], 0),
         _filled([one.labels for one in encoded], IGNORED),
-        images,
+        tuple(sample.image for sample in samples if sample.image is not None),
         _filled(prompts, padding, left=True),
         _filled([[1] * len(prompt) for prompt in prompts], 0, left=True),
         tuple(sample.answer for sample in samples),
+        tuple(others[sample.place] for sample in samples if others),
     )
+
+
+def other_images(samples: Sequence[Sample]) -> dict[str, Path]:
+    """For each conversation, by its place, the next image in the file that is not its own; empty where all are one."""
+    images = [sample.image for sample in samples if sample.image is not None]
+    if len(set(images)) < 2:
+        return {}
+    found = {}
+    for number, sample in enumerate(samples):
+        found[sample.place] = next(image for image in images[number + 1 :] + images if image != sample.image)
+    return found
 
 
 def _filled(rows: Sequence[list[int]], value: int, left: bool = False) -> Tensor:
@@ -360,36 +427,28 @@ def read_samples(file: Path) -> list[Sample]:
     """The conversations of a file, a line each.
 
     Raises:
-        InputError: naming the line that is no conversation, or whose image is missing or elsewhere.
+        InputError: naming the line that is no conversation, or whose image is missing or elsewhere, or that has none
+            where others have.
     """
-    try:
-        lines = file.read_text(encoding="utf-8").splitlines()
-    except (OSError, UnicodeDecodeError) as error:
-        raise InputError(f"{file}: cannot be read as UTF-8 text ({error}); each client has one") from error
-    samples = [_sample(line, file, number) for number, line in enumerate(lines, start=1) if line.strip()]
+    samples = [_sample(entry, file.parent, where) for where, entry in entries_in(file)]
     if not samples:
         raise InputError(f"{file}: holds no conversation")
+    blind = [sample for sample in samples if sample.image is None]
+    if 0 < len(blind) < len(samples):
+        raise InputError(f"{blind[0].place}: has no image, and others of the file have; make it several clients")
     return samples
 
 
-def _sample(line: str, file: Path, number: int) -> Sample:
-    place = f"{file}:{number}"
-    try:
-        content = json.loads(line)
-    except (ValueError, RecursionError) as error:
-        raise InputError(f"{place}: is no JSON object: {error}") from error
-    if not isinstance(content, dict):
-        raise InputError(f"{place}: is no JSON object")
-    task = content.get("task", "instructions")
-    if not (isinstance(task, str) and task):
-        raise InputError(f"{place}: task is {short(task)}, expected a name")
-    turns = _turns(content.get("conversations"), place)
-    image = content.get("image")
-    if image is None:
+def _sample(entry: dict[str, Any], folder: Path, place: str) -> Sample:
+    task = entry.get("task", "instructions")
+    if not (isinstance(task, str) and re.fullmatch(FOLDER_NAME, task, re.ASCII)):
+        raise InputError(f"{place}: task is {short(task)}, expected a name of {FOLDER_NAME_WORDS}")
+    turns = _turns(entry.get("conversations"), place)
+    if entry.get("image") is None:
         if any(IMAGE in text for turn in turns for text in turn):
             raise InputError(f"{place}: speaks of {IMAGE}, and names none; add its file as image")
         return Sample(task, turns, None, place)
-    return Sample(task, _shown(turns, place), _image(image, file.parent, place), place)
+    return Sample(task, _shown(turns, place), image_file(folder, entry, place, "image"), place)
 
 
 def _turns(said: Any, place: str) -> tuple[tuple[str, str], ...]:
@@ -403,6 +462,8 @@ def _turns(said: Any, place: str) -> tuple[tuple[str, str], ...]:
                 f"{place}: conversations[{number}] is {short(one)}, expected an object of which from is {speaker!r} and"
                 " value a text"
             )
+    if broken := next((one["value"] for one in said if HALF_CHARACTER.search(one["value"])), None):
+        raise InputError(f"{place}: {short(broken)} holds half a surrogate pair, no character; write it anew")
     if empty := next((number for number in range(1, len(said), 2) if not said[number]["value"].strip()), None):
         raise InputError(f"{place}: conversations[{empty}] is an empty answer")
     return tuple((said[at]["value"], said[at + 1]["value"]) for at in range(0, len(said), 2))
@@ -415,12 +476,3 @@ def _shown(turns: tuple[tuple[str, str], ...], place: str) -> tuple[tuple[str, s
     if spoken > 1 or (spoken == 1 and IMAGE not in first):
         raise InputError(f"{place}: {IMAGE} must stand once, in the first question, got it {spoken} times")
     return ((first if spoken else f"{IMAGE}\n{first}", answer), *rest)
-
-
-def _image(name: Any, folder: Path, place: str) -> Path:
-    if not (isinstance(name, str) and name):
-        raise InputError(f"{place}: image is {short(name)}, expected the name of a file")
-    path = folder / name
-    if not path.is_file():
-        raise InputError(f"{place}: image {short(name)}: there is no such file in {folder}")
-    return path

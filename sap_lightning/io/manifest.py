@@ -7,6 +7,7 @@ from dataclasses import asdict, dataclass, field
 from hashlib import sha256
 from typing import Any, Literal, get_args
 
+from sap_lightning.data.names import FOLDER_NAME, FOLDER_NAME_WORDS
 from sap_lightning.errors import InputError
 from sap_lightning.functional.reach import LENGTHS, MEASURED, Reach
 from sap_lightning.io.rules import (
@@ -29,7 +30,7 @@ FACTORS = ("lora_A", "lora_B")
 BaseFingerprint = str | Callable[[Iterable[str]], str] | None
 """`fingerprint` of a base, or what gives it for an adapter of these layers; any base is right where there is none."""
 _TEXTS = Rule(lambda value: isinstance(value, tuple) and all(map(is_text, value)), "a list of texts")
-_NAME = Rule(matches(r"[A-Za-z0-9_-][A-Za-z0-9 _.-]{0,63}"), "at most 64 letters, digits, spaces and _ - . (not first)")
+_NAME = Rule(matches(FOLDER_NAME), FOLDER_NAME_WORDS)
 _SHA256 = Rule(matches(r"[0-9a-f]{64}"), "a sha256 in hex")
 _COUNT = Rule(lambda value: is_integer(value, 1, 10**9), "an integer from 1 to a thousand million")
 _SEED = Rule(lambda value: is_integer(value, 0), "an integer from 0")

@@ -7,7 +7,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from llava import FEATURES, conversations, tiny_tokenizer
+import torch
+from llava import FEATURES, TEMPLATE, conversations, tiny_tokenizer
 
 from sap_lightning.data.instructions import (
     IGNORED,
@@ -15,6 +16,7 @@ from sap_lightning.data.instructions import (
     InstructionDataModule,
     Sample,
     batch_of,
+    other_images,
     read_samples,
 )
 from sap_lightning.errors import InputError
@@ -90,9 +92,68 @@ def test_a_text_model_is_shown_no_image(encoder):
         blind.encode(sample(("<image>\nwhat ?", "red")))
 
 
-def test_one_batch_has_images_or_none(encoder):
-    with pytest.raises(InputError, match="has no image, and others"):
-        batch_of([sample(("<image>\nwhat ?", "red")), sample(("what ?", "red"), image=None)], encoder)
+def test_a_file_has_images_or_none(tmp_path, root):
+    (tmp_path / "0.png").write_bytes((root / "vqa_a/images/0.png").read_bytes())
+    lines = [{"image": "0.png", "conversations": GOOD}, {"conversations": GOOD}]
+    (tmp_path / "train.jsonl").write_text("\n".join(map(json.dumps, lines)))
+    with pytest.raises(InputError, match=r"train.jsonl: line 2: has no image, and others of the file have"):
+        read_samples(tmp_path / "train.jsonl")
+
+
+def test_a_test_shows_every_conversation_another_image():
+    images = ["a", "a", "b", "a"]
+    samples = [Sample("vqa", (), Path(image), str(number)) for number, image in enumerate(images)]
+    assert other_images(samples) == {"0": Path("b"), "1": Path("b"), "2": Path("a"), "3": Path("b")}
+    assert other_images(samples[:2]) == {}
+
+
+PARTS_TEMPLATE = (
+    "{% for message in messages %}[ask] {% for part in message['content'] | selectattr('type', 'equalto', 'text') %}"
+    "{{ part['text'] }} {% endfor %}{% if message['role'] == 'assistant' %}[end]{% endif %}{% endfor %}"
+)
+
+
+@pytest.mark.parametrize("wrapped", [PARTS_TEMPLATE, {"default": TEMPLATE, "rag": "{{ documents }}"}])
+def test_templates_of_parts_and_several_templates_say_what_was_said(encoder, wrapped):
+    tokenizer = tiny_tokenizer()
+    tokenizer.chat_template = wrapped
+    one = sample(("<image>\nwhat colour is it ?", "red"))
+    encoded = Encoder(tokenizer, 4, FEATURES, 64).encode(one)
+    assert encoded.ids.count(4) == FEATURES
+    assert [id for id in encoded.labels if id != IGNORED][-2:] == encoder.encode(one).labels[-2:]
+
+
+@pytest.mark.parametrize("template", ["hello", "{{ raise_exception('no') }}", {"default": "?"}])
+def test_a_template_that_leaves_out_what_is_said_is_refused(template):
+    tokenizer = tiny_tokenizer()
+    tokenizer.chat_template = template
+    with pytest.raises(InputError, match=r"a.jsonl:1: the tokenizer's chat template leaves out what is said"):
+        Encoder(tokenizer, 4, FEATURES, 64).encode(sample(("<image>\nwhat ?", "red")))
+
+
+def test_a_template_that_names_the_date_says_the_same_tomorrow():
+    tokenizer = tiny_tokenizer()
+    tokenizer.chat_template = (
+        "{% if date_string is not defined %}{% set date_string = strftime_now('%f') %}{% endif %}{{ date_string }} "
+        + TEMPLATE
+    )
+    first, second = (Encoder(tokenizer, 4, FEATURES, 64)._turns(sample(("what ?", "red"))) for _ in range(2))
+    assert first == second and first[0][0].startswith("26 Jul 2024")
+
+
+def test_an_answer_ends_where_the_template_ends_it():
+    tokenizer = tiny_tokenizer()
+    tokenizer.chat_template = TEMPLATE.replace("[end]", "[ask]")
+    encoder = Encoder(tokenizer, None, 0, 64)
+    assert encoder.ends == [1, 2]
+    assert encoder.text(torch.tensor(tokenizer("red green [ask] blue").input_ids)) == "red green"
+
+
+def test_lines_may_hold_any_character_between_them(tmp_path):
+    said = [{"from": "human", "value": "what\u2028?"}, {"from": "gpt", "value": "red\u0085"}]
+    file = tmp_path / "train.jsonl"
+    file.write_text("\ufeff" + json.dumps({"conversations": said}, ensure_ascii=False), encoding="utf-8")
+    assert read_samples(file)[0].turns == (("what\u2028?", "red\u0085"),)
 
 
 def test_a_template_that_changes_earlier_turns_is_refused():
@@ -131,16 +192,22 @@ def test_the_order_of_training_goes_on_from_epoch_to_epoch(root, encoder):
 
 GOOD = [{"from": "human", "value": "what ?"}, {"from": "gpt", "value": "red"}]
 FAULTS: list[tuple[Any, str]] = [
-    ("{", "is no JSON object"),
-    ("[]", "is no JSON object"),
+    ("{", "not JSON"),
+    ("[]", "expected a JSON object, got list"),
     ({"conversations": []}, "must be a list of questions, each with its answer"),
     ({"conversations": GOOD[:1]}, "must be a list of questions, each with its answer"),
     ({"conversations": GOOD[::-1]}, r"conversations\[0\] is .*expected an object of which from is 'human'"),
     ({"conversations": [GOOD[0], {"from": "gpt", "value": 3}]}, r"conversations\[1\]"),
     ({"conversations": [GOOD[0], {"from": "gpt", "value": " "}]}, "an empty answer"),
     ({"conversations": GOOD, "task": 3}, "task is 3, expected a name"),
-    ({"conversations": GOOD, "image": "none.png"}, "image 'none.png': there is no such file"),
-    ({"conversations": GOOD, "image": 7}, "image is 7, expected the name of a file"),
+    *(
+        ({"conversations": GOOD, "task": name}, "task is .*expected a name")
+        for name in ("..", "/tmp/a", "a/b", "vqa\n")
+    ),
+    ({"conversations": GOOD, "image": "none.png"}, "image 'none.png' is missing"),
+    ({"conversations": GOOD, "image": "/etc/hosts"}, "image '/etc/hosts' points out of the folder"),
+    ({"conversations": GOOD, "image": 7}, "image must be the name of an image, got 7"),
+    ({"conversations": [GOOD[0], {"from": "gpt", "value": "\ud800"}]}, "half a surrogate pair"),
     ({"conversations": [{"from": "human", "value": "<image> ?"}, GOOD[1]]}, "speaks of <image>, and names none"),
     (
         {"image": "0.png", "conversations": [{"from": "human", "value": "<image><image>"}, GOOD[1]]},
@@ -154,7 +221,7 @@ def test_a_faulty_line_is_named(tmp_path, root, line, message):
     (tmp_path / "0.png").write_bytes((root / "vqa_a/images/0.png").read_bytes())
     file = tmp_path / "train.jsonl"
     file.write_text("\n" + (line if isinstance(line, str) else json.dumps(line)))
-    with pytest.raises(InputError, match=f"train.jsonl:2: .*{message}"):
+    with pytest.raises(InputError, match=f"train.jsonl: line 2: .*{message}"):
         read_samples(file)
 
 
