@@ -7,7 +7,7 @@ import re
 from torchmetrics.functional.text import squad
 
 Box = tuple[float, float, float, float]
-_NUMBER = r"\s*(-?\d*\.?\d+)\s*"
+_NUMBER = r"\s*(-?(?:\d+\.?\d*|\.\d+))\s*"
 _BOX = re.compile(rf"\[{','.join([_NUMBER] * 4)}\]")
 OVERLAP = 0.5
 

@@ -21,11 +21,16 @@ def load_language_model(folder: Path) -> PreTrainedModel:
         InputError: when it is none.
     """
     try:
-        model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(
-            folder, dtype=torch.float32, trust_remote_code=False, use_safetensors=True
+        loaded: Any = AutoModelForCausalLM.from_pretrained(
+            folder, dtype=torch.float32, trust_remote_code=False, use_safetensors=True, output_loading_info=True
         )
     except Exception as error:  # transformers raises whatever a faulty file leads it to
         raise InputError(f"{folder}: is no causal language model ({first_line(error)})") from error
+    model, report = cast(tuple[PreTrainedModel, dict[str, Any]], loaded)
+    if missing := sorted(report["missing_keys"]):
+        raise InputError(
+            f"{folder}: is no whole language model: {len(missing)} weights are missing, the first is {missing[0]}"
+        )
     return model.eval()
 
 

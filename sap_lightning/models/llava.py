@@ -89,7 +89,7 @@ class LanguageBase(NamedTuple):
         image_token: id that stands for a feature of an image; None of a language model alone.
         connector: from image features to its embeddings; None of a language model alone.
         vision: what its tower makes of images.
-        fingerprint: sha256 over the weights of the language model, and of the connector.
+        fingerprint: sha256 over the weights of the language model, of the connector and of the tower.
     """
 
     language: PreTrainedModel
@@ -108,10 +108,11 @@ def load_language_base(base: str) -> LanguageBase:
     if not sees(base):
         language = load_language_model(Path(base))
         return LanguageBase(language, None, None, None, fingerprint(language))
+    vision = frozen_vision(base)  # first, so that two whole checkpoints are never in memory at a time
     llava = _load_llava(base)
     language, connector = _language_of(llava), llava.model.multi_modal_projector
-    whole = nn.ModuleDict({"language": language, "connector": connector})
-    return LanguageBase(language, llava.config.image_token_id, connector, frozen_vision(base), fingerprint(whole))
+    whole = nn.ModuleDict({"language": language, "connector": connector, "vision": llava.model.vision_tower})
+    return LanguageBase(language, llava.config.image_token_id, connector, vision, fingerprint(whole))
 
 
 def tuned_llava(base: str, folder: str | Path) -> LlavaForConditionalGeneration:
@@ -190,11 +191,18 @@ def frozen_vision(base: str) -> FrozenVision:
 
 def _load_llava(base: str) -> Any:
     try:
-        return LlavaForConditionalGeneration.from_pretrained(
-            base, dtype=torch.float32, trust_remote_code=False, use_safetensors=True
-        ).eval()
+        loaded: Any = LlavaForConditionalGeneration.from_pretrained(
+            base, dtype=torch.float32, trust_remote_code=False, use_safetensors=True, output_loading_info=True
+        )
     except Exception as error:  # transformers raises whatever a faulty file leads it to
         raise InputError(f"model.base {base!r}: no LLaVA checkpoint could be loaded: {first_line(error)}") from error
+    llava, report = loaded
+    if missing := sorted(report["missing_keys"]):
+        raise InputError(
+            f"model.base {base!r}: no whole LLaVA checkpoint: {len(missing)} weights are missing, the first is"
+            f" {missing[0]}"
+        )
+    return llava.eval()
 
 
 def _config(base: str) -> Any:

@@ -27,7 +27,7 @@ from sap_lightning.data.anchors import captioned_images
 from sap_lightning.data.instructions import IMAGE, PLAIN_TEMPLATE, Encoder, InstructionBatch, Sample, batch_of
 from sap_lightning.data.preprocess import Preprocess
 from sap_lightning.data.questions import DESCRIBE
-from sap_lightning.errors import check_at_least, check_positive
+from sap_lightning.errors import InputError, check_at_least, check_positive, short
 from sap_lightning.files import new_folder, refuse_existing
 from sap_lightning.models.clip import load_clip
 from sap_lightning.models.language import load_language_model, tokenizer_of
@@ -168,11 +168,10 @@ def caption_samples(captions: Path) -> list[Sample]:
     Raises:
         InputError: a line is faulty.
     """
-    return [
-        Sample("caption", ((DESCRIBE, caption),), image, str(captions))
-        for image, said in captioned_images(captions)
-        for caption in said
-    ]
+    captioned = [(image, caption) for image, said in captioned_images(captions) for caption in said]
+    if spoken := next((caption for _, caption in captioned if IMAGE in caption), None):
+        raise InputError(f"{captions}: the caption {short(spoken)} holds {IMAGE}, which stands for an image; reword it")
+    return [Sample("caption", ((DESCRIBE, caption),), image, str(captions)) for image, caption in captioned]
 
 
 def train(

@@ -141,21 +141,30 @@ class VLMLoRAModule(L.LightningModule):
         if self.language is not None:
             return
         loaded = load_language_base(self.base)
-        seed = self.seed + (0 if self._start.layers else self._start.number)
         language = loaded.language.requires_grad_(False)
         if self._start.update is not None:
             self.language = language
             Patched(language).set_update(self._start.update)
         else:
-            layers = self._layers_to_adapt(language)
-            self.language = with_lora(language, layers, self.rank, self.alpha, self.dropout, seed, self._start.layers)
-        with torch.random.fork_rng(devices=[]):
+            layers = self.adapted(list(layer_shapes(language)))
+            start = self._start.layers
+            self.language = with_lora(language, layers, self.rank, self.alpha, self.dropout, self.seed, start)
+        # On the CPU, so that what is drawn is the same whatever device trains it.
+        with torch.device("cpu"), torch.random.fork_rng(devices=[]):
             torch.manual_seed(self.seed)
             self.connector = self._connector(loaded.connector) if loaded.connector is not None else None
         self._loaded = loaded._replace(connector=None)  # what is trained is a copy of it
 
-    def _layers_to_adapt(self, language: nn.Module) -> list[str]:
-        linear = [name for name in layer_shapes(language) if name != "lm_head"]
+    def adapted(self, linear: Sequence[str]) -> list[str]:
+        """The names of the layers that get an adapter.
+
+        Args:
+            linear: names of all linear layers of the language model.
+
+        Raises:
+            InputError: a target is none of them.
+        """
+        linear = [name for name in linear if name != "lm_head"]
         for target in self.targets:
             if not any(f".{name}".endswith(f".{target}") for name in linear):
                 names = ", ".join(sorted({name.rsplit(".", 1)[-1] for name in linear}))
@@ -210,8 +219,11 @@ class VLMLoRAModule(L.LightningModule):
         return loss
 
     def on_train_batch_start(self, batch: InstructionBatch, batch_idx: int) -> None:
-        # Dropout draws the same values whether or not training was interrupted before this step.
-        torch.manual_seed(self.seed + 1_000_003 * self._start.number + self.global_step)
+        # Dropout draws the same values whether or not training was interrupted before this step, and others in every
+        # process.
+        seen = self.current_epoch * int(self.trainer.num_training_batches) + batch_idx
+        seed = self.seed + 1_000_003 * self._start.number + seen
+        torch.manual_seed(seed + 1_000_000_007 * self.global_rank)
 
     def configure_optimizers(self) -> OptimizerLRSchedulerConfig:
         trained = [parameter for parameter in self.parameters() if parameter.requires_grad]
@@ -223,7 +235,6 @@ class VLMLoRAModule(L.LightningModule):
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         trained = {name for name, parameter in self.named_parameters() if parameter.requires_grad}
         checkpoint["state_dict"] = {k: v for k, v in checkpoint["state_dict"].items() if k in trained}
-        checkpoint["base_fingerprint"] = self.loaded.fingerprint
 
     # Evaluation
 
@@ -234,8 +245,8 @@ class VLMLoRAModule(L.LightningModule):
     def test_step(self, batch: InstructionBatch, batch_idx: int) -> None:
         losses, _ = self.answer_losses(batch, batch.images)
         self._right.update(losses.mean(), losses.numel())
-        if len(batch.images) > 1:
-            losses, _ = self.answer_losses(batch, (*batch.images[1:], batch.images[0]))
+        if batch.others:
+            losses, _ = self.answer_losses(batch, batch.others)
             self._shuffled.update(losses.mean(), losses.numel())
         said = self.answers(batch)
         self.said += list(zip(said, batch.answers, strict=True))
@@ -243,7 +254,7 @@ class VLMLoRAModule(L.LightningModule):
     def on_test_epoch_end(self) -> None:
         self.said = self._of_all_processes()
         self.log("perplexity", self._right.compute().exp(), sync_dist=True)
-        if self._shuffled.update_count:
+        if self._data.others:
             self.log("perplexity_other_image", self._shuffled.compute().exp(), sync_dist=True)
 
     def _of_all_processes(self) -> list[tuple[str, str]]:
@@ -254,19 +265,25 @@ class VLMLoRAModule(L.LightningModule):
         torch.distributed.all_gather_object(parts, self.said)
         return [one for row in zip_longest(*parts) for one in row if one is not None]
 
+    @property
+    def _data(self) -> InstructionDataModule:
+        return cast(InstructionDataModule, cast(Any, self.trainer).datamodule)
+
     @torch.no_grad()
     def answers(self, batch: InstructionBatch) -> list[str]:
         """What the model says to the last question of each conversation, greedily."""
-        data = cast(InstructionDataModule, cast(Any, self.trainer).datamodule)
         inputs, _ = self.embedded(batch.prompts, batch.images)
         ids = cast(Any, self.language).generate(
             inputs_embeds=inputs,
             attention_mask=batch.prompt_attention,
-            max_new_tokens=data.longest_answer,
+            max_new_tokens=self._data.longest_answer,
             do_sample=False,
-            pad_token_id=data.encoder.padding,
+            num_beams=1,
+            repetition_penalty=1.0,
+            eos_token_id=self._data.encoder.ends or None,
+            pad_token_id=self._data.encoder.padding,
         )
-        return [data.encoder.text(row) for row in ids]
+        return [self._data.encoder.text(row) for row in ids]
 
     # What is sent
 

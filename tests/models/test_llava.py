@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 
 import pytest
+import safetensors.torch
 import torch
 from llava import FEATURES, conversations, tiny_language_model, tiny_llava
 from transformers import LlavaForConditionalGeneration
@@ -98,7 +99,33 @@ def test_the_language_model_has_the_names_that_it_has_alone(base, tmp_path):
     assert load_language_base(str(base)).language.state_dict().keys() == alone.language.state_dict().keys()
 
 
-def test_the_fingerprint_is_of_language_and_connector(base, tmp_path):
+@pytest.mark.parametrize("part", ["vision_tower", "multi_modal_projector", "language_model"])
+def test_a_checkpoint_that_lacks_weights_is_refused(tmp_path, part):
+    base = tiny_llava(tmp_path / "base")
+    weights = safetensors.torch.load_file(base / "model.safetensors")
+    kept = {name: value for name, value in weights.items() if part not in name}
+    assert len(kept) < len(weights)
+    safetensors.torch.save_file(kept, base / "model.safetensors", {"format": "pt"})
+    with pytest.raises(InputError, match=r"no whole LLaVA checkpoint: [0-9]+ weights are missing"):
+        load_language_base(str(base))
+
+
+def test_a_language_model_that_lacks_weights_is_refused(tmp_path):
+    base = tiny_language_model(tmp_path / "base")
+    weights = safetensors.torch.load_file(base / "model.safetensors")
+    name = next(name for name in weights if "q_proj" in name)
+    del weights[name]
+    safetensors.torch.save_file(weights, base / "model.safetensors", {"format": "pt"})
+    with pytest.raises(InputError, match=f"no whole language model: 1 weights are missing, the first is {name}"):
+        load_language_base(str(base))
+
+
+def test_the_fingerprint_is_of_language_connector_and_tower(base, tmp_path):
+    tower = tiny_llava(tmp_path / "tower")
+    weights = safetensors.torch.load_file(tower / "model.safetensors")
+    name = next(name for name in weights if "vision_tower" in name and name.endswith("q_proj.weight"))
+    safetensors.torch.save_file({**weights, name: weights[name] + 1}, tower / "model.safetensors", {"format": "pt"})
+    assert load_language_base(str(base)).fingerprint != load_language_base(str(tower)).fingerprint
     other = tiny_llava(tmp_path / "other", seed=1)
     assert load_language_base(str(base)).fingerprint == load_language_base(str(base)).fingerprint
     assert load_language_base(str(base)).fingerprint != load_language_base(str(other)).fingerprint

@@ -219,6 +219,7 @@ def test_an_existing_folder_is_left_alone(language, captions, tmp_path):
             {"file_name": "0.png", "captions": ["a", 3]},
             "line 1: needs a caption, or captions as a list of strings, got 3",
         ),
+        ({"file_name": "0.png", "captions": ["a <image>"]}, "the caption 'a <image>' holds <image>"),
         (None, "has no image"),
     ],
 )
