@@ -104,6 +104,7 @@ def test_the_class_is_found_in_a_config_or_on_the_command_line(tmp_path):
         ("--model.rank=0", "model.rank must be at least 1"),
         ("--federation.systems=[none]", "federation.systems"),
         ("--federation.methods=[none]", "federation.methods none: no such method"),
+        ("--trainer.precision=bf16-true", "what is trained stays in float32"),
         ("--data.scores={vqa: nothing}", "data.scores"),
     ],
 )

@@ -16,8 +16,8 @@ from torch import Tensor
 
 from sap_lightning.callbacks.progress import training_progress
 from sap_lightning.callbacks.tensorboard import EventLogger, tensorboards
-from sap_lightning.data.instructions import InstructionDataModule
-from sap_lightning.errors import InputError, check_at_least, check_share
+from sap_lightning.data.instructions import TEST, TRAIN, InstructionDataModule, read_samples
+from sap_lightning.errors import InputError, check_at_least, check_share, short
 from sap_lightning.federation.client import UNTRAINED, TrainerFactory, fit_at_home
 from sap_lightning.federation.run_folder import RunFolder, require_settings
 from sap_lightning.federation.systems import ALL, SYSTEMS, Server, System, aggregated
@@ -26,6 +26,7 @@ from sap_lightning.federation.unseen_task import check_methods, one_shot
 from sap_lightning.files import clear_unfinished_at, locked, read_tensors, sha256_of_file, write_tensors
 from sap_lightning.fingerprints import digest
 from sap_lightning.functional import answers
+from sap_lightning.functional.lora import LoRALayer
 from sap_lightning.functional.rounds import mean_factors
 from sap_lightning.instruction_results import InstructionResult, InstructionResults
 from sap_lightning.io.factors import Shapes
@@ -127,19 +128,39 @@ class InstructionFederation:
         Raises:
             InputError: when the settings differ from the run folder's, or conversations or an upload are faulty.
         """
-        if not self._base.connector and any(SYSTEMS[name].by_task for name in self.systems):
-            raise InputError(
-                f"federation.systems: pilot mixes connectors of images, and {self.client.base} is a language model that"
-                " sees none; name local or fedit"
-            )
+        self._check()
         if self.config:
-            require_settings(self.folder, self.config, FREE_INSTRUCTION_SETTINGS)
+            contents = {"contents": {client: self.data.contents(client) for client in self.data.clients}}
+            settings = {**self.config, "data": {**self.config.get("data", {}), **contents}}
+            require_settings(self.folder, settings, FREE_SETTINGS)
         self._measure(BASE, -1, SYSTEMS["fedit"], Server(), [])
         for name in self.systems:
             self._play(name, SYSTEMS[name])
         if self.methods:
             self._merge_in_one_shot()
         return self.results
+
+    def _check(self) -> None:
+        """Raises InputError for what cannot work, before anything is trained."""
+        if not self._base.connector and any(SYSTEMS[name].by_task for name in self.systems):
+            raise InputError(
+                f"federation.systems: pilot mixes connectors of images, and {self.client.base} is a language model that"
+                " sees none; name local or fedit"
+            )
+        for client in self.data.clients:
+            for file in (TRAIN, TEST):
+                if self.data.samples(client, file)[0].image is not None and not self._base.connector:
+                    raise InputError(f"{self.data.root / client / file}: has images, and {self.client.base} sees none")
+            for sample in self.data.samples(client, TEST):
+                if self.data.score_of(sample.task) == "iou" and answers.box_in(sample.answer) is None:
+                    raise InputError(
+                        f"{sample.place}: {short(sample.answer)} holds no box [x1, y1, x2, y2], by which answers of"
+                        f" {sample.task} are judged; or judge them otherwise, --data.scores '{{{sample.task}: f1}}'"
+                    )
+        if self.methods and len(set(self.data.tasks.values())) < 2:
+            raise InputError("federation.methods: all clients are of one task, so that none is unseen; leave it out")
+        if any(method.needs_anchors for method in self.methods):
+            read_samples(self.data.anchors)
 
     @cached_property
     def _encoder(self) -> Any:
@@ -168,8 +189,6 @@ class InstructionFederation:
 
     def _merge_in_one_shot(self) -> None:
         system = SYSTEMS["fedit"]
-        if len(set(self.data.tasks.values())) < 2:
-            raise InputError("federation.methods: all clients are of one task, so that none is unseen; leave it out")
         uploads = self._turn(ONE_SHOT, system, 0, Server())
         looks = any(method.needs_anchors for method in self.methods)
         seen = (self.data.anchors, self._encoder) if looks else None
@@ -265,7 +284,20 @@ class InstructionFederation:
         ):
             if said != expected:
                 raise InputError(f"{upload}: its {what} is {said!r}, expected {expected!r}; remove it, and it is anew")
+        self._check_layers(upload, read.adapter.layers)
         return read
+
+    def _check_layers(self, upload: Path, layers: Mapping[str, LoRALayer]) -> None:
+        """Raises InputError for an upload that cannot be averaged with the others."""
+        if odd := sorted(layers.keys() ^ set(self.client.adapted(list(self._base.layers)))):
+            words = "is not among model.targets" if odd[0] in layers else "is missing"
+            raise InputError(f"{upload}: layer {odd[0]} {words}; every client trains the same layers")
+        for name, layer in layers.items():
+            if (layer.rank, layer.scale) != (self.client.rank, self.client.alpha / self.client.rank):
+                raise InputError(
+                    f"{upload}: {name} is of rank {layer.rank} and scale {layer.scale:g}, expected model.rank"
+                    f" {self.client.rank} and model.alpha / model.rank {self.client.alpha / self.client.rank:g}"
+                )
 
     @rank_zero_only
     def _keep_models(self, name: str, system: System, server: Server) -> None:
@@ -323,5 +355,5 @@ class InstructionFederation:
         )
 
 
-FREE_INSTRUCTION_SETTINGS = ("federation.run_dir", "federation.systems", "federation.methods")
+FREE_SETTINGS = ("federation.run_dir", "federation.systems", "federation.methods")
 """Settings that may change from one start to the next."""

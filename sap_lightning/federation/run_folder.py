@@ -43,6 +43,8 @@ SERVER_SETTINGS = (*FREE_SETTINGS, "anchors", "prune", "merge")
 SERVER_SETTINGS_OF_ROUNDS = (*FREE_SETTINGS, "prune")
 """The same where clients go on from what the server has merged: by average, unless merge.method, which is held to in
 other ways, says otherwise."""
+MADE = ("uploads", "first", "answers")
+"""Folders that stand once clients have begun to train, or something was measured."""
 _OF_ROUNDS = tuple(f"federation.{name}" for name in ("rounds", "share", "aggregation", "optimizer", "schedule"))
 """Those of the federation that say nothing where there is one round."""
 
@@ -168,7 +170,7 @@ def is_held_to(folder: Path, config: Mapping[str, Any], free: Sequence[str] = FR
     """
     refuse_earlier(folder)
     file = folder / CONFIG_FILE
-    begun = (folder / "uploads").exists() or any(folder.rglob("*.ckpt"))
+    begun = any((folder / made).exists() for made in MADE) or any(folder.rglob("*.ckpt"))
     if not (file.is_file() and begun):
         return False
     try:
@@ -185,7 +187,8 @@ def is_held_to(folder: Path, config: Mapping[str, Any], free: Sequence[str] = FR
 def _held(config: Mapping[str, Any]) -> dict[str, Any]:
     """Settings by name, without those of rounds where there is one, as before there could be several."""
     settings = dict(flat(config))
-    if settings.get("federation.rounds", 1) > 1:
+    # Instruction tuning, which has no aggregation to choose, has several turns in one round too.
+    if settings.get("federation.rounds", 1) > 1 or "federation.aggregation" not in settings:
         return settings
     return {name: value for name, value in settings.items() if not belongs_to(name, _OF_ROUNDS)}
 

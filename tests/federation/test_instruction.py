@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from collections.abc import Callable
 from functools import partial
 from hashlib import sha256
 from pathlib import Path
@@ -20,12 +21,13 @@ from transformers import LlavaForConditionalGeneration
 from sap_lightning.data.instructions import InstructionDataModule
 from sap_lightning.errors import InputError
 from sap_lightning.federation.instruction import BASE, InstructionFederation
+from sap_lightning.federation.run_folder import require_settings
 from sap_lightning.federation.systems import SYSTEMS, Server, aggregated, task_weights, text_weights
 from sap_lightning.io.adapter import read_adapter
 from sap_lightning.io.instruction_upload import ReadUpload, read_instruction_upload
 from sap_lightning.models.layers import layer_shapes
 from sap_lightning.models.llava import load_language_base, tuned_llava
-from sap_lightning.modules.vlm_lora import VLMLoRAModule
+from sap_lightning.modules.vlm_lora import Start, VLMLoRAModule
 
 CLIENTS = {"vqa_a": "vqa", "vqa_b": "vqa", "caption_a": "caption"}
 TRAINER = partial(L.Trainer, accelerator="cpu", devices=1, enable_model_summary=False, log_every_n_steps=1)
@@ -206,6 +208,87 @@ def test_an_upload_of_another_turn_is_refused(tmp_path, run, base, root):
     shutil.copytree(folder / "first/task/uploads/vqa_a", upload)
     with pytest.raises(InputError, match="its round is 0, expected 1"):
         federation(base, root, folder).run()
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"targets": ["q_proj", "v_proj"]}, "vqa_a: layer .*v_proj is not among model.targets"),
+        ({"targets": ["v_proj"]}, "vqa_a: layer .*q_proj is missing"),
+        ({"rank": 3}, "q_proj is of rank 3 and scale 1.33333, expected model.rank 2"),
+        ({"alpha": 8}, "q_proj is of rank 2 and scale 4, expected model.rank 2 and model.alpha / model.rank 2"),
+    ],
+)
+def test_an_upload_that_cannot_be_averaged_with_the_others_is_refused(tmp_path, run, base, root, settings, message):
+    """Also where its own manifest says so."""
+    folder = tmp_path / "run"
+    shutil.copytree(run, folder)
+    upload = folder / "first/task/uploads/vqa_a"
+    shutil.rmtree(upload)
+    other = VLMLoRAModule(base, **{"rank": 2, "alpha": 4, "targets": ["q_proj"], **settings})
+    other = other.starting(Start(stage="task", task="vqa"))
+    other.configure_model()
+    other.write_upload(upload, "vqa_a", 3)
+    with pytest.raises(InputError, match=message):
+        federation(base, root, folder).run()
+
+
+def begun(tmp_path: Path, run: Path, base: str, root: str) -> Callable[..., None]:
+    """Starts a run again that had measured the base and nothing else, with other settings."""
+    config = {"data": {"root": "here"}, "federation": {"rounds": 1, "share": 1.0}}
+    folder = tmp_path / "run"
+    shutil.copytree(run / "answers/base", folder / "answers/base")
+    again = partial(federation, base, root, folder, systems=["fedit"])
+    require_settings(folder, {**config, "data": {"root": "here", "contents": contents(root)}})
+
+    def start(**changed: Any) -> None:
+        again(config={**config, **changed}).run()
+
+    return start
+
+
+def contents(root: str) -> dict[str, str]:
+    data = InstructionDataModule(root)
+    return {client: data.contents(client) for client in data.clients}
+
+
+@pytest.mark.parametrize("changed", [{"data": {"root": "there"}}, {"federation": {"rounds": 1, "share": 0.5}}])
+def test_what_was_measured_alone_holds_to_its_settings_too(tmp_path, run, base, root, changed):
+    with pytest.raises(InputError, match="was started with other settings"):
+        begun(tmp_path, run, base, root)(**changed)
+
+
+@pytest.mark.parametrize("file", ["train.jsonl", "test.jsonl"])
+def test_conversations_that_have_changed_are_not_gone_on_with(tmp_path, run, base, root, file):
+    shutil.copytree(root, tmp_path / "root")
+    start = begun(tmp_path, run, base, str(tmp_path / "root"))
+    lines = tmp_path / "root/vqa_b" / file
+    lines.write_text(lines.read_text().replace("red", "blue", 1))
+    with pytest.raises(InputError, match=r"data.contents.vqa_b was"):
+        start()
+
+
+@pytest.mark.parametrize(
+    ("clients", "settings", "message"),
+    [
+        (CLIENTS, {"methods": ["sap"]}, "anchors.jsonl: is not there"),
+        ({"a": "vqa", "b": "vqa"}, {"methods": ["average"]}, "all clients are of one task"),
+        (CLIENTS, {"scores": {"vqa": "iou"}}, r"vqa_a.*line 1: 'red' holds no box .*--data.scores '\{vqa: f1\}'"),
+    ],
+)
+def test_what_cannot_work_is_said_before_anything_is_trained(tmp_path, base, clients, settings, message):
+    root = conversations(tmp_path / "root", clients, count=3)
+    data = InstructionDataModule(str(root), scores=settings.pop("scores", None))
+    client = VLMLoRAModule(base, rank=2, targets=["q_proj"])
+    with pytest.raises(InputError, match=message):
+        InstructionFederation(client, data, TRAINER, str(tmp_path / "run"), **settings).run()
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_language_model_is_shown_no_images(tmp_path, root):
+    base = str(tiny_language_model(tmp_path / "base"))
+    with pytest.raises(InputError, match=r"train.jsonl: has images, and .*base sees none"):
+        federation(base, root, tmp_path / "run", systems=["fedit"]).run()
 
 
 def test_a_measurement_that_is_damaged_is_made_anew(tmp_path, run, base, root):
