@@ -24,7 +24,8 @@ from reporting.samples import UNSEEN, add, evidence, measure, swept
 from sap_lightning.federation.run_folder import config_file
 from sap_lightning.reporting.draw import draw
 from sap_lightning.reporting.evidence import NO_MASKS, Client, Evidence
-from sap_lightning.reporting.page import file_names, write_report
+from sap_lightning.reporting.html import file_names
+from sap_lightning.reporting.page import write_report
 from sap_lightning.reporting.table import tabulate
 from sap_lightning.results import Results
 
