@@ -134,3 +134,11 @@ def _command(folder: Path, settings: Mapping[str, Any]) -> str:
         return ""
     config, again = shlex.quote(str(folder / file)), shlex.quote(f"{folder}_again")
     return f"python -m sap_lightning {command} --config {config} --federation.run_dir {again}"
+
+
+def provenance_of(rows: Iterable[Mapping[str, str]]) -> dict[str, list[str]]:
+    """What results were made with; more than one value where they differ."""
+    names = {"config": "settings, hash", "commit": "git commit", "versions": "packages"}
+    found = list(rows)
+    values = {label: {row.get(name, "") for row in found} - {""} for name, label in names.items()}
+    return {label: sorted(of) for label, of in values.items() if of}

@@ -11,7 +11,7 @@ from matplotlib.figure import Figure
 from sap_lightning.functional.statistics import Spread
 from sap_lightning.functional.traffic import fedavg_bytes, one_shot_bytes
 from sap_lightning.reporting.evidence import Client, Evidence
-from sap_lightning.reporting.html import write_page
+from sap_lightning.reporting.html import provenance_of, write_page
 from sap_lightning.reporting.sentences import anchor_sentences, summary
 from sap_lightning.reporting.table import (
     PERSONAL_COLUMN,
@@ -70,7 +70,7 @@ def write_report(
         traffic=_traffic(evidence.clients) if evidence else [],
         anchors=anchor_sentences(evidence.clients) if evidence and evidence.clients else [],
         chance=_chance(results, evidence),
-        provenance=_provenance(results),
+        provenance=provenance_of(row.provenance for row in results.rows),
     )
 
 
@@ -127,10 +127,3 @@ def _chance(results: Results, evidence: Evidence | None) -> float | None:
     """Expected Jaccard index of two random masks that keep the share 1 − ρ = p: p² / (2p − p²)."""
     sparsity = next((row.sparsity for row in results.of(evidence.merged)), None) if evidence else None
     return None if sparsity is None else (1 - sparsity) / (1 + sparsity)
-
-
-def _provenance(results: Results) -> dict[str, list[str]]:
-    """What the rows were made with; more than one value where they differ."""
-    names = {"config": "settings, hash", "commit": "git commit", "versions": "packages"}
-    values = {label: {row.provenance.get(name, "") for row in results.rows} - {""} for name, label in names.items()}
-    return {label: sorted(found) for label, found in values.items() if found}
