@@ -227,6 +227,39 @@ def rounds_figure(
     return figure
 
 
+def turns_figure(panels: Mapping[str, Mapping[str, Sequence[float]]], measure: str) -> Figure:
+    """A measure after each turn, from before the first one (0) on: a panel for each of whom it is, a line a system.
+
+    Args:
+        panels: by panel and system, the measure after 0, 1, … turns; all panels have the same systems.
+        measure: what the axes say.
+    """
+    across = min(2, len(panels))
+    down = math.ceil(len(panels) / across)
+    systems = list(next(iter(panels.values())))
+    figure = Figure(figsize=(4.8, 0.7 + 1.8 * down + 0.22 * math.ceil(len(systems) / 2)), layout="constrained")
+    all_axes = list(figure.subplots(down, across, sharex=True, squeeze=False).flat)
+    for (title, curves), axes in zip(panels.items(), all_axes, strict=False):
+        for index, values in enumerate(curves.values()):
+            axes.plot(range(len(values)), values, **_line(index), markersize=4)
+        axes.set_title(_plain(title), fontsize=10)
+        axes.spines[["top", "right"]].set_visible(False)
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+    for axes in all_axes[len(panels) - across : len(panels)]:
+        axes.tick_params(labelbottom=True)
+    for axes in all_axes[len(panels) :]:
+        axes.set_visible(False)
+    figure.supxlabel("times that clients have trained", fontsize=10)
+    figure.supylabel(measure, fontsize=10)
+    figure.legend(
+        all_axes[0].lines, [_plain(name) for name in systems], loc="outside upper center", ncols=2, frameon=False
+    )
+    last = {title: ", ".join(f"{name} {of[-1]:.3f}" for name, of in curves.items()) for title, curves in panels.items()}
+    said = "; ".join(f"{title}: {values}" for title, values in last.items())
+    figure.set_label(f"Line charts of {measure} after each turn. After the last one, {said}.")
+    return figure
+
+
 def conflict_figure(conflict: Mapping[str, tuple[float, float]]) -> Figure:
     """Sign conflict by layer before (hollow) and after pruning (filled), a panel for each module.
 

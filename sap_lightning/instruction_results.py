@@ -42,6 +42,7 @@ class InstructionResult:
         bytes_sent: what all clients have sent in the turn.
         sources: digest of what the model was made of.
         said: each answer, and what the model said.
+        provenance: config hash, git commit and package versions; empty in files of before that was written.
     """
 
     system: str
@@ -54,6 +55,7 @@ class InstructionResult:
     bytes_sent: int
     sources: str
     said: list[Mapping[str, str]] = field(default_factory=list)
+    provenance: dict[str, str] = field(default_factory=dict)
 
 
 class InstructionResults:

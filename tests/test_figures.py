@@ -21,6 +21,7 @@ from sap_lightning.figures import (
     share_kept_figure,
     shares_figures,
     sparsity_figure,
+    turns_figure,
 )
 from sap_lightning.functional.statistics import Spread
 
@@ -206,3 +207,19 @@ def test_names_are_no_formulas() -> None:
     ):
         assert drawn(figure).size > (100, 100)
         assert figure.get_label()
+
+
+def test_turns_have_a_panel_each_of_whom_they_are_and_a_line_a_system() -> None:
+    panels = {
+        name: {"fedit": [0.1, 0.2, 0.3], "$pilot": [0.1, 0.4, number]} for number, name in enumerate(("a", "b", "c"))
+    }
+    figure = turns_figure(panels, "score")
+    shown = [axes for axes in figure.axes if axes.get_visible()]
+    assert [axes.get_title() for axes in shown] == ["a", "b", "c"]
+    assert [list(line.get_ydata()) for line in shown[2].lines] == [[0.1, 0.2, 0.3], [0.1, 0.4, 2]]
+    assert [text.get_text() for text in figure.legends[0].get_texts()] == ["fedit", r"\$pilot"]
+    assert figure.get_label().endswith(
+        "a: fedit 0.300, $pilot 0.000; b: fedit 0.300, $pilot 1.000; c: fedit 0.300, $pilot 2.000."
+    )
+    assert min(drawn(figure).size) > 100
+    assert len([axes for axes in turns_figure({"a": panels["a"]}, "score").axes]) == 1

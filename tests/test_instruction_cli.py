@@ -46,7 +46,13 @@ def test_it_leaves_tables_answers_figures_and_events(finished):
     assert re.findall(r"^\| (\w+) \|", table, re.MULTILINE) == [
         "system", "base", "fedit", "pilot", "base", "average", "sap",
     ]  # fmt: skip
-    assert (finished / "scores.png").stat().st_size > 10_000
+    page = (finished / "report.html").read_text()
+    (config,) = finished.glob("configs/*.yaml")
+    assert f"--config {config} --federation.run_dir {finished}_again" in page
+    assert InstructionCLI([f"--config={config}"]).settings() == yaml.safe_load(config.read_text())
+    assert {file.name for file in (finished / "figures").iterdir()} == {
+        "score.png", "score.svg", "perplexity.png", "perplexity.svg",
+    }  # fmt: skip
     assert list(finished.glob("server/pilot/events.out.*"))
     with (finished / "results.csv").open() as file:
         rows = list(csv.DictReader(file))

@@ -4,16 +4,15 @@ from __future__ import annotations
 
 import shutil
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, TypeGuard
 
 import numpy as np
 from numpy.random import Generator
 
 from sap_lightning.console import run_as_command
-from sap_lightning.data.anchors import captioned_images, entries_in, image_file
+from sap_lightning.data.anchors import captioned_images
+from sap_lightning.data.annotations import SPLITS, Annotated, read_annotations
 from sap_lightning.data.questions import (
     ANCHORS_FILE,
     DESCRIBE,
@@ -25,57 +24,15 @@ from sap_lightning.data.questions import (
     sample,
     write_samples,
 )
-from sap_lightning.errors import InputError, check_at_least, short
+from sap_lightning.errors import InputError, check_at_least
 from sap_lightning.files import new_folder, refuse_existing
 
-SPLITS = {"train": "train", "val": "test", "test": "test"}
-"""Splits of the annotations, and which of a client's files they go to."""
 MOST = 10
 """What is counted up to."""
 DECIMALS = 2
 
-Box = tuple[float, float, float, float]
 Asked = tuple[str, str]
 """A question and its answer."""
-
-
-@dataclass(frozen=True)
-class Thing:
-    """One object of an image.
-
-    Attributes:
-        category: what it is.
-        box: x1, y1, x2, y2 in shares of width and height, y down.
-        crowd: whether it stands for several that were not told apart.
-    """
-
-    category: str
-    box: Box
-    crowd: bool
-
-
-@dataclass(frozen=True)
-class Annotated:
-    """What people said and saw of one image."""
-
-    file: Path
-    split: str
-    captions: list[str]
-    things: list[Thing]
-
-    @property
-    def categories(self) -> set[str]:
-        """What is in the image, one by one or as a crowd."""
-        return {thing.category for thing in self.things}
-
-    @property
-    def told_apart(self) -> dict[str, list[Thing]]:
-        """Its things by category, without those categories of which there is a crowd."""
-        crowds = {thing.category for thing in self.things if thing.crowd}
-        return {
-            category: [thing for thing in self.things if thing.category == category]
-            for category in sorted(self.categories - crowds)
-        }
 
 
 def make_clients(
@@ -93,9 +50,11 @@ def make_clients(
     drawn as often as it is in others (*popular* of POPE, Li et al. 2023, https://arxiv.org/abs/2305.10355).
 
     Args:
-        annotations: JSONL file beside its images, a line an image: `file_name`, `split` (train, val or test),
-            `captions`, and `objects`, each with `category`, `box` (x1, y1, x2, y2 in shares of width and height) and
-            `crowd`.
+        annotations: COCO's folder as it is unpacked, with `annotations/instances_<images>.json` and
+            `captions_<images>.json` beside folders `<images>`, such as train2017 and val2017: clients train on those
+            whose name begins with train, and are tested with those of val or test. Or a JSONL file beside its images, a
+            line an image: `file_name`, `split` (train, val or test), `captions`, and `objects`, each with `category`,
+            `box` (x1, y1, x2, y2 in shares of width and height) and `crowd`.
         folder: where to; must not exist yet. Gets `<task>_<number>/train.jsonl`, `test.jsonl` and `images/`.
         clients: of each task; images are dealt among them, so that none is at two of a task.
         samples: of a client at most, in each of its two files.
@@ -104,7 +63,7 @@ def make_clients(
             server's public conversations, `anchors.jsonl`, at which `sap` looks.
 
     Raises:
-        InputError: the folder exists, a number is out of range, a line is faulty, or there are too few images.
+        InputError: the folder exists, a number is out of range, an entry is faulty, or there are too few images.
     """
     refuse_existing(folder)
     for name, value, least in (("clients", clients, 1), ("samples", samples, 3), ("seed", seed, 0)):
@@ -209,63 +168,6 @@ def write_anchors(folder: Path, listing: Path) -> None:
         shutil.copyfile(file, folder / name)
         lines.append(sample(name, "caption", DESCRIBE, caption))
     write_samples(folder / ANCHORS_FILE, lines)
-
-
-def read_annotations(file: Path) -> list[Annotated]:
-    """The images of a file, in its order.
-
-    Raises:
-        InputError: a line is faulty, two images share a name, or the file has none.
-    """
-    images: dict[str, Annotated] = {}
-    for where, entry in entries_in(file):
-        image = annotated(file.parent, entry, where)
-        if image.file.name in images:
-            raise InputError(
-                f"{where}: an image {short(image.file.name)} stands in an earlier line too; name each once"
-            )
-        images[image.file.name] = image
-    if not images:
-        raise InputError(f"{file}: has no image; give a JSON object a line, with file_name, split, captions, objects")
-    return list(images.values())
-
-
-def annotated(folder: Path, entry: dict[str, Any], where: str) -> Annotated:
-    image = image_file(folder, entry, where)
-    split, captions, objects = (entry.get(key) for key in ("split", "captions", "objects"))
-    if split not in SPLITS:
-        raise InputError(f"{where}: split must be one of {', '.join(SPLITS)}, got {short(split)}")
-    if not is_list_of_names(captions):
-        raise InputError(f"{where}: captions must be a list of strings, got {short(captions)}")
-    if not isinstance(objects, list):
-        raise InputError(f"{where}: objects must be a list, got {short(objects)}")
-    return Annotated(image, split, captions, list(things_in(objects, where)))
-
-
-def is_list_of_names(value: object) -> TypeGuard[list[str]]:
-    return isinstance(value, list) and bool(value) and all(isinstance(one, str) and one.strip() for one in value)
-
-
-def things_in(objects: list[Any], where: str) -> Iterator[Thing]:
-    for number, entry in enumerate(objects, start=1):
-        what = f"{where}: object {number}"
-        if not isinstance(entry, dict) or not is_list_of_names([entry.get("category")]):
-            raise InputError(f"{what}: expected an object with category, box and crowd, got {short(entry)}")
-        box: Any = entry.get("box")
-        crowd = entry.get("crowd", False)
-        if not is_box(box):
-            raise InputError(f"{what}: box must be x1 < x2 and y1 < y2 in [0, 1] as [x1, y1, x2, y2], got {short(box)}")
-        if not isinstance(crowd, bool):
-            raise InputError(f"{what}: crowd must be true or false, got {short(crowd)}")
-        x1, y1, x2, y2 = box
-        yield Thing(entry["category"], (x1, y1, x2, y2), crowd)
-
-
-def is_box(value: Any) -> bool:
-    if not isinstance(value, list) or len(value) != 4 or not all(type(one) in (int, float) for one in value):
-        return False
-    x1, y1, x2, y2 = value
-    return bool(0 <= x1 < x2 <= 1 and 0 <= y1 < y2 <= 1)
 
 
 if __name__ == "__main__":

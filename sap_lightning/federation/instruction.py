@@ -19,11 +19,12 @@ from sap_lightning.callbacks.tensorboard import EventLogger, tensorboards
 from sap_lightning.data.instructions import TEST, TRAIN, InstructionDataModule, read_samples
 from sap_lightning.errors import InputError, check_at_least, check_share, short
 from sap_lightning.federation.client import UNTRAINED, TrainerFactory, fit_at_home
-from sap_lightning.federation.run_folder import RunFolder, require_settings
+from sap_lightning.federation.provenance import provenance
+from sap_lightning.federation.run_folder import RunFolder, config_file, require_settings, write_settings
 from sap_lightning.federation.systems import ALL, SYSTEMS, Server, System, aggregated
 from sap_lightning.federation.turns import taking_part
 from sap_lightning.federation.unseen_task import check_methods, one_shot
-from sap_lightning.files import clear_unfinished_at, locked, read_tensors, sha256_of_file, write_tensors
+from sap_lightning.files import as_json, clear_unfinished_at, locked, read_tensors, sha256_of_file, write_tensors
 from sap_lightning.fingerprints import digest
 from sap_lightning.functional import answers
 from sap_lightning.functional.lora import LoRALayer
@@ -133,6 +134,7 @@ class InstructionFederation:
             contents = {"contents": {client: self.data.contents(client) for client in self.data.clients}}
             settings = {**self.config, "data": {**self.config.get("data", {}), **contents}}
             require_settings(self.folder, settings, FREE_SETTINGS)
+            write_settings(self.folder / config_file(self.config), as_json(self.config))
         self._measure(BASE, -1, SYSTEMS["fedit"], Server(), [])
         for name in self.systems:
             self._play(name, SYSTEMS[name])
@@ -161,6 +163,10 @@ class InstructionFederation:
             raise InputError("federation.methods: all clients are of one task, so that none is unseen; leave it out")
         if any(method.needs_anchors for method in self.methods):
             read_samples(self.data.anchors)
+
+    @cached_property
+    def _provenance(self) -> dict[str, str]:
+        return provenance(self.config)
 
     @cached_property
     def _encoder(self) -> Any:
@@ -338,8 +344,8 @@ class InstructionFederation:
         data = self.data.for_client(client, self._encoder)
         (found,) = trainer.test(module, datamodule=data, verbose=False)
         task = self.data.tasks[client]
-        judge = SCORES[self.data.score_of(task)]
-        scores = [judge(said, answer) for said, answer in module.said]
+        said: list[Mapping[str, str]] = [{"said": said, "answer": answer} for said, answer in module.said]
+        scores = self.judged(task, said)
         log.info("%s after turn %d: %s", name, number + 1, client)
         return InstructionResult(
             system=name,
@@ -351,8 +357,14 @@ class InstructionFederation:
             perplexity_other_image=found.get("perplexity_other_image"),
             bytes_sent=size,
             sources=sources,
-            said=[{"said": said, "answer": answer} for said, answer in module.said],
+            said=said,
+            provenance=self._provenance,
         )
+
+    def judged(self, task: str, said: Sequence[Mapping[str, str]]) -> list[float]:
+        """The score of each answer of a task, in [0, 1]."""
+        judge = SCORES[self.data.score_of(task)]
+        return [judge(one["said"], one["answer"]) for one in said]
 
 
 FREE_SETTINGS = ("federation.run_dir", "federation.systems", "federation.methods")

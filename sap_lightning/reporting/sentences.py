@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
+from sap_lightning.federation.instruction import BASE
 from sap_lightning.functional.statistics import Interval
+from sap_lightning.instruction_results import InstructionResult
 from sap_lightning.reporting.evidence import Client
+from sap_lightning.reporting.instruction_table import FEDIT, InstructionRow
 from sap_lightning.reporting.table import TableRow
 from sap_lightning.results import AVERAGE, ZERO_SHOT
 
@@ -45,7 +48,7 @@ def summary(rows: Sequence[TableRow]) -> list[str]:
     return [sentence.replace(" ± ", "\u00a0±\u00a0") for sentence in said]
 
 
-def _lead(interval: Interval, reference: str) -> str:
+def _lead(interval: Interval, reference: str, what: str = "images") -> str:
     points, low, high = (100 * value for value in interval)
     signed, where = (
         text.replace("-", "−") for text in (f"{points:+.1f}", f"(95 % interval {low:+.1f} to {high:+.1f})")
@@ -54,7 +57,47 @@ def _lead(interval: Interval, reference: str) -> str:
         return f"{points:.1f} points ahead of {reference} {where}"
     if high < 0:
         return f"{-points:.1f} points behind {reference} {where}"
-    return f"level with {reference} as far as these images can tell, {signed} points {where}"
+    return f"level with {reference} as far as these {what} can tell, {signed} points {where}"
+
+
+def tuning_summary(rows: Sequence[InstructionRow]) -> list[str]:
+    """What the table of ways to tune together says: which is ahead by score, how surely, and which by perplexity."""
+    ways = [row for row in rows if row.system != BASE]
+    best, candidate = (max(some, key=lambda row: row.mean) for some in (rows, ways))
+    over = f"over the {len(best.scores)} tasks" if len(best.scores) > 1 else "on the one task"
+    said = [f"{best.system} has the highest mean score {over}: {best.mean:.3f}."]
+    if candidate is not best:
+        said.append(
+            f"No way of tuning does better; of them {candidate.system} comes nearest with {candidate.mean:.3f}."
+        )
+    if leads := _leads(candidate):
+        said.append(f"{'It' if candidate is best else candidate.system} is {leads}.")
+    if len(ways) > 1:
+        said.append(
+            f"It was picked from {len(ways)} ways by its score on these very conversations, which flatters it a little."
+        )
+    others = [row for row in ways if row.system == "pilot" and row is not candidate]
+    said += [f"{row.system} is {leads}." for row in others if (leads := _leads(row))]
+    least = min(round(row.perplexity, 2) for row in rows)
+    first = _listed(row.system for row in rows if round(row.perplexity, 2) == least)
+    said.append(f"The perplexity of the right answers is lowest by {first}: {least:.2f}.")
+    return said
+
+
+def _leads(row: InstructionRow) -> str:
+    leads = [(row.over_base, "the base"), (row.over_fedit, FEDIT)]
+    return " and ".join(_lead(of, reference, "conversations") for of, reference in leads if of is not None)
+
+
+def image_sentence(found: Mapping[str, Sequence[InstructionResult]]) -> str:
+    """For how many clients the right image makes the right answers likelier than another one, by system."""
+    lower = {
+        system: sum(one.perplexity < one.perplexity_other_image for one in of if one.perplexity_other_image is not None)
+        for system, of in found.items()
+    }
+    clients = len(next(iter(found.values())))
+    said = ", ".join(f"{system} {number}" for system, number in lower.items())
+    return f"Of {clients} clients, perplexity is lower with the right image than with another one for so many: {said}."
 
 
 def anchor_sentences(clients: Sequence[Client]) -> list[str]:

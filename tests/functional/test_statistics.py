@@ -1,11 +1,13 @@
 from __future__ import annotations
 
+import math
+
 import numpy as np
 import pytest
 import torch
 from torch import Tensor
 
-from sap_lightning.functional.statistics import Spread, bootstrap_difference, mean_and_std
+from sap_lightning.functional.statistics import Spread, bootstrap_difference, bootstrap_mean, mean_and_std
 
 
 def answers(seed: int, accuracy: float, *shapes: tuple[int, int]) -> list[Tensor]:
@@ -109,3 +111,26 @@ def test_answers_that_cannot_be_paired_are_refused(
 def test_probabilities_are_refused() -> None:
     with pytest.raises(ValueError, match=r"got torch\.float32"):
         bootstrap_difference([torch.rand(2, 5)], [torch.rand(2, 5)])
+
+
+def test_a_weighted_mean_of_scores_has_the_interval_of_right_and_wrong() -> None:
+    correct, reference = answers(0, 0.7, (1, 50), (1, 20)), answers(1, 0.6, (1, 50), (1, 20))
+    both = zip(correct, reference, strict=True)
+    values = [(one.double() - other.double())[0].tolist() for one, other in both]
+    assert bootstrap_mean(values, [0.5, 0.5]) == pytest.approx(bootstrap_difference(correct, reference))
+
+
+def test_weights_and_values_that_are_no_counts_are_taken_as_they_are() -> None:
+    rng = np.random.default_rng(0)
+    values, weights = [rng.normal(1, 1, 400).tolist(), rng.normal(5, 2, 100).tolist()], [0.75, 0.25]
+    interval = bootstrap_mean(values, weights)
+    assert interval.difference == pytest.approx(0.75 * np.mean(values[0]) + 0.25 * np.mean(values[1]))
+    # The standard error of a sum of independent means, and a normal distribution.
+    error = math.sqrt(0.75**2 * np.var(values[0]) / 400 + 0.25**2 * np.var(values[1]) / 100)
+    assert interval.high - interval.low == pytest.approx(2 * 1.96 * error, rel=0.1)
+
+
+@pytest.mark.parametrize(("values", "weights"), [([], []), ([[1.0]], [0.5, 0.5]), ([[1.0], []], [0.5, 0.5])])
+def test_groups_without_values_or_weights_are_refused(values: list[list[float]], weights: list[float]) -> None:
+    with pytest.raises(ValueError, match="at least one value each"):
+        bootstrap_mean(values, weights)

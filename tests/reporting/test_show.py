@@ -14,7 +14,7 @@ from sap_lightning.functional.traffic import sparse_upload
 from sap_lightning.io.adapter import read_adapter
 from sap_lightning.merging import TIES
 from sap_lightning.reporting import evidence, show
-from sap_lightning.reporting.page import file_names
+from sap_lightning.reporting.html import file_names
 from sap_lightning.reporting.table import markdown_table, tabulate
 from sap_lightning.results import Results
 
