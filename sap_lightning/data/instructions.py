@@ -46,12 +46,14 @@ class Sample(NamedTuple):
         turns: questions, the first with ``<image>`` where there is an image, and their answers.
         image: the image's file.
         place: how messages call it.
+        other: another conversation's image, with which it is told whether answers depend on the image.
     """
 
     task: str
     turns: tuple[tuple[str, str], ...]
     image: Path | None
     place: str
+    other: Path | None = None
 
     @property
     def answer(self) -> str:
@@ -82,6 +84,7 @@ class InstructionBatch(NamedTuple):
         prompts: (B, shorter) int64, what goes before the last answer, filled up on the left.
         prompt_attention: (B, shorter) int64.
         answers: the last answers.
+        others: as images, the image of another conversation for each; empty where there is none.
     """
 
     ids: Tensor
@@ -91,6 +94,7 @@ class InstructionBatch(NamedTuple):
     prompts: Tensor
     prompt_attention: Tensor
     answers: tuple[str, ...]
+    others: tuple[Path, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -320,6 +324,7 @@ class InstructionDataModule(L.LightningDataModule):
         if file == TRAIN:
             sampler = train_sampler(samples, world, rank, self.seed + self._first_epoch)  # type: ignore[arg-type]
         else:
+            samples = with_others(samples)
             sampler = eval_sampler(samples, world, rank, str(self.root / self._client / file))  # type: ignore[arg-type]
         size = images_per_process(self.batch_size, world)
         return DataLoader(samples, size, sampler=sampler, collate_fn=lambda some: batch_of(some, encoder))  # type: ignore[arg-type]
@@ -346,7 +351,24 @@ def batch_of(samples: Sequence[Sample], encoder: Encoder) -> InstructionBatch:
         _filled(prompts, padding, left=True),
         _filled([[1] * len(prompt) for prompt in prompts], 0, left=True),
         tuple(sample.answer for sample in samples),
+        tuple(sample.other for sample in samples if sample.other is not None),
     )
+
+
+def with_others(samples: Sequence[Sample]) -> list[Sample]:
+    """Each with the next conversation's image that is not its own, from the first on again after the last.
+
+    So whose image it is depends neither on batches nor on processes. Where all have one image there is no other.
+    """
+    images = [sample.image for sample in samples]
+    if len(set(images)) < 2:
+        return list(samples)
+    found: list[Sample] = []
+    other = next(image for image in images if image != images[-1])
+    for sample, after in zip(reversed(samples), [other, *reversed(images)], strict=False):
+        other = after if after != sample.image else other
+        found.append(sample._replace(other=other))
+    return found[::-1]
 
 
 def _filled(rows: Sequence[list[int]], value: int, left: bool = False) -> Tensor:

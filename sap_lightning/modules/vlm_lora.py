@@ -205,9 +205,16 @@ class VLMLoRAModule(L.LightningModule):
         losses, beside = self.answer_losses(batch, batch.images)
         self.log("train/answers", losses.mean().detach(), batch_size=len(batch.ids))
         self.log("train/connector", beside.detach(), batch_size=len(batch.ids))
-        loss = losses.mean() + beside
+        loss = self._over_all_processes(losses) + beside
         self.log("train/loss", loss, prog_bar=True, batch_size=len(batch.ids))
         return loss
+
+    def _over_all_processes(self, losses: Tensor) -> Tensor:
+        """Of each process's losses what has as its mean over processes, which DDP takes, the mean over all tokens."""
+        if self.trainer.world_size == 1:
+            return losses.mean()
+        tokens = cast(Tensor, self.all_gather(torch.tensor(losses.numel(), device=self.device)))
+        return losses.sum() / tokens.float().mean()
 
     def on_train_batch_start(self, batch: InstructionBatch, batch_idx: int) -> None:
         # Dropout draws the same values whether or not training was interrupted before this step.
@@ -234,8 +241,8 @@ class VLMLoRAModule(L.LightningModule):
     def test_step(self, batch: InstructionBatch, batch_idx: int) -> None:
         losses, _ = self.answer_losses(batch, batch.images)
         self._right.update(losses.mean(), losses.numel())
-        if len(batch.images) > 1:
-            losses, _ = self.answer_losses(batch, (*batch.images[1:], batch.images[0]))
+        if batch.others:
+            losses, _ = self.answer_losses(batch, batch.others)
             self._shuffled.update(losses.mean(), losses.numel())
         said = self.answers(batch)
         self.said += list(zip(said, batch.answers, strict=True))

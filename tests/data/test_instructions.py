@@ -16,6 +16,7 @@ from sap_lightning.data.instructions import (
     Sample,
     batch_of,
     read_samples,
+    with_others,
 )
 from sap_lightning.errors import InputError
 
@@ -179,3 +180,16 @@ def test_a_client_of_two_tasks_is_refused(tmp_path):
         (folder / file).write_text("\n".join(lines))
     with pytest.raises(InputError, match="has samples of the tasks 'caption', 'vqa'"):
         _ = InstructionDataModule(str(tmp_path)).tasks
+
+
+@pytest.mark.parametrize(
+    ("images", "others"),
+    [("abc", "bca"), ("aabbc", "bbcca"), ("abba", "baab"), ("abaa", "babb"), ("aa", "--"), ("a", "-")],
+)
+def test_the_other_image_is_the_next_one_that_is_another(images, others):
+    found = with_others([sample(("what ?", "red"), image=image) for image in images])
+    assert "".join("-" if one.other is None else str(one.other) for one in found) == others
+
+
+def test_of_text_alone_there_is_no_other_image():
+    assert [one.other for one in with_others([sample(("what ?", "red"), image=None)] * 3)] == [None] * 3
