@@ -38,7 +38,8 @@ class InstructionResult:
         task: of the client.
         score: mean over its answers, in [0, 1], by what its task is judged by.
         perplexity: of the right answers.
-        perplexity_other_image: the same where each conversation is shown another one's image; None of text alone.
+        perplexity_other_image: the same where each conversation is shown the image of the next one that has another;
+            None of text alone.
         bytes_sent: what all clients have sent in the turn.
         sources: digest of what the model was made of.
         said: each answer, and what the model said.

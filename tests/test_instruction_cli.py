@@ -3,19 +3,24 @@
 from __future__ import annotations
 
 import csv
+import json
 import re
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 import yaml
 from llava import conversations, tiny_llava
 from places import REPOSITORY
+from safetensors.torch import load_file
 
 from sap_lightning.commands import COMMANDS
 from sap_lightning.data.instructions import InstructionDataModule
 from sap_lightning.errors import InputError
 from sap_lightning.federation.systems import SYSTEMS
 from sap_lightning.instruction_cli import InstructionCLI, tunes_on_instructions
+from sap_lightning.instruction_results import InstructionResults
 
 CONFIG = REPOSITORY / "configs" / "pilot_shapes.yaml"
 CLIENTS = {"vqa_a": "vqa", "caption_a": "caption"}
@@ -60,6 +65,39 @@ def test_it_leaves_tables_answers_figures_and_events(finished):
         ("base", "0"), ("fedit", "1"), ("fedit", "2"), ("pilot", "1"), ("pilot", "2"), ("average", "1"), ("sap", "1"),
     }  # fmt: skip
     assert all(0 <= float(row["score"]) <= 1 and float(row["perplexity"]) > 1 for row in rows)
+
+
+def test_two_processes_train_and_measure_as_one_does(tmp_path):
+    base, root = tiny_llava(tmp_path / "base"), conversations(tmp_path / "clients", CLIENTS, count=4)
+    for file in root.glob("*/train.jsonl"):  # answers of other lengths, so that processes have other numbers of tokens
+        lines = [json.loads(line) for line in file.read_text().splitlines()]
+        for number, line in enumerate(lines):
+            line["conversations"][1]["value"] += number**2 * " red"
+        file.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    for file in root.glob("*/test.jsonl"):  # of which one process has a single one
+        file.write_text("".join(file.read_text().splitlines(keepends=True)[:3]))
+    line = [
+        f"--config={CONFIG}", f"--model.base={base}", f"--data.root={root}", "--federation.rounds=1",
+        "--federation.systems=[fedit,pilot]", "--federation.methods=[]", "--data.batch_size=4", "--model.dropout=0",
+        "--federation.epochs_per_round=3",  # AdamW's first step says of a gradient little but its sign
+    ]  # fmt: skip
+    COMMANDS["fit"]([*line, f"--federation.run_dir={tmp_path / 'one'}"])
+    two = [f"--federation.run_dir={tmp_path / 'two'}", "--trainer.devices=2", "--trainer.strategy=ddp"]
+    command = [sys.executable, "-m", "sap_lightning", "fit", *line, *two]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=REPOSITORY, timeout=600)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("Tuned together") == done.stdout.count("Report:") == 1
+    for way, within in (("fedit/turns/1", 1e-4), ("first/task", 1e-4), ("pilot/turns/1", 0.02)):
+        for client in CLIENTS:
+            for file in ("adapter_model.safetensors", "connector.safetensors"):
+                alone, both = (load_file(tmp_path / run / way / "uploads" / client / file) for run in ("one", "two"))
+                assert max((alone[key] - both[key]).abs().max() for key in alone) < within, (way, client, file)
+    alone, both = (InstructionResults(tmp_path / run).all for run in ("one", "two"))
+    for one, other in zip(alone, both, strict=True):
+        assert (other.system, other.turn, other.client) == (one.system, one.turn, one.client)
+        assert [said["answer"] for said in other.said] == [said["answer"] for said in one.said]
+        assert other.perplexity == pytest.approx(one.perplexity, rel=1e-3)
+        assert other.perplexity_other_image == pytest.approx(one.perplexity_other_image, rel=1e-3)
 
 
 def test_settings_are_held_to(finished, options):

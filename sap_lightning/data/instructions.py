@@ -9,7 +9,6 @@ from dataclasses import dataclass
 from functools import cached_property
 from itertools import chain
 from pathlib import Path
-from types import MappingProxyType
 from typing import Any, Literal, NamedTuple, Self, get_args
 
 import lightning as L
@@ -54,12 +53,14 @@ class Sample(NamedTuple):
         turns: questions, the first with ``<image>`` where there is an image, and their answers.
         image: the image's file.
         place: how messages call it.
+        other: another conversation's image, with which it is told whether answers depend on the image.
     """
 
     task: str
     turns: tuple[tuple[str, str], ...]
     image: Path | None
     place: str
+    other: Path | None = None
 
     @property
     def answer(self) -> str:
@@ -90,7 +91,7 @@ class InstructionBatch(NamedTuple):
         prompts: (B, shorter) int64, what goes before the last answer, filled up on the left.
         prompt_attention: (B, shorter) int64.
         answers: the last answers.
-        others: images of other conversations, which a test shows in place of these; empty where there are none.
+        others: as images, the image of another conversation for each; empty where there is none.
     """
 
     ids: Tensor
@@ -354,12 +355,6 @@ class InstructionDataModule(L.LightningDataModule):
         assert self._client is not None
         return len(self.samples(self._client, TRAIN))
 
-    @property
-    def others(self) -> dict[str, Path]:
-        """For each conversation that the client is judged by, by its place, an image that is another one's."""
-        assert self._client is not None
-        return other_images(self.samples(self._client, TEST))
-
     def train_dataloader(self) -> DataLoader[InstructionBatch]:
         """The client's conversations in another order in every epoch."""
         return self._loader(TRAIN)
@@ -375,21 +370,14 @@ class InstructionDataModule(L.LightningDataModule):
         if file == TRAIN:
             sampler = train_sampler(samples, world, rank, self.seed + self._first_epoch)  # type: ignore[arg-type]
         else:
+            samples = with_others(samples)
             sampler = eval_sampler(samples, world, rank, str(self.root / self._client / file))  # type: ignore[arg-type]
         size = images_per_process(self.batch_size, world)
-        others = self.others if file == TEST else {}
-        return DataLoader(
-            samples,  # type: ignore[arg-type]
-            size,
-            sampler=sampler,
-            collate_fn=lambda some: batch_of(some, encoder, others),
-        )
+        return DataLoader(samples, size, sampler=sampler, collate_fn=lambda some: batch_of(some, encoder))  # type: ignore[arg-type]
 
 
-def batch_of(
-    samples: Sequence[Sample], encoder: Encoder, others: Mapping[str, Path] = MappingProxyType({})
-) -> InstructionBatch:
-    """Conversations of one file, each with the image that a test shows in place of its own."""
+def batch_of(samples: Sequence[Sample], encoder: Encoder) -> InstructionBatch:
+    """Conversations of one file, of which all have an image, or none."""
     encoded = [encoder.encode(sample) for sample in samples]
     prompts = [encoder.prompt(sample) for sample in samples]
     padding = encoder.padding
@@ -401,19 +389,24 @@ def batch_of(
         _filled(prompts, padding, left=True),
         _filled([[1] * len(prompt) for prompt in prompts], 0, left=True),
         tuple(sample.answer for sample in samples),
-        tuple(others[sample.place] for sample in samples if others),
+        tuple(sample.other for sample in samples if sample.other is not None),
     )
 
 
-def other_images(samples: Sequence[Sample]) -> dict[str, Path]:
-    """For each conversation, by its place, the next image in the file that is not its own; empty where all are one."""
-    images = [sample.image for sample in samples if sample.image is not None]
+def with_others(samples: Sequence[Sample]) -> list[Sample]:
+    """Each with the next conversation's image that is not its own, from the first on again after the last.
+
+    So whose image it is depends neither on batches nor on processes. Where all have one image there is no other.
+    """
+    images = [sample.image for sample in samples]
     if len(set(images)) < 2:
-        return {}
-    found = {}
-    for number, sample in enumerate(samples):
-        found[sample.place] = next(image for image in images[number + 1 :] + images if image != sample.image)
-    return found
+        return list(samples)
+    found: list[Sample] = []
+    other = next(image for image in images if image != images[-1])
+    for sample, after in zip(reversed(samples), [other, *reversed(images)], strict=False):
+        other = after if after != sample.image else other
+        found.append(sample._replace(other=other))
+    return found[::-1]
 
 
 def _filled(rows: Sequence[list[int]], value: int, left: bool = False) -> Tensor:

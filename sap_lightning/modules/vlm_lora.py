@@ -214,9 +214,16 @@ class VLMLoRAModule(L.LightningModule):
         losses, beside = self.answer_losses(batch, batch.images)
         self.log("train/answers", losses.mean().detach(), batch_size=len(batch.ids))
         self.log("train/connector", beside.detach(), batch_size=len(batch.ids))
-        loss = losses.mean() + beside
+        loss = self._over_all_processes(losses) + beside
         self.log("train/loss", loss, prog_bar=True, batch_size=len(batch.ids))
         return loss
+
+    def _over_all_processes(self, losses: Tensor) -> Tensor:
+        """Of each process's losses what has as its mean over processes, which DDP takes, the mean over all tokens."""
+        if self.trainer.world_size == 1:
+            return losses.mean()
+        tokens = cast(Tensor, self.all_gather(torch.tensor(losses.numel(), device=self.device)))
+        return losses.sum() / tokens.float().mean()
 
     def on_train_batch_start(self, batch: InstructionBatch, batch_idx: int) -> None:
         # Dropout draws the same values whether or not training was interrupted before this step, and others in every
@@ -254,7 +261,7 @@ class VLMLoRAModule(L.LightningModule):
     def on_test_epoch_end(self) -> None:
         self.said = self._of_all_processes()
         self.log("perplexity", self._right.compute().exp(), sync_dist=True)
-        if self._data.others:
+        if self._shuffled.update_count:
             self.log("perplexity_other_image", self._shuffled.compute().exp(), sync_dist=True)
 
     def _of_all_processes(self) -> list[tuple[str, str]]:

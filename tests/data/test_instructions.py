@@ -16,8 +16,8 @@ from sap_lightning.data.instructions import (
     InstructionDataModule,
     Sample,
     batch_of,
-    other_images,
     read_samples,
+    with_others,
 )
 from sap_lightning.errors import InputError
 
@@ -98,13 +98,6 @@ def test_a_file_has_images_or_none(tmp_path, root):
     (tmp_path / "train.jsonl").write_text("\n".join(map(json.dumps, lines)))
     with pytest.raises(InputError, match=r"train.jsonl: line 2: has no image, and others of the file have"):
         read_samples(tmp_path / "train.jsonl")
-
-
-def test_a_test_shows_every_conversation_another_image():
-    images = ["a", "a", "b", "a"]
-    samples = [Sample("vqa", (), Path(image), str(number)) for number, image in enumerate(images)]
-    assert other_images(samples) == {"0": Path("b"), "1": Path("b"), "2": Path("a"), "3": Path("b")}
-    assert other_images(samples[:2]) == {}
 
 
 PARTS_TEMPLATE = (
@@ -246,3 +239,16 @@ def test_a_client_of_two_tasks_is_refused(tmp_path):
         (folder / file).write_text("\n".join(lines))
     with pytest.raises(InputError, match="has samples of the tasks 'caption', 'vqa'"):
         _ = InstructionDataModule(str(tmp_path)).tasks
+
+
+@pytest.mark.parametrize(
+    ("images", "others"),
+    [("abc", "bca"), ("aabbc", "bbcca"), ("abba", "baab"), ("abaa", "babb"), ("aa", "--"), ("a", "-")],
+)
+def test_the_other_image_is_the_next_one_that_is_another(images, others):
+    found = with_others([sample(("what ?", "red"), image=image) for image in images])
+    assert "".join("-" if one.other is None else str(one.other) for one in found) == others
+
+
+def test_of_text_alone_there_is_no_other_image():
+    assert [one.other for one in with_others([sample(("what ?", "red"), image=None)] * 3)] == [None] * 3

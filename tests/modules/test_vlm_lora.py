@@ -117,6 +117,10 @@ def test_perplexity_is_over_all_tokens_of_answers(base, data):
     with torch.no_grad():
         losses, _ = module.answer_losses(batch, batch.images)
     assert found["perplexity"] == pytest.approx(float(losses.mean().exp()), rel=1e-5)
+    others = (*batch.images[1:], batch.images[0])  # though two batches of three were made of them
+    with torch.no_grad():
+        losses, _ = module.answer_losses(batch, others)
+    assert found["perplexity_other_image"] == pytest.approx(float(losses.mean().exp()), rel=1e-5)
     assert found["perplexity_other_image"] != found["perplexity"]
 
 
