@@ -54,12 +54,16 @@ class Predict:
 
     Args:
         images: folder of images, at any depth.
-        output: new file for image, class and probability.
+        output: new file for image, class and probability, of every group's likeliest class if there are groups.
+        class_groups: classes of each of several tasks, by its name: probabilities are then of the classes of one task.
     """
 
-    def __init__(self, images: str, output: str = "predictions.csv") -> None:
+    def __init__(
+        self, images: str, output: str = "predictions.csv", class_groups: dict[str, list[str]] | None = None
+    ) -> None:
         self.images = images
         self.output = output
+        self.class_groups = class_groups
 
 
 class SapCLI(CommandCLI):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from argparse import ArgumentParser
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any, cast
@@ -164,14 +164,22 @@ def predict(args: Sequence[str]) -> None:
     if not Path(options.output).absolute().parent.is_dir():
         raise InputError(f"predict.output {options.output}: there is no such folder; make it first")
     model = _model(cli)
-    data = ImageFolderDataModule(options.images, class_names, model.base, cli.datamodule.batch_size)
+    data = ImageFolderDataModule(
+        options.images, class_names, model.base, cli.datamodule.batch_size, options.class_groups
+    )
     trainer = cli.make_trainer(logger=False, devices=1, **UNTRAINED)
     batches = cast(list[torch.Tensor], trainer.predict(model, datamodule=data))
-    probability, label = torch.cat(batches).max(1)
-    rows = zip(data.names, label.tolist(), probability.tolist(), strict=True)
-    table = [[name, class_names[index], f"{share:.4f}"] for name, index, share in rows]
-    write_csv(Path(options.output), [["image", "class", "probability"], *table])
+    columns = ["image", *(["group"] if data.groups else []), "class", "probability"]
+    write_csv(Path(options.output), [columns, *_likeliest(data, torch.cat(batches))])
     print(f"{len(data.names)} images: {options.output}")
+
+
+def _likeliest(data: ImageFolderDataModule, probabilities: torch.Tensor) -> Iterator[list[str]]:
+    """The likeliest class of every image, or of every group for every image."""
+    for name, row in zip(data.names, probabilities, strict=True):
+        for group, numbers in (data.groups or {"": list(range(len(row)))}).items():
+            probability, place = row[numbers].max(0)
+            yield [name, *([group] if group else []), data.class_names[numbers[int(place)]], f"{probability:.4f}"]
 
 
 def flower(args: Sequence[str]) -> None:

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import csv
+import json
+import math
 from pathlib import Path
 
+import lightning as L
 import pytest
 import torch
 from peft import PeftModel
@@ -12,9 +15,13 @@ from PIL import Image
 from places import SHAPES_CLIP
 from transformers import AutoImageProcessor, AutoTokenizer, CLIPModel
 
+from sap_lightning.data.folder import ImageFolderDataModule
 from sap_lightning.errors import InputError
+from sap_lightning.modules.evaluator import CLIPEvaluator
 
 NAMES = ["boat", "car", "cup"]
+MOODS = ["bright", "dark"]
+PROMPT = '--model.templates=["a photo of a {}."]'
 
 
 @pytest.fixture
@@ -28,24 +35,28 @@ def photos(world, tmp_path) -> Path:
     return folder
 
 
-def predicted(run, photos: Path, output: Path, *options: str) -> list[dict[str, str]]:
-    names = f"--data.class_names=[{','.join(NAMES)}]"
-    run("predict", f"--predict.images={photos}", names, f"--predict.output={output}", *options)
+def predicted(run, photos: Path, output: Path, *options: str, names: list[str] = NAMES) -> list[dict[str, str]]:
+    classes = f"--data.class_names=[{','.join(names)}]"
+    run("predict", f"--predict.images={photos}", classes, f"--predict.output={output}", *options)
     with output.open(encoding="utf-8", newline="") as file:
         return list(csv.DictReader(file))
 
 
 @torch.no_grad()
-def clip_probabilities(adapter: Path | None, photos: Path) -> torch.Tensor:
+def clip_logits(adapter: Path | None, photos: Path, names: list[str] = NAMES) -> torch.Tensor:
     """By transformers and PEFT alone, images in the order of their paths."""
     clip, tokenizer = CLIPModel.from_pretrained(SHAPES_CLIP).eval(), AutoTokenizer.from_pretrained(SHAPES_CLIP)
     if adapter is not None:
         clip = PeftModel.from_pretrained(clip, adapter).eval()
     processor = AutoImageProcessor.from_pretrained(SHAPES_CLIP, backend="pil")
     images = [Image.open(path).convert("RGB") for path in sorted(photos.rglob("*.*")) if path.suffix != ".txt"]
-    texts = tokenizer([f"a photo of a {name}." for name in NAMES], padding=True, return_tensors="pt")
+    texts = tokenizer([f"a photo of a {name}." for name in names], padding=True, return_tensors="pt")
     pixels = processor(images, return_tensors="pt")["pixel_values"]
-    return clip(pixel_values=pixels, **texts).logits_per_image.softmax(-1)
+    return clip(pixel_values=pixels, **texts).logits_per_image
+
+
+def clip_probabilities(adapter: Path | None, photos: Path) -> torch.Tensor:
+    return clip_logits(adapter, photos).softmax(-1)
 
 
 def assert_agrees(rows: list[dict[str, str]], probabilities: torch.Tensor) -> None:
@@ -115,3 +126,50 @@ def test_two_uploads_are_to_be_merged_first(run, finished, photos, tmp_path):
     uploads = [str(finished / "uploads" / domain) for domain in ("photo", "sketch")]
     with pytest.raises(InputError, match="--uploads: predict takes one, got 2; merge them first"):
         predicted(run, photos, tmp_path / "out.csv", "--uploads", *uploads)
+
+
+# Groups of classes
+
+
+def grouped(groups: dict[str, list[str]]) -> str:
+    return f"--predict.class_groups={json.dumps(groups)}"
+
+
+def test_every_group_has_its_own_softmax_and_says_one_class(run, finished, photos, tmp_path):
+    merged, names = finished / "merged" / "photo" / "sap", ["boat", "bright", "car", "dark", "cup"]
+    groups = {"things": NAMES, "moods": MOODS}
+    rows = predicted(run, photos, tmp_path / "out.csv", f"--uploads={merged}", PROMPT, grouped(groups), names=names)
+    logits = clip_logits(merged, photos, names).double()
+    assert [row["group"] for row in rows] == ["things", "moods"] * len(logits)
+    for row, of_image in zip(rows, logits.repeat_interleave(2, dim=0), strict=True):
+        scores = {name: float(of_image[names.index(name)]) for name in groups[row["group"]]}
+        best = max(scores, key=scores.__getitem__)
+        share = 1 / sum(math.exp(score - scores[best]) for score in scores.values())
+        assert row["class"] == best and float(row["probability"]) == pytest.approx(share, abs=2e-4)
+
+
+def test_one_group_is_no_group_bit_for_bit(photos):
+    trainer = L.Trainer(logger=False, accelerator="cpu", enable_progress_bar=False)
+    found = []
+    for groups in (None, {"things": ["cup", "boat", "car"]}):
+        data = ImageFolderDataModule(photos, NAMES, str(SHAPES_CLIP), class_groups=groups)
+        found.append(torch.cat(trainer.predict(CLIPEvaluator(str(SHAPES_CLIP)), datamodule=data)))
+    assert torch.equal(*found)
+
+
+@pytest.mark.parametrize(
+    ("groups", "said"),
+    [
+        ({"things": ["boat", "car"], "moods": MOODS}, "class cup is in no group; put each class into one group"),
+        ({"things": NAMES, "moods": [*MOODS, "cup"]}, "class cup is in things and in moods; put each class into one"),
+        ({"things": [*NAMES, "cup"], "moods": MOODS}, "class cup is in things and in things; put each"),
+        ({"things": NAMES, "moods": [*MOODS, "grim"]}, "'grim' of moods is none of the classes"),
+        ({"things": [*NAMES, "bright"], "moods": ["dark"]}, "moods has fewer than two classes; name what"),
+        ({"things": NAMES, " ": MOODS}, "group ' ': a name has printable characters only"),
+        ({}, "class boat is in no group"),
+    ],
+)  # fmt: skip
+def test_a_class_that_is_not_in_one_group_is_refused(run, photos, tmp_path, groups, said):
+    with pytest.raises(InputError, match=f"class_groups: {said}"):
+        predicted(run, photos, tmp_path / "out.csv", grouped(groups), names=[*NAMES, *MOODS])
+    assert not (tmp_path / "out.csv").exists()

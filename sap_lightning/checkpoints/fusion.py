@@ -8,7 +8,7 @@ from pathlib import Path
 from sap_lightning.checkpoints.checkpoint import Checkpoint
 from sap_lightning.checkpoints.examples import Anchors, Examples
 from sap_lightning.checkpoints.joining import JoiningMethod
-from sap_lightning.checkpoints.method import WholeMethod
+from sap_lightning.checkpoints.method import OfWholeModels, WholeMethod
 from sap_lightning.checkpoints.methods import FUSE_METHODS
 from sap_lightning.checkpoints.sources import Sources
 from sap_lightning.checkpoints.work import Work
@@ -158,7 +158,7 @@ def _obstacle(method: MergeMethod) -> str | None:
         return "looks at what clients say of their training, which whole models do not"
     if method.needs_factors:
         return "looks at the factors A and B of LoRA, which whole models have not"
-    if isinstance(method, WholeMethod | JoiningMethod):
+    if isinstance(method, OfWholeModels):
         return None
     if method.needs_anchors and not isinstance(method, ATAF | SAP):
         return "looks at anchors through CLIP with an adapter on it, and not at whole models"

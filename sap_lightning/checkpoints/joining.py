@@ -11,13 +11,10 @@ from typing import Any
 from sap_lightning.checkpoints.checkpoint import PREPROCESSOR_FILE, Checkpoint
 from sap_lightning.checkpoints.examples import Examples
 from sap_lightning.checkpoints.layout import Layout
-from sap_lightning.checkpoints.method import Seen, WholeMethod
+from sap_lightning.checkpoints.method import OfWholeModels, Seen
 from sap_lightning.checkpoints.sources import Sources
 from sap_lightning.errors import InputError, first_line, short
-from sap_lightning.io.adapter import Adapter
-from sap_lightning.merging.method import Prepared
 from sap_lightning.merging.on_top import OnTop
-from sap_lightning.models.probe import AnchorProbe
 
 FREE = {
     "_name_or_path", "transformers_version", "dtype", "use_cache", "initializer_range", "bos_token_id", "eos_token_id",
@@ -31,7 +28,7 @@ FREE_INPUTS = {
 """What these files say that decides nothing of what a model is given."""
 
 
-class JoiningMethod(OnTop):
+class JoiningMethod(OfWholeModels, OnTop):
     """Joins whole models into one of another form.
 
     What all have alike is fused by the method under this one, and what is each one's own stands in the result as it is.
@@ -42,7 +39,7 @@ class JoiningMethod(OnTop):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if isinstance(self.inner, WholeMethod | JoiningMethod) or self.inner.needs_anchors:
+        if isinstance(self.inner, OfWholeModels) or self.inner.needs_anchors:
             raise InputError(
                 f"fuse.method {self.name}: {self.inner.name} looks at models at work, and cannot be under it; name a"
                 " method that looks at weights alone, such as --fuse.method.method ties"
@@ -52,17 +49,6 @@ class JoiningMethod(OnTop):
     def needs_anchors(self) -> bool:  # type: ignore[override]
         """Whether it has to look at data."""
         return False
-
-    @property
-    def least_clients(self) -> int:
-        return 2
-
-    def prepare(
-        self, adapters: Sequence[Adapter], weights: Sequence[float], anchors: AnchorProbe | None = None
-    ) -> Prepared:
-        raise InputError(
-            f"merge.method {self.name} joins whole models, not adapters; it is a method of the command fuse"
-        )
 
     def check(self, models: Sequence[str], texts: Sequence[str], with_anchors: bool) -> None:
         """Raises InputError for settings of the command that the method has no use for, or lacks.

@@ -1,4 +1,4 @@
-"""What a method of whole models alone is: it looks at models at work before it fuses one weight after another."""
+"""What a method of whole models alone is; one kind looks at models at work, and then fuses weight after weight."""
 
 from __future__ import annotations
 
@@ -19,7 +19,22 @@ Seen = Mapping[str, Tensor]
 """What a look at models gave."""
 
 
-class WholeMethod(MergeMethod):
+class OfWholeModels(MergeMethod):
+    """Is for two whole models or more, and for no adapters."""
+
+    @property
+    def least_clients(self) -> int:
+        return 2
+
+    def prepare(
+        self, adapters: Sequence[Adapter], weights: Sequence[float], anchors: AnchorProbe | None = None
+    ) -> Prepared:
+        raise InputError(
+            f"merge.method {self.name} fuses whole models, not adapters; it is a method of the command fuse"
+        )
+
+
+class WholeMethod(OfWholeModels):
     """Fuses whole models, of which the first says what the result is like, by what they do with data.
 
     Attributes:
@@ -37,17 +52,6 @@ class WholeMethod(MergeMethod):
     def needs_anchors(self) -> bool:  # type: ignore[override]
         """Whether it has to look at data."""
         return True
-
-    @property
-    def least_clients(self) -> int:
-        return 2
-
-    def prepare(
-        self, adapters: Sequence[Adapter], weights: Sequence[float], anchors: AnchorProbe | None = None
-    ) -> Prepared:
-        raise InputError(
-            f"merge.method {self.name} fuses whole models, not adapters; it is a method of the command fuse"
-        )
 
     @abstractmethod
     def look(self, sources: Sources, examples: Examples) -> Seen:

@@ -14,7 +14,7 @@ from sap_lightning.compression.blocks import Blocks
 from sap_lightning.compression.low_rank import weight_of
 from sap_lightning.functional.saliency import GradientSum, alignment_loss
 from sap_lightning.functional.spaces import DeltaSpace
-from sap_lightning.functional.triplets import token_cosines
+from sap_lightning.functional.triplets import angular_distances, token_cosines
 from sap_lightning.models.probe import hooked, on_gradient
 
 Batch = tuple[Tensor, ...]
@@ -28,11 +28,14 @@ class Calibration:
         tower: the model, whose weights are frozen.
         batches: what it is shown.
         losses: of the model on a batch, shape (n,).
+        answer: place in a sequence of the token that the model's answer is read from: the last of a text, the first,
+            CLIP's class token, of an image.
     """
 
     tower: nn.Module
     batches: Sequence[Batch]
     losses: Callable[[nn.Module, Batch], Tensor]
+    answer: int = -1
 
     @torch.no_grad()
     def loss(self) -> float:
@@ -50,16 +53,33 @@ class Calibration:
         shown = sum(len(batch[0]) for batch in self.batches)
         return {name: total.mean(shown)[0] for name, total in sums.items()}
 
-    @torch.no_grad()
     def redundancy(self, blocks: Blocks) -> list[float]:
         """How little each block changes: the mean over all tokens of its input's cosine with its output."""
         cosines: list[list[Tensor]] = [[] for _ in blocks]
+        self._watch(blocks, lambda number, *states: cosines[number].append(token_cosines(*states)))
+        return [float(torch.cat(found).mean()) for found in cosines]
+
+    def angular_distances(self, blocks: Blocks, length: int) -> list[float]:
+        """How far every run of so many blocks turns the answer's token, see `angular_distances` of `functional`."""
+        states: list[list[Tensor]] = [[] for _ in range(len(blocks.numbers) + 1)]
+
+        def see(number: int, entering: Tensor, leaving: Tensor) -> None:
+            states[number].append(entering[:, self.answer])
+            if number == len(blocks.numbers) - 1:
+                states[-1].append(leaving[:, self.answer])
+
+        self._watch(blocks, see)
+        return angular_distances(torch.stack([torch.cat(found) for found in states]), length).tolist()
+
+    @torch.no_grad()
+    def _watch(self, blocks: Blocks, see: Callable[[int, Tensor, Tensor], None]) -> None:
+        """Shows the model all, and of every block by its place what enters and what leaves it, (n, tokens, d) each."""
 
         def watch(number: int) -> Callable[..., None]:
             def on_forward(module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
                 entering = args[0] if args else kwargs["hidden_states"]
                 leaving = output[0] if isinstance(output, tuple) else output
-                cosines[number].append(token_cosines(entering, leaving))
+                see(number, entering, leaving)
 
             return on_forward
 
@@ -70,7 +90,6 @@ class Calibration:
         finally:
             for handle in handles:
                 handle.remove()
-        return [float(torch.cat(found).mean()) for found in cosines]
 
 
 def next_token_losses(model: nn.Module, batch: Batch) -> Tensor:

@@ -31,8 +31,10 @@ from sap_lightning.fingerprints import digest
 
 Method = Literal["grasp", "gradpruner", "drop"]
 TAKEN_BY: dict[str, tuple[Method, ...]] = {
+    "angular": ("grasp", "drop"),
     "retain": ("grasp",),
     "compression": ("grasp",),
+    "energy": ("grasp",),
     "score": ("grasp", "gradpruner"),
     "refresh": ("grasp",),
     "format": ("grasp",),
@@ -55,8 +57,12 @@ class Compression:
             blocks go, and what matters most of them is added to those before) or drop (they go).
         layers: share of the blocks that is chosen, those that change least of what comes in, of gradpruner those that
             LoRA pulls at least; or their numbers, from 0.
-        retain: of grasp: share of each weight's triplets that is kept; 0.1 if neither this nor compression is given.
+        angular: of grasp and drop: layers is a share, and the blocks follow each other: those that together turn the
+            last token least, CLIP's class token.
+        retain: of grasp: share of each weight's triplets that is kept; 0.1 if no other share is given.
         compression: of grasp: share of each weight's parameters that goes, in place of retain.
+        energy: of grasp: share of the sum of each weight's scores that stays, with as few triplets as have it, in place
+            of retain.
         score: of grasp: how a triplet matters, by the paper (if not given), by its code or by its gradient; or, as
             controls, by its singular value (sigma) or at random. Of gradpruner: how a block does, by paper or code.
         refresh: of grasp: gradients are of the model before each half of a block (if not given), before each block, or
@@ -82,8 +88,10 @@ class Compression:
         output: str,
         method: Method = "grasp",
         layers: Layers = 0.25,
+        angular: bool = False,
         retain: float | None = None,
         compression: float | None = None,
+        energy: float | None = None,
         score: Score | None = None,
         refresh: Refresh | None = None,
         density: float | None = None,
@@ -95,13 +103,18 @@ class Compression:
         format: Format | None = None,
         seed: int = 0,
     ) -> None:
-        of_grasp = {"retain": retain, "compression": compression, "score": score, "refresh": refresh, "format": format}
-        others = {"density": density, "steps": steps, "recovery_epochs": recovery_epochs}
-        for name, value in {**of_grasp, **others}.items():
+        of_grasp = {"retain": retain, "compression": compression, "energy": energy, "refresh": refresh}
+        others = {"score": score, "format": format, "density": density, "steps": steps}
+        more = {"recovery_epochs": recovery_epochs, "angular": angular or None}
+        for name, value in {**of_grasp, **others, **more}.items():
             if value is not None and method not in TAKEN_BY[name]:
                 raise InputError(f"compress.{name}: {method} would ignore it; it is for {', '.join(TAKEN_BY[name])}")
         if not isinstance(layers, list):
             check_share("compress.layers", layers)
+        elif angular:
+            raise InputError(
+                f"compress.angular: chooses blocks, and compress.layers {layers} names them; leave one out"
+            )
         if texts is None and (rows, tokens) != (None, None):
             raise InputError(
                 "compress.rows and compress.tokens are of compress.texts, which is not set; leave them out"
@@ -110,7 +123,8 @@ class Compression:
         self.output = output
         self.method = method
         self.layers = layers
-        self.grasp = Grasp(retain, compression, score or "paper", refresh or "half", seed)
+        self.angular = angular
+        self.grasp = Grasp(retain, compression, energy, score or "paper", refresh or "half", seed)
         self.texts = texts
         self.rows = 32 if rows is None else rows
         self.tokens = 128 if tokens is None else tokens
@@ -145,7 +159,7 @@ class Compression:
     def record(self) -> dict[str, Any]:
         """What decides the result beside the model and what it is shown."""
         settings = {"grasp": self.grasp.settings, "gradpruner": self.pruner.settings, "drop": {}}[self.method]
-        every = {"layers": self.layers, "recovery_epochs": self.recovery_epochs, **settings}
+        every = {"layers": self.layers, "angular": self.angular, "recovery_epochs": self.recovery_epochs, **settings}
         return {"method": self.method, "format": self.format, "settings": every}
 
     def run(self, anchors: AnchorDataModule | None = None) -> Path:
@@ -208,11 +222,16 @@ class Compression:
         if self.method == "gradpruner":
             chosen, changed, findings = work.gradpruner(self.pruner, self.layers)
             return changed, {"blocks": chosen, **findings}
-        chosen = work.chosen(self.layers, redundancy)
+        findings = {}
+        if self.angular and not isinstance(self.layers, list):
+            chosen, findings["angular distances"] = work.run(self.layers)
+        else:
+            chosen = work.chosen(self.layers, redundancy)
+        findings["blocks"] = chosen
         if self.method == "drop":
             work.drop(chosen)
-            return [], {"blocks": chosen}
-        return chosen, {"blocks": chosen, **work.grasp(self.grasp, chosen)}
+            return [], findings
+        return chosen, findings | work.grasp(self.grasp, chosen)
 
 
 def _shown(data: Data | None) -> dict[str, Any]:

@@ -23,6 +23,7 @@ from sap_lightning.functional.subspaces import Triplets
 from sap_lightning.functional.triplets import (
     highest,
     is_smaller,
+    kept_by_energy,
     kept_by_parameters,
     kept_by_share,
     triplet_scores,
@@ -38,8 +39,9 @@ class Grasp:
     """Compresses a block: two factors in the place of each of its weights.
 
     Args:
-        retain: share of a weight's triplets that is kept, rounded up; 0.1 if neither this nor compression is given.
+        retain: share of a weight's triplets that is kept, rounded up; 0.1 if no other share is given.
         compression: share of a weight's parameters that goes, in place of retain.
+        energy: share of the sum of a weight's scores that as few triplets as can have keep, in place of retain.
         score: how a triplet matters, see `triplet_scores`; or by σ alone, or at random.
         refresh: gradients are of the model as it is before each half of a block, before each block, or once, of the
             model at first.
@@ -48,20 +50,24 @@ class Grasp:
 
     retain: float | None = None
     compression: float | None = None
+    energy: float | None = None
     score: Score = "paper"
     refresh: Refresh = "half"
     seed: int = 0
 
     def __post_init__(self) -> None:
-        if self.retain is not None and self.compression is not None:
-            raise InputError("compress.retain and compress.compression both say how much is kept; give one of them")
-        check_share("compress.retain", self.retain or 0.0)
-        check_share("compress.compression", self.compression or 0.0)
+        shares = {"retain": self.retain, "compression": self.compression, "energy": self.energy}
+        given = [f"compress.{name}" for name, share in shares.items() if share is not None]
+        if len(given) > 1:
+            raise InputError(f"{' and '.join(given)} each say how much is kept; give one of them")
+        for name, share in shares.items():
+            check_share(f"compress.{name}", share or 0.0)
 
     @property
     def settings(self) -> dict[str, Any]:
         """All that it is, as JSON knows it."""
-        return {**asdict(self), "retain": None if self.compression is not None else self.share}
+        others = self.compression is not None or self.energy is not None
+        return {**asdict(self), "retain": None if others else self.share}
 
     @property
     def share(self) -> float:
@@ -120,17 +126,19 @@ class Grasp:
             weight: W.
             gradient: ∂L/∂W, for scores that look at it.
         """
-        kept = self.kept(weight.shape[0], weight.shape[1])
-        if not is_smaller((weight.shape[0], weight.shape[1]), kept):
-            return None
         triplets = Triplets.of(weight)
-        return triplets.factors(highest(self._scores(name, triplets, gradient), kept))
+        scores = self._scores(name, triplets, gradient)
+        shape = (weight.shape[0], weight.shape[1])
+        kept = self.kept(shape, scores)
+        return triplets.factors(highest(scores, kept)) if is_smaller(shape, kept) else None
 
-    def kept(self, d_out: int, d_in: int) -> int:
-        """How many triplets a weight keeps."""
+    def kept(self, shape: tuple[int, int], scores: Tensor) -> int:
+        """How many triplets a weight (d_out, d_in) keeps that have these scores."""
+        if self.energy is not None:
+            return kept_by_energy(scores, self.energy)
         if self.compression is not None:
-            return kept_by_parameters((d_out, d_in), self.compression)
-        return kept_by_share((d_out, d_in), self.share)
+            return kept_by_parameters(shape, self.compression)
+        return kept_by_share(shape, self.share)
 
     def _scores(self, name: str, triplets: Triplets, gradient: Tensor | None) -> Tensor:
         if self.score == "random":

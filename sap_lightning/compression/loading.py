@@ -52,7 +52,7 @@ def opened(checkpoint: Checkpoint, data: Data | None) -> tuple[nn.Module, Calibr
         if not isinstance(data, AnchorDataModule):
             return base.tower, None
         shown = zip(data.images().split(IMAGES), base.texts(data.captions).split(IMAGES), strict=True)
-        return base.tower, Calibration(base.tower, list(shown), caption_losses)
+        return base.tower, Calibration(base.tower, list(shown), caption_losses, answer=0)
     model = load_language_model(checkpoint.folder).requires_grad_(False)
     if not isinstance(data, TokenRows):
         return model, None

@@ -51,9 +51,28 @@ class Work:
         if isinstance(layers, list):
             self._check_numbers(layers)
             return sorted(layers)
+        return highest(torch.tensor(redundancy, dtype=torch.float64), self._count(layers)).tolist()
+
+    def run(self, layers: float) -> tuple[list[int], list[float]]:
+        """The numbers of a share of the blocks that follow each other, and together turn the answer's token least.
+
+        Returns:
+            Their numbers, and of every run the angular distance of what enters and what leaves it.
+
+        Raises:
+            InputError: when the share is none.
+        """
+        assert self.shown is not None
+        count = self._count(layers)
+        distances = self.shown.angular_distances(self.blocks, count)
+        start = distances.index(min(distances))
+        return self.blocks.numbers[start : start + count], distances
+
+    def _count(self, layers: float) -> int:
+        """How many blocks a share of them is."""
         if not (count := round(layers * len(self.blocks.numbers))):
             raise InputError(f"compress.layers {layers:g}: is no whole block of {len(self.blocks.numbers)}; take more")
-        return highest(torch.tensor(redundancy, dtype=torch.float64), count).tolist()
+        return count
 
     def _check_numbers(self, layers: list[int]) -> None:
         numbers = self.blocks.numbers

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import torch
@@ -13,7 +13,7 @@ from sap_lightning.data.images import FORMATS_IN_WORDS, file_picture, is_image
 from sap_lightning.data.loaders import Batch, PixelDataset
 from sap_lightning.data.names import check_names, spelling
 from sap_lightning.data.pixels import PixelDataModule
-from sap_lightning.errors import InputError
+from sap_lightning.errors import InputError, short
 
 
 class ImageFolderDataModule(PixelDataModule):
@@ -24,13 +24,15 @@ class ImageFolderDataModule(PixelDataModule):
         class_names: what they may be, for the prompts.
         base: hub id or folder of the CLIP checkpoint whose preprocessing to apply.
         batch_size: images per batch.
+        class_groups: classes of each of several tasks, by its name; an image then is of one class of each.
 
     Attributes:
+        groups: by task the numbers of its classes, in order; none without class_groups.
         names: path below the folder of every image; known after `setup`.
 
     Raises:
-        InputError: there are no class names, or one twice; on use, when the folder holds no images, or more than one in
-            a hundred cannot be decoded (fewer are passed over and logged).
+        InputError: there are no class names, or one twice, or one is not in one group; on use, when the folder holds no
+            images, or more than one in a hundred cannot be decoded (fewer are passed over and logged).
     """
 
     names: list[str]
@@ -41,6 +43,7 @@ class ImageFolderDataModule(PixelDataModule):
         class_names: Sequence[str],
         base: str = "openai/clip-vit-base-patch16",
         batch_size: int = 64,
+        class_groups: Mapping[str, Sequence[str]] | None = None,
     ) -> None:
         super().__init__(base, batch_size)
         if len(class_names) < 2 or len(set(map(spelling, class_names))) < len(class_names):
@@ -48,6 +51,7 @@ class ImageFolderDataModule(PixelDataModule):
         check_names("data.class_names", "class", class_names)
         self.folder = Path(folder)
         self.class_names = list(class_names)
+        self.groups = {} if class_groups is None else _numbers(self.class_names, class_groups)
 
     def setup(self, stage: str | None = None) -> None:
         """Decodes the images."""
@@ -65,3 +69,19 @@ class ImageFolderDataModule(PixelDataModule):
     def predict_dataloader(self) -> DataLoader[Batch]:
         """Every image once, in order."""
         return self._in_order(self._images, str(self.folder))
+
+
+def _numbers(class_names: Sequence[str], groups: Mapping[str, Sequence[str]]) -> dict[str, list[int]]:
+    """The numbers of each group's classes, in order."""
+    check_names("class_groups", "group", groups)
+    for group, names in groups.items():
+        if unknown := [name for name in names if name not in class_names]:
+            raise InputError(f"class_groups: {short(unknown[0])} of {group} is none of the classes {list(class_names)}")
+        if len(names) < 2:
+            raise InputError(f"class_groups: {group} has fewer than two classes; name what to choose from")
+    for name in class_names:
+        within = [group for group, names in groups.items() for one in names if one == name]
+        if len(within) != 1:
+            place = f"in {' and in '.join(within)}" if within else "in no group"
+            raise InputError(f"class_groups: class {name} is {place}; put each class into one group")
+    return {group: sorted(map(class_names.index, names)) for group, names in groups.items()}

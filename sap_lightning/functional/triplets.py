@@ -75,6 +75,23 @@ def kept_by_parameters(shape: tuple[int, int], compression: float) -> int:
     return math.floor(round(d_out * d_in * (1 - compression) / (d_out + d_in), 9))
 
 
+def kept_by_energy(scores: Tensor, energy: float) -> int:
+    """The least K whose highest scores add up to a share t of all, Σ_kept I(Φ_k) ≥ t·Σ I(Φ_k).
+
+    Args:
+        scores: of a weight's triplets, none below 0, shape (k,).
+        energy: t.
+
+    Example:
+        >>> import torch
+        >>> from sap_lightning.functional.triplets import kept_by_energy
+        >>> [kept_by_energy(torch.tensor([1.0, 5.0, 2.0]), energy) for energy in (0.0, 0.5, 0.75, 1.0)]
+        [0, 1, 2, 3]
+    """
+    sums = scores.double().sort(descending=True).values.cumsum(0)
+    return int((sums < energy * sums[-1]).sum()) + int(energy * sums[-1] > 0)
+
+
 def is_smaller(shape: tuple[int, int], kept: int) -> bool:
     """Whether a weight's two factors have fewer parameters than the weight, K·(d_out + d_in) < d_out·d_in.
 
@@ -103,3 +120,26 @@ def token_cosines(inputs: Tensor, outputs: Tensor) -> Tensor:
         [1.0, 0.8]
     """
     return cosine_similarity(inputs.double(), outputs.double(), dim=-1).flatten()
+
+
+def angular_distances(states: Tensor, length: int) -> Tensor:
+    """arccos(cos(h_i, h_i+L)) / π of every run of L blocks: how far all of them together turn a token.
+
+    Gromov et al. 2024, arXiv:2403.17887, equation 7, of the last token of every sequence.
+
+    Args:
+        states: what enters each block, and what leaves the last, shape (blocks + 1, n, d).
+        length: L.
+
+    Returns:
+        Mean over the n tokens, in half turns and float64, of runs that start at block 0, 1, …; shape (blocks − L + 1,).
+
+    Example:
+        >>> import torch
+        >>> from sap_lightning.functional.triplets import angular_distances
+        >>> states = torch.tensor([[[1.0, 0.0]], [[0.0, 3.0]], [[0.0, 1.0]]])
+        >>> angular_distances(states, length=1).tolist(), angular_distances(states, length=2).tolist()
+        ([0.5, 0.0], [0.5])
+    """
+    cosines = cosine_similarity(states[:-length].double(), states[length:].double(), dim=-1)
+    return cosines.clamp(-1, 1).arccos().mean(1) / math.pi

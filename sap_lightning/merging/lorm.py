@@ -5,6 +5,7 @@ Reference code: aimagelab/fed-mammoth, _models/lorm.py.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -15,7 +16,7 @@ from sap_lightning.errors import check_at_least, check_share
 from sap_lightning.functional.lora import LoRALayer, Update, singular_triplets
 from sap_lightning.io.adapter import Adapter
 from sap_lightning.merging.method import MergeMethod, Prepared, PreparedLayers, required
-from sap_lightning.merging.regmean import Regression, inverse, regressions
+from sap_lightning.merging.regmean import NOISE, STEPS, Regression, Solver, regressions
 from sap_lightning.models.probe import AnchorProbe
 
 
@@ -72,14 +73,23 @@ def alternate(start: LoRALayer, product: Tensor, gram: Tensor, sweeps: int) -> L
         sweeps: how often.
     """
     A, B = start.A.double(), start.B.double()
-    gram_inverse = inverse(gram)
+    inputs = Solver(gram)
     for _ in range(sweeps):
         # Orthonormal rows of A make A·C·Aᵀ no worse conditioned than C.
         Q, R = torch.linalg.qr(A.T)
         A, B = Q.T, B @ R.T
-        B = B + (product - B @ (A @ gram)) @ A.T @ inverse(A @ gram @ A.T)
-        A = A + torch.linalg.pinv(B) @ (product - B @ (A @ gram)) @ gram_inverse
+        B = B + (product - B @ (A @ gram)) @ A.T @ _inverse(A @ gram @ A.T)
+        # A sweep goes on where the one before has left off, so that all of them share the steps of a single system.
+        A = A + inputs.solve(torch.linalg.pinv(B) @ (product - B @ (A @ gram)), math.ceil(STEPS / sweeps))
     return LoRALayer(A.float(), B.float())
+
+
+def _inverse(gram: Tensor) -> Tensor:
+    """Of a matrix as small as a rank, its rows brought to one size; a generalised one where directions are missing."""
+    sizes = gram.diag().clamp(min=0).sqrt()
+    sizes = sizes + (sizes == 0).double()
+    outer = sizes.outer(sizes)
+    return torch.linalg.pinv(gram / outer, rtol=NOISE, hermitian=True) / outer
 
 
 def _split(update: Update, rank: int) -> LoRALayer:

@@ -8,7 +8,9 @@ from torch import Tensor
 from torch.nn.functional import normalize
 from torchmetrics import CatMetric
 
+from sap_lightning.data.folder import ImageFolderDataModule
 from sap_lightning.data.loaders import Batch
+from sap_lightning.functional.groups import softmax_within
 from sap_lightning.functional.lora import Update
 from sap_lightning.io.adapter import Adapter
 from sap_lightning.models.clip import TextEncoder, load_base
@@ -74,8 +76,10 @@ class CLIPEvaluator(CLIPClassifier):
             self.use_classes(names, plain)
 
     def predict_step(self, batch: Batch, batch_idx: int) -> Tensor:
-        """Probability of every class, shape (n, classes), float32 on the CPU."""
-        return self(batch.images).float().softmax(-1).cpu()
+        """Probability of every class, in its group if the data's classes have any; (n, classes), float32 on the CPU."""
+        logits, data = self(batch.images).float(), data_of(self.trainer)
+        grouped = isinstance(data, ImageFolderDataModule) and data.groups
+        return (softmax_within(logits, data.groups.values()) if grouped else logits.softmax(-1)).cpu()
 
     def test_step(self, batch: Batch, batch_idx: int) -> None:
         features = self._test_features(batch, batch_idx)

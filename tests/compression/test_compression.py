@@ -127,6 +127,27 @@ def test_a_share_of_the_parameters_goes(compressed) -> None:
     assert 0.45 * linears < before - after < 0.6 * linears
 
 
+def test_a_weight_keeps_as_few_triplets_as_have_the_share_of_its_scores(compressed, speaker) -> None:
+    options = {"layers": [0], "score": "sigma", "texts": None, "rows": None, "tokens": None}
+    before, after = weights_in(Path(speaker)), weights_in(compressed(energy=0.3, **options))
+    ranks = {key.removesuffix(".up"): after[key].shape[1] for key in after if key.endswith(".up")}
+    assert len(ranks) == 7 and len(set(ranks.values())) > 1
+    for layer, rank in ranks.items():
+        sigma = torch.linalg.svdvals(before[f"{layer}.weight"].double())
+        shares = [float(sigma[:kept].sum() / sigma.sum()) for kept in range(len(sigma) + 1)]
+        assert shares[rank] >= 0.3 > shares[rank - 1]
+    settings = record_of(compressed("scored", energy=0.3))["settings"]
+    assert (settings["energy"], settings["retain"], settings["compression"]) == (0.3, None, None)
+
+
+def test_a_run_of_blocks_is_chosen_by_the_angle_it_turns_the_last_token(compressed) -> None:
+    for method in ("grasp", "drop"):
+        findings = record_of(compressed(method, method=method, layers=0.5, angular=True))["findings"]
+        distances = findings["angular distances"]
+        start = min(range(3), key=distances.__getitem__)
+        assert len(distances) == 3 and findings["blocks"] == [start, start + 1]
+
+
 def test_what_is_said_of_size_is_what_is_on_disk(compressed, speaker) -> None:
     for out in (compressed(), compressed("dropped", method="drop")):
         for index, folder in enumerate((Path(speaker), out)):
@@ -324,7 +345,15 @@ def test_clip_in_factors_loads_as_clip(clip) -> None:
 @pytest.mark.parametrize(
     ("settings", "said"),
     [
-        ({"retain": 0.1, "compression": 0.2}, "compress.retain and compress.compression both say"),
+        ({"retain": 0.1, "compression": 0.2}, "compress.retain and compress.compression each say"),
+        ({"compression": 0.1, "energy": 0.2}, "compress.compression and compress.energy each say how much is kept"),
+        ({"energy": 1.5}, r"compress.energy must lie in \[0, 1\]"),
+        ({"method": "drop", "energy": 0.5}, "compress.energy: drop would ignore it; it is for grasp"),
+        ({"layers": [1], "angular": True}, r"compress.angular: chooses blocks, and compress.layers \[1\] names them"),
+        (
+            {"method": "gradpruner", "angular": True},
+            "compress.angular: gradpruner would ignore it; it is for grasp, drop",
+        ),
         ({"retain": 1.5}, r"compress.retain must lie in \[0, 1\]"),
         ({"layers": 30}, r"compress.layers must lie in \[0, 1\], got 30; 30 % is 0.3"),
         ({"method": "drop", "score": "code"}, "compress.score: drop would ignore it; it is for grasp"),

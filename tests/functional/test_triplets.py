@@ -10,8 +10,10 @@ from torch.testing import assert_close
 
 from sap_lightning.functional.subspaces import Triplets
 from sap_lightning.functional.triplets import (
+    angular_distances,
     highest,
     is_smaller,
+    kept_by_energy,
     kept_by_parameters,
     kept_by_share,
     token_cosines,
@@ -95,6 +97,23 @@ def test_a_share_of_the_parameters_is_the_most_that_fits(compression):
     assert kept * 80 <= room + 1e-6 and (kept + 1) * 80 > room
 
 
+@pytest.mark.parametrize("energy", [0.0, 0.1, 0.5, 0.9, 0.999, 1.0])
+def test_no_smaller_set_has_that_share_of_the_scores(energy):
+    scores = [abs(float(score)) for score in randn64(3, 12)]
+    total = sum(scores)
+    enough = [  # of all 4,096 sets
+        chosen.bit_count()
+        for chosen in range(2**12)
+        if sum(score for k, score in enumerate(scores) if chosen >> k & 1) >= energy * total - 1e-12
+    ]
+    assert kept_by_energy(torch.tensor(scores, dtype=torch.float64), energy) == min(enough)
+
+
+def test_what_scores_nothing_is_no_part_of_all():
+    assert kept_by_energy(torch.tensor([0.0, 2.0, 0.0, 2.0]), 1.0) == 2
+    assert kept_by_energy(torch.zeros(3), 1.0) == 0
+
+
 def test_factors_that_are_no_smaller_are_known():
     assert is_smaller((30, 60), 19) and not is_smaller((30, 60), 20)
 
@@ -103,3 +122,22 @@ def test_cosines_are_of_each_token():
     x, y = randn64(0, 2, 3, 4), randn64(1, 2, 3, 4)
     expected = [float(a @ b / (a.norm() * b.norm())) for a, b in zip(x.view(-1, 4), y.view(-1, 4), strict=True)]
     assert_close(token_cosines(x, y), torch.tensor(expected, dtype=torch.float64))
+
+
+@pytest.mark.parametrize("length", [1, 2, 4])
+def test_angular_distances_are_of_what_enters_and_leaves_a_run(length):
+    states = randn64(2, 5, 3, 6)
+    expected = [
+        sum(
+            float(torch.acos(a @ b / (a.norm() * b.norm()))) for a, b in zip(states[i], states[i + length], strict=True)
+        )
+        for i in range(5 - length)
+    ]
+    assert_close(
+        angular_distances(states.float(), length), torch.tensor(expected).double() / 3 / torch.pi, atol=1e-6, rtol=1e-6
+    )
+
+
+def test_what_is_not_turned_has_no_distance():
+    states = randn64(0, 1, 4, 6).expand(3, 4, 6)
+    assert_close(angular_distances(states * 3, 1), torch.zeros(2).double(), atol=1e-7, rtol=0)

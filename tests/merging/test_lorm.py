@@ -73,6 +73,29 @@ def test_alternating_reaches_the_best_update_of_its_rank(rank: int) -> None:
     assert_close(merged.delta().double(), best(product, gram, rank), rtol=0, atol=1e-6)
 
 
+def by_pseudo_inverses(start: LoRALayer, product: Tensor, gram: Tensor, sweeps: int) -> Tensor:
+    """The paper's two closed forms in turn, each step going on from the one before, C⁺ by eigenvalues."""
+    A, B = start.A.double(), start.B.double()
+    sizes = gram.diag().sqrt()
+    C = torch.linalg.pinv(gram / sizes.outer(sizes), rtol=1e-6, hermitian=True) / sizes.outer(sizes)
+    for _ in range(sweeps):
+        B = B + (product - B @ A @ gram) @ A.T @ torch.linalg.pinv(A @ gram @ A.T, hermitian=True)
+        A = A + torch.linalg.pinv(B) @ (product - B @ A @ gram) @ C
+    return B @ A
+
+
+@pytest.mark.parametrize("sweeps", [1, 10])
+@pytest.mark.parametrize("tokens", [4, 20, 60])
+def test_without_eigenvalues_it_is_what_pseudo_inverses_give(tokens: int, sweeps: int) -> None:
+    X = randn(1, tokens, 30).double() * 10 ** torch.linspace(-1, 1, 30)
+    gram, start = X.T @ X / tokens, LoRALayer(randn(2, 3, 30), randn(3, 12, 3))
+    product = (randn(4, 12, 3) @ randn(5, 3, 30)).double() @ gram
+    merged = alternate(start, product, gram, sweeps).delta().double()
+    expected = by_pseudo_inverses(start, product, gram, sweeps)
+    assert (torch.linalg.matrix_rank(gram) == 30) == (tokens == 60)
+    assert (merged - expected).norm() < 1e-6 * expected.norm()
+
+
 @pytest.mark.parametrize("rank", [1, 3])
 def test_merge_comes_near_the_best_objective_of_its_rank_on_a_real_tower(rank: int) -> None:
     merged = LoRM(rank).merge(ADAPTERS, WEIGHTS, probe(MANY))

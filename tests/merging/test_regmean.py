@@ -22,7 +22,7 @@ from torch.testing import assert_close
 
 from sap_lightning.errors import InputError
 from sap_lightning.io.adapter import Adapter
-from sap_lightning.merging.regmean import RegMean, inverse, shrunk
+from sap_lightning.merging.regmean import RegMean, Solver, shrunk
 
 MANY = 40
 """Anchors whose tokens (5 each, 1 for the projection) are more than any layer has inputs."""
@@ -91,13 +91,52 @@ def test_with_few_anchors_outputs_are_regressed_and_the_rest_is_averaged() -> No
     assert moved < 1e-2 * torch.linalg.vector_norm(average * sizes @ unseen)
 
 
-def test_inverse_is_exact_where_the_gram_matrix_is_regular_and_zero_where_it_is_zero() -> None:
-    X = torch.randn(50, 6, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
-    X *= torch.tensor([1e-3, 1, 1, 1, 1e3, 0])
-    G = X.T @ X
-    inverted = inverse(G)
-    assert_close(inverted[:5, :5] @ G[:5, :5], torch.eye(5).double())
-    assert not inverted[5].any()
+def gram_of(tokens: int, inputs: int, seed: int = 0) -> Tensor:
+    """Of inputs of very different sizes, one of which is always 0."""
+    X = torch.randn(tokens, inputs, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
+    X *= 10 ** torch.linspace(-2, 2, inputs).double()
+    X[:, inputs // 2] = 0
+    return X.T @ X / tokens
+
+
+def by_eigenvalues(right: Tensor, gram: Tensor, smallest: float) -> Tensor:
+    """Z of least ‖Z·D‖ with Z·C = R, by all eigenvectors of C with its diagonal brought to 1, in float64."""
+    sizes = gram.diag().sqrt().where(gram.diag() > 0, 1)
+    eigenvalues, vectors = torch.linalg.eigh(gram / sizes.outer(sizes))
+    there = eigenvalues > smallest
+    inverse = vectors[:, there] / eigenvalues[there] @ vectors[:, there].T
+    return right / sizes @ inverse / sizes
+
+
+def test_a_regular_gram_matrix_is_solved_exactly() -> None:
+    gram, right = gram_of(400, 30), torch.randn(5, 30, generator=torch.Generator().manual_seed(1)).double()
+    right[:, 15] = 0
+    solver = Solver(gram)
+    assert solver.is_regular
+    seen = torch.arange(30) != 15
+    expected = right[:, seen] @ torch.linalg.inv(gram[seen][:, seen])
+    assert_close(solver.solve(right)[:, seen], expected, rtol=1e-9, atol=1e-12)
+    assert not solver.solve(right)[:, 15].any()
+
+
+@pytest.mark.parametrize(("precision", "tolerance"), [(torch.float64, 1e-9), (torch.float32, 1e-2)])
+@pytest.mark.parametrize("tokens", [1, 8, 40])
+def test_of_a_singular_gram_matrix_it_is_the_pseudo_inverse(tokens, precision, tolerance) -> None:
+    gram = gram_of(tokens, 60).to(precision).double()
+    solution = torch.randn(5, 60, generator=torch.Generator().manual_seed(1)).double()
+    solver, right = Solver(gram), solution @ gram
+    assert not solver.is_regular
+    sizes = gram.diag().sqrt()
+    gap = (solver.solve(right) - by_eigenvalues(right, gram, smallest=1e-3)) * sizes
+    assert gap.norm() < tolerance * (solution * sizes).norm()
+    assert_close(solver.solve(right) @ gram, right, rtol=0, atol=1e-6 * float(right.abs().max()))
+
+
+def test_what_is_of_no_precision_at_all_is_still_finite() -> None:
+    for gram in (torch.zeros(4, 4).double(), gram_of(3, 8).bfloat16().double()):
+        assert Solver(gram).solve(torch.ones(2, len(gram)).double()).isfinite().all()
+    with pytest.raises(InputError, match="a layer's inputs are not finite on the anchors"):
+        Solver(torch.full((4, 4), torch.nan).double())
 
 
 def test_the_order_of_clients_does_not_matter() -> None:
@@ -125,9 +164,17 @@ def test_anchors_are_required() -> None:
 
 
 @pytest.mark.parametrize("off_diagonal", [0.0, 0.5, 0.9, 0.999])
-def test_a_shrunk_gram_matrix_has_the_same_inverse_without_eigenvalues(off_diagonal: float) -> None:
-    X = torch.randn(6, 20, generator=torch.Generator().manual_seed(3), dtype=torch.float64)  # fewer tokens than inputs
-    X[:, 4] *= 300
-    X[:, 7] = 0
-    shrunk_gram = shrunk(X.T @ X, off_diagonal)
-    assert_close(inverse(shrunk_gram, off_diagonal), inverse(shrunk_gram), rtol=1e-9, atol=1e-12)
+def test_a_shrunk_gram_matrix_is_regular_with_fewer_tokens_than_inputs(off_diagonal: float) -> None:
+    gram = shrunk(gram_of(6, 20), off_diagonal)
+    right = torch.randn(3, 20, generator=torch.Generator().manual_seed(3)).double() @ gram
+    solver = Solver(gram)
+    assert solver.is_regular
+    expected, sizes = by_eigenvalues(right, gram, smallest=1e-9), gram.diag().sqrt()
+    assert ((solver.solve(right) - expected) * sizes).norm() < 1e-9 * (expected * sizes).norm()
+
+
+def test_the_layers_of_one_client_or_of_more_than_a_layer_is_high_are_solved_alike() -> None:
+    adapters = [random_adapter(seed, rank=3) for seed in range(14)]  # 42 columns, where a layer has 32 rows
+    for some in (adapters[:1] * 2 + adapters[1:2], adapters):
+        weights = [1 / len(some)] * len(some)
+        assert relative_gap(RegMean().merge(some, weights, probe(MANY)), reference(some, weights, 0.9)) < 1e-5

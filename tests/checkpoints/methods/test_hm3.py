@@ -194,3 +194,8 @@ def test_other_images_and_heads_that_are_none_are_refused(tmp_path) -> None:
     config = json.loads((Path(models[1]) / "config.json").read_text())
     (Path(models[1]) / "config.json").write_text(json.dumps(config | {"id2label": {"0": "a"}, "label2id": {"a": 0}}))
     refused([*models], tmp_path / "out", r"animals: has 0 layers such as classifier or score .*\(3, 1\)")
+
+
+def test_adapters_are_none_of_its_models() -> None:
+    with pytest.raises(InputError, match=r"merge.method hm3 fuses whole models, not adapters; it is a method of the"):
+        HM3().prepare([], [])
