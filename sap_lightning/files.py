@@ -27,6 +27,9 @@ log = logging.getLogger(__name__)
 LOCK_FILE = ".lock"
 UNFINISHED = ".unfinished"
 """How the names of files and folders end that are not whole yet."""
+FOLDER_NAME = r"[A-Za-z0-9_-][A-Za-z0-9 _.-]{0,63}"
+"""What may be a folder's name on any system, and leads nowhere else."""
+FOLDER_NAME_WORDS = "at most 64 letters, digits, spaces and _ - . (not first)"
 
 
 def cache_folder() -> Path:

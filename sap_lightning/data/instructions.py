@@ -19,10 +19,11 @@ from torch.utils.data import DataLoader
 
 from sap_lightning.data.anchors import entries_in, image_file
 from sap_lightning.data.loaders import eval_sampler, images_per_process, process_of, train_sampler
-from sap_lightning.data.names import FOLDER_NAME, FOLDER_NAME_WORDS, check_names
+from sap_lightning.data.names import check_names
 from sap_lightning.data.questions import ANCHORS_FILE, IMAGE
 from sap_lightning.data.shapes.instructions import drawn_once
 from sap_lightning.errors import InputError, check_at_least, short
+from sap_lightning.files import FOLDER_NAME, FOLDER_NAME_WORDS
 from sap_lightning.fingerprints import digest
 
 BUILT_IN = "shapes"
@@ -122,8 +123,12 @@ class Encoder:
     features: int
     longest: int
 
-    def encode(self, sample: Sample) -> Encoded:
+    def encode(self, sample: Sample, learn_questions: bool = False) -> Encoded:
         """A conversation with its answers.
+
+        Args:
+            sample: the conversation.
+            learn_questions: whether all tokens but an image's are labels.
 
         Raises:
             InputError: it shows an image to a model that sees none, its image or all of its answers are beyond the
@@ -134,7 +139,8 @@ class Encoder:
         for number, (prompt, answer) in enumerate(self._turns(sample)):
             asked, answered = self._ids(prompt, sample), self._ids(answer, sample)
             ids += asked + answered
-            labels += [IGNORED] * len(asked) + answered
+            learned = [id if learn_questions and id != self.image_token else IGNORED for id in asked]
+            labels += learned + answered
             if number == 0 and len(asked) >= self.longest:
                 raise InputError(
                     f"{sample.place}: its first question takes {len(asked)} tokens, data.longest is {self.longest}; set"
@@ -240,6 +246,7 @@ class InstructionDataModule(L.LightningDataModule):
         scores: by task how an answer is judged: ``exact`` (the same but for case and punctuation), ``f1`` (of its
             words), ``iou`` (the share of boxes that overlap by more than half). Of other tasks by f1.
         seed: of the order of training.
+        learn_questions: whether questions are learned too, as FedIT's authors do; what is measured is of answers alone.
 
     Raises:
         InputError: on use, for anything wrong with these arguments or with the data.
@@ -253,8 +260,10 @@ class InstructionDataModule(L.LightningDataModule):
         longest_answer: int = 128,
         scores: dict[str, Score] | None = None,
         seed: int = 0,
+        learn_questions: bool = False,
     ) -> None:
         super().__init__()
+        self.learn_questions = learn_questions
         check_at_least("data.batch_size", batch_size, 1)
         check_at_least("data.longest", longest, 8)
         self._given_root = root
@@ -373,12 +382,18 @@ class InstructionDataModule(L.LightningDataModule):
             samples = with_others(samples)
             sampler = eval_sampler(samples, world, rank, str(self.root / self._client / file))  # type: ignore[arg-type]
         size = images_per_process(self.batch_size, world)
-        return DataLoader(samples, size, sampler=sampler, collate_fn=lambda some: batch_of(some, encoder))  # type: ignore[arg-type]
+        questions = file == TRAIN and self.learn_questions
+        return DataLoader(
+            samples,  # type: ignore[arg-type]
+            size,
+            sampler=sampler,
+            collate_fn=lambda some: batch_of(some, encoder, questions),
+        )
 
 
-def batch_of(samples: Sequence[Sample], encoder: Encoder) -> InstructionBatch:
+def batch_of(samples: Sequence[Sample], encoder: Encoder, learn_questions: bool = False) -> InstructionBatch:
     """Conversations of one file, of which all have an image, or none."""
-    encoded = [encoder.encode(sample) for sample in samples]
+    encoded = [encoder.encode(sample, learn_questions) for sample in samples]
     prompts = [encoder.prompt(sample) for sample in samples]
     padding = encoder.padding
     return InstructionBatch(

@@ -7,10 +7,6 @@ from collections.abc import Iterable
 
 from sap_lightning.errors import InputError, short
 
-FOLDER_NAME = r"[A-Za-z0-9_-][A-Za-z0-9 _.-]{0,63}"
-"""What may be a folder's name on any system, and leads nowhere else."""
-FOLDER_NAME_WORDS = "at most 64 letters, digits, spaces and _ - . (not first)"
-
 
 def check_names(place: str, kind: str, names: Iterable[str]) -> None:
     """Raises InputError for a name that cannot be told from another one by eye, or cannot be put into a prompt.

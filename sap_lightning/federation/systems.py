@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Literal
 
 import torch
 from torch import Tensor
 
-from sap_lightning.functional.lora import LoRALayer
-from sap_lightning.functional.rounds import mean_factors
+from sap_lightning.functional.lora import LoRALayer, stack
+from sap_lightning.functional.rounds import brought_down, mean_factors
 from sap_lightning.io.adapter import Adapter
 from sap_lightning.io.instruction_upload import ReadUpload
 from sap_lightning.merging.ata import ATA, aggregation_weights
@@ -18,7 +18,8 @@ from sap_lightning.merging.distances import squared_distances
 from sap_lightning.modules.connector import mean_connector
 from sap_lightning.modules.vlm_lora import Stage
 
-Text = Literal["own", "mean", "ata"]
+Text = Literal["own", "mean", "exact", "ata"]
+Mean = Callable[[Sequence[LoRALayer], Sequence[float]], LoRALayer]
 ALL = ""
 """The task of a connector that serves all."""
 
@@ -30,8 +31,8 @@ class System:
     Attributes:
         first: the connector of the first turn.
         later: that of the turns after it.
-        text: a client goes on from its own LoRA, from all clients' mean by samples (A and B apart, FedIT), or from its
-            own and its neighbours' (Pilot's ATA).
+        text: a client goes on from its own LoRA, from all clients' mean by samples (A and B apart, as FedIT's, or the
+            exact mean of the ΔW in the best LoRA of their rank), or from its own and its neighbours' (Pilot's ATA).
         difference: whether a task's features are kept apart from a client's own.
     """
 
@@ -58,13 +59,14 @@ class System:
 SYSTEMS = {
     "local": System(text="own"),
     "fedit": System(),
+    "fedit_exact": System(text="exact"),
     "pilot": System("task", "mixed", "ata"),
     "pilot_without_difference": System("task", "mixed", "ata", difference=False),
     "pilot_without_mixture": System("task", "task", "ata"),
     "pilot_with_mean": System("task", "mixed", "mean"),
 }
-"""Nothing is sent; FedIT with one connector for all (Zhang et al. 2023, arXiv:2305.05644); Pilot (Xiong et al. 2025,
-arXiv:2501.13985), and the paper's ablations of it."""
+"""Nothing is sent; FedIT with one connector for all (Zhang et al. 2023, arXiv:2305.05644), and with the exact mean of
+FlexLoRA (Bai et al. 2024, arXiv:2402.11505); Pilot (Xiong et al. 2025, arXiv:2501.13985), and the paper's ablations."""
 
 
 @dataclass(frozen=True)
@@ -93,15 +95,20 @@ def aggregated(system: System, server: Server, uploads: Sequence[ReadUpload], ta
     adapters = [one.adapter for one in uploads]
     names = [adapter.name for adapter in adapters]
     rows = [tuple(row) for row in text_weights(system.text, adapters).tolist()]
-    means = {row: _mean_layers(adapters, row) for row in dict.fromkeys(rows)}
+    mean_of = _exact_mean if system.text == "exact" else mean_factors
+    means = {row: _mean_layers(adapters, row, mean_of) for row in dict.fromkeys(rows)}
     layers = {client: means[row] for client, row in zip(names, rows, strict=True)}
-    if system.text == "mean":
+    if system.text in ("mean", "exact"):
         layers = dict.fromkeys(tasks, means[rows[0]])
     return Server({**server.layers, **layers}, {**server.connectors, **connectors_of(system, uploads, tasks)})
 
 
-def _mean_layers(adapters: Sequence[Adapter], weights: Sequence[float]) -> dict[str, LoRALayer]:
-    return {name: mean_factors([one.layers[name] for one in adapters], weights) for name in adapters[0].layers}
+def _mean_layers(adapters: Sequence[Adapter], weights: Sequence[float], mean_of: Mean) -> dict[str, LoRALayer]:
+    return {name: mean_of([one.layers[name] for one in adapters], weights) for name in adapters[0].layers}
+
+
+def _exact_mean(layers: Sequence[LoRALayer], weights: Sequence[float]) -> LoRALayer:
+    return brought_down(stack(layers, weights), layers[0].rank)
 
 
 def connectors_of(
@@ -134,7 +141,7 @@ def text_weights(text: Text, adapters: Sequence[Adapter]) -> Tensor:
     samples = torch.tensor([one.num_samples for one in adapters], dtype=torch.float64)
     if text == "own":
         return torch.eye(len(adapters), dtype=torch.float64)
-    if text == "mean":
+    if text in ("mean", "exact"):
         return (samples / samples.sum()).expand(len(adapters), -1)
     return aggregation_weights(squared_distances(adapters).sqrt(), samples, ATA().neighbours)
 

@@ -7,8 +7,8 @@ from dataclasses import asdict, dataclass, field
 from hashlib import sha256
 from typing import Any, Literal, get_args
 
-from sap_lightning.data.names import FOLDER_NAME, FOLDER_NAME_WORDS
 from sap_lightning.errors import InputError
+from sap_lightning.files import FOLDER_NAME, FOLDER_NAME_WORDS
 from sap_lightning.functional.reach import LENGTHS, MEASURED, Reach
 from sap_lightning.io.rules import (
     NUMBER,

@@ -51,6 +51,15 @@ def test_only_answers_and_their_end_are_learned(encoder):
     assert encoded.labels[-2:] == encoded.ids[-2:]
 
 
+def test_questions_may_be_learned_too_but_no_image(encoder, root):
+    one = sample(("<image>\nwhat colour is it ?", "red"))
+    encoded = encoder.encode(one, learn_questions=True)
+    assert encoded.labels == [IGNORED if id == 4 else id for id in encoded.ids]
+    data = InstructionDataModule(str(root), batch_size=6, learn_questions=True).for_client("vqa_a", encoder)
+    (trained,), (judged,) = data.train_dataloader(), data.test_dataloader()
+    assert (trained.labels != IGNORED).sum() > (judged.labels != IGNORED).sum()
+
+
 def test_a_model_is_asked_what_it_has_learned_to_answer(encoder):
     one = sample(("<image>\nwhat colour is it ?", "red"), ("is it green ?", "no"))
     encoded, prompt = encoder.encode(one), encoder.prompt(one)

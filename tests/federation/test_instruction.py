@@ -147,6 +147,16 @@ def test_fedit_averages_a_and_b_apart(run, base):
         assert torch.equal(layer.A, server.layers["caption_a"][name].A)
 
 
+def test_the_exact_mean_is_the_nearest_of_its_rank(run, base):
+    uploads = uploads_of(run / "first" / "shared", base)
+    server = aggregated(SYSTEMS["fedit_exact"], Server(), uploads, CLIENTS)
+    for name, layer in server.layers["vqa_a"].items():
+        mean = sum(one.adapter.layers[name].delta().double() for one in uploads) / 3
+        U, sigma, V = torch.linalg.svd(mean)
+        assert torch.allclose(layer.delta().double(), U[:, :2] * sigma[:2] @ V[:2], atol=1e-6)
+        assert layer.rank == 2 and torch.equal(layer.A, server.layers["caption_a"][name].A)
+
+
 def test_equal_clients_give_what_each_has(run, base):
     (one, *_) = uploads_of(run / "first" / "task", base)
     twins = [one, one]
@@ -317,7 +327,7 @@ def test_pilot_needs_images(tmp_path):
         ({"rounds": 0}, "federation.rounds must be at least 1"),
         ({"epochs_per_round": 0}, "federation.epochs_per_round must be at least 1"),
         ({"share": 2}, "federation.share must lie in"),
-        ({"systems": ["pilots"]}, "name some of local, fedit, pilot"),
+        ({"systems": ["pilots"]}, "name some of local, fedit, fedit_exact, pilot"),
         ({"systems": ["fedit", "fedit"]}, "each once"),
         ({"systems": []}, "name some of"),
     ],
