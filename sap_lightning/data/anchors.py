@@ -28,6 +28,8 @@ from sap_lightning.fingerprints import digest, file_fingerprint
 
 CAPTION_COLUMNS = ("captions", "caption", "sentences", "text")
 CLASS_CAPTION = "a photo of a {}."
+HALF_CHARACTER = re.compile("[\ud800-\udfff]")
+"""What UTF-16 writes a character in two of, and no text holds."""
 LISTINGS = ("captions.jsonl", "metadata.jsonl")
 """Files that list a folder's images with captions; the second is what Hugging Face's ``imagefolder`` reads."""
 MAX_CAPTION = 10_000
@@ -284,7 +286,7 @@ def _caption(value: object, where: str) -> str:
         raise InputError(f"{where}: needs a caption, or captions as a list of strings, got {short(value)}")
     if len(first) > MAX_CAPTION:
         raise InputError(f"{where}: the caption has {len(first)} characters; shorten it to at most {MAX_CAPTION}")
-    if re.search("[\ud800-\udfff]", first):
+    if HALF_CHARACTER.search(first):
         raise InputError(
             f"{where}: the caption {short(first)} holds half a surrogate pair, no character; write it anew"
         )

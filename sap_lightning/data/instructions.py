@@ -17,7 +17,7 @@ from jinja2 import TemplateError
 from torch import Tensor
 from torch.utils.data import DataLoader
 
-from sap_lightning.data.anchors import entries_in, image_file
+from sap_lightning.data.anchors import HALF_CHARACTER, entries_in, image_file
 from sap_lightning.data.loaders import eval_sampler, images_per_process, process_of, train_sampler
 from sap_lightning.data.names import check_names
 from sap_lightning.data.questions import ANCHORS_FILE, IMAGE
@@ -41,7 +41,6 @@ PLAIN_TEMPLATE = (
 """LLaVA 1.5's without its system sentence, for tokenizers that have none."""
 TODAY = "26 Jul 2024"
 """What templates that name the date are told, as Llama 3's are without a clock, so that a run is the same tomorrow."""
-HALF_CHARACTER = re.compile("[\ud800-\udfff]")
 Score = Literal["exact", "f1", "iou"]
 SCORES: tuple[Score, ...] = get_args(Score)
 
