@@ -15,6 +15,8 @@ Reach = Mapping[str, Sequence[float]]
 """Style → the mean probability of the right class at every length; ``plain`` for images as they are."""
 MEASURED = ("plain", *STYLES)
 """What a reach measures."""
+KEPT = 0.25
+"""Of what is won at home, what the style that wins the least must win for the adapters to hold beyond it."""
 
 
 def carried_over(reaches: Sequence[Reach]) -> Tensor:
@@ -38,16 +40,22 @@ def carried_over(reaches: Sequence[Reach]) -> Tensor:
     return (measured - measured[..., :1]).mean(0)
 
 
-def best_length(won: Tensor) -> float:
-    """The λ at which the style that wins the least wins most; 0 where it only loses. The shortest, of several alike.
+def transfers(reaches: Sequence[Reach]) -> bool:
+    """Whether whole adapters, at λ = 1, win in every changed style at least `KEPT` of what they win as images are.
+
+    What was learned of one's own domain alone is lost where the style changes: where shortcuts were to be learned, the
+    worst style won at most a tenth of what was won at home, and mostly lost; elsewhere four tenths or more
+    (docs/results/which.md).
 
     Args:
-        won: what `carried_over` gives, shape (styles, lengths).
+        reaches: of the clients, at least one.
 
     Example:
-        >>> import torch
-        >>> from sap_lightning.functional.reach import best_length
-        >>> best_length(torch.tensor([[0.0, 0.2, 0.3, 0.1, 0.1], [0.0, 0.3, 0.4, 0.5, 0.6]]))
-        0.5
+        >>> from sap_lightning.functional.reach import transfers
+        >>> everywhere = [0.5, 0.6, 0.7, 0.8, 0.9]
+        >>> hardly = [0.5, 0.55, 0.6, 0.58, 0.55]
+        >>> transfers([{"plain": everywhere, "grey": hardly, "edges": everywhere}])
+        False
     """
-    return LENGTHS[int(won.min(0).values.argmax())]
+    home = sum(reach["plain"][-1] - reach["plain"][0] for reach in reaches) / len(reaches)
+    return bool(carried_over(reaches)[:, -1].min() >= KEPT * max(home, 0.0))

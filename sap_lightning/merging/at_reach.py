@@ -20,10 +20,11 @@ log = logging.getLogger(__name__)
 class AtReach(OnTop):
     """Another method's ΔW, scaled as a whole to the length that the clients' reach asks for.
 
-    They say at which multiple λ of their adapters most of what they learned carries over to every changed style; the
-    merge is then halfway between their average and λ times a client, in Frobenius norm. Where nothing carries over to
-    the styles together the merge is the base itself, and the log says so. The length of the other method does not
-    matter, so methods can be compared at one that no label of the unseen domain has chosen.
+    They say how images are read with their adapters when the style is changed. Where each style wins a good part of
+    what is won at home, the merge is halfway between their average and a client, in Frobenius norm; where one does not,
+    it is half of the average. Where nothing carries over to the styles together the merge is the base itself, and the
+    log says so. The length of the other method does not matter, so methods can be compared at one that no label of the
+    unseen domain has chosen.
 
     Args:
         method: a method, or the name of one at its default settings.
@@ -47,6 +48,6 @@ class AtReach(OnTop):
         if reach.length == 0:
             log.warning("nothing that the clients learned carries over to other styles; the merge is the base")
         else:
-            log.info("clients reach furthest at %g times their adapters", reach.factor)
+            log.info("what the clients learned %s in every style", "holds" if reach.transfers else "does not hold")
         prepared = self.inner.prepare(adapters, weights, anchors)
         return Changed(prepared, lambda merged: at_length(merged, reach.length), reach.findings)

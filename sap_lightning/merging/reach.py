@@ -9,7 +9,7 @@ from typing import Any
 
 from sap_lightning.functional.consensus import weighted_sum
 from sap_lightning.functional.lora import Update, no_change, times
-from sap_lightning.functional.reach import LENGTHS, best_length, carried_over
+from sap_lightning.functional.reach import LENGTHS, carried_over, transfers
 from sap_lightning.functional.rescaling import length_of, norm
 from sap_lightning.io.adapter import Adapter
 from sap_lightning.merging.clients import client_layers
@@ -20,21 +20,21 @@ class ReachOfClients:
     """What clients say of how far their adapters reach, and what follows for a merge of them.
 
     Attributes:
-        factor: λ, the multiple of a client's adapter at which the style that wins the least wins most.
-        length: Frobenius norm that their merge should have: halfway between those of their average and of λ times a
-            client. The worst style is a hard judge, and a client by itself a long measure for a mean of several, which
-            point apart. 0 where no length wins anything in the mean over the styles.
+        transfers: whether what they learned holds in every style.
+        length: Frobenius norm that their merge should have. Where it holds, halfway between those of their average and
+            of a client, as a mean of several that point apart is shorter than each; else that of half of the average,
+            as where nothing can be tuned (``wise_ft``). 0 where no length wins anything in the mean over the styles.
         carried_over: what is won over λ = 0 in the style that wins the least, by λ.
     """
 
-    factor: float
+    transfers: bool
     length: float
     carried_over: Mapping[float, float]
 
     @property
     def findings(self) -> dict[str, Any]:
         """For the merge's record."""
-        return {"reach": self.factor, "length": self.length, "carried_over": dict(self.carried_over)}
+        return {"transfers": self.transfers, "length": self.length, "carried_over": dict(self.carried_over)}
 
 
 def say_how_far(adapters: Sequence[Adapter]) -> bool:
@@ -51,12 +51,14 @@ def reach_of(adapters: Sequence[Adapter], weights: Sequence[float]) -> ReachOfCl
     """
     if not say_how_far(adapters):
         return None
-    won = carried_over([one.manifest.reach for one in adapters if one.manifest])
-    factor = best_length(won)
+    reaches = [one.manifest.reach for one in adapters if one.manifest]
+    won, far = carried_over(reaches), transfers(reaches)
     client = sum(weight * one.length for one, weight in zip(adapters, weights, strict=True))
     average = math.hypot(*(norm(weighted_sum(of, weights), 2) for of in client_layers(adapters).values()))
-    length = (average + factor * client) / 2 if won.mean(0).max() > 0 else 0.0
-    return ReachOfClients(factor, length, dict(zip(LENGTHS, won.min(0).values.tolist(), strict=True)))
+    length = 0.0
+    if won.mean(0).max() > 0:
+        length = (average + client) / 2 if far else average / 2
+    return ReachOfClients(far, length, dict(zip(LENGTHS, won.min(0).values.tolist(), strict=True)))
 
 
 def at_length(merged: Mapping[str, Update], length: float) -> dict[str, Update]:

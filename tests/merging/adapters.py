@@ -32,9 +32,9 @@ def adapter_of(layers: Mapping[str, LoRALayer], name: str = "client", samples: i
 
 
 def reaching(
-    adapter: Adapter, said: Sequence[float] | Mapping[str, Sequence[float]] = (0.1, 0.2, 0.3, 0.2, 0.2)
+    adapter: Adapter, said: Sequence[float] | Mapping[str, Sequence[float]] = (0.2, 0.3, 0.4, 0.1, 0.1)
 ) -> Adapter:
-    """The adapter of a client that says this of every style or of each; half of the adapter if not told what."""
+    """The adapter of a client that says this of every style or of each; that nothing holds if not told what."""
     curves = said if isinstance(said, Mapping) else dict.fromkeys(MEASURED, tuple(said))
     manifest = Manifest("tiny", "0" * 64, "home", ("cat", "dog"), 10, 3, 6, ("q",), 0, {}, adapter.sha256,
                         curves)  # fmt: skip

@@ -18,7 +18,7 @@ def clients():
 
 
 @pytest.mark.parametrize("inner", [Average(), TIES(0.5)], ids=lambda method: method.name)
-def test_it_is_the_other_method_s_merge_halfway_between_the_average_and_what_the_clients_reach(inner):
+def test_it_is_the_other_method_s_merge_as_long_as_what_the_clients_say_asks_for(inner):
     plain = {name: dense(update).double() for name, update in inner.merge(clients(), WEIGHTS).items()}
     reach = reach_of(clients(), WEIGHTS)
     size = sum(float(update.square().sum()) for update in plain.values()) ** 0.5
@@ -41,7 +41,7 @@ def test_where_nothing_carries_over_the_merge_is_the_base_and_the_log_says_so(ca
 
 def test_it_says_what_the_clients_said():
     prepared = AtReach().prepare(clients(), WEIGHTS)
-    assert prepared.findings["reach"] == 0.5 and prepared.findings["carried_over"][0.5] == pytest.approx(0.2)
+    assert prepared.findings["transfers"] is False and prepared.findings["carried_over"][0.5] == pytest.approx(0.2)
 
 
 def test_clients_that_do_not_say_how_far_they_reach_are_refused():

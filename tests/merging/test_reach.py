@@ -16,7 +16,7 @@ from sap_lightning.merging.magnitude import Magnitude
 from sap_lightning.merging.reach import at_length, reach_of
 
 WEIGHTS = [0.5, 0.3, 0.2]
-HALF = [0.1, 0.2, 0.3, 0.2, 0.2]
+LOST, HELD = [0.2, 0.3, 0.4, 0.21, 0.21], [0.2, 0.3, 0.4, 0.3, 0.3]
 
 
 def norms_of(adapters: list[Adapter]) -> tuple[float, float]:
@@ -28,23 +28,21 @@ def norms_of(adapters: list[Adapter]) -> tuple[float, float]:
     return float(clients), mean
 
 
-def test_the_length_is_halfway_between_the_average_and_what_the_clients_reach():
-    adapters = [reaching(one, HALF) for one in unlike_adapters()]
-    client, average = norms_of(adapters)
-    reach = reach_of(adapters, WEIGHTS)
-    assert reach is not None
-    assert reach.factor == 0.5
-    assert reach.length == pytest.approx((average + 0.5 * client) / 2)
+def test_where_what_was_learned_holds_in_every_style_the_length_is_halfway_between_the_average_and_a_client():
+    reach = reach_of([reaching(one, HELD) for one in unlike_adapters()], WEIGHTS)
+    client, average = norms_of(unlike_adapters())
+    assert reach is not None and reach.transfers
+    assert reach.length == pytest.approx((average + client) / 2)
     assert list(reach.carried_over) == list(LENGTHS)
     assert reach.findings["carried_over"][0.5] == pytest.approx(0.2)
 
 
-def test_where_the_worst_style_only_loses_half_of_the_average_is_left():
-    mixed = dict(zip(MEASURED, [HALF, [0.5, 0.4, 0.3, 0.2, 0.1], [0.1, 0.4, 0.6, 0.7, 0.8], HALF, HALF], strict=True))
-    adapters = [reaching(one, mixed) for one in unlike_adapters()]
-    reach = reach_of(adapters, WEIGHTS)
-    assert reach is not None and reach.factor == 0
-    assert reach.length == pytest.approx(norms_of(adapters)[1] / 2)
+@pytest.mark.parametrize("edges", [LOST, [0.5, 0.4, 0.3, 0.2, 0.1]], ids=["at the end", "at once"])
+def test_where_it_does_not_hold_in_one_style_half_of_the_average_is_left(edges):
+    said = {style: edges if style == "edges" else [0.1, 0.4, 0.6, 0.7, 0.8] for style in MEASURED}
+    reach = reach_of([reaching(one, said) for one in unlike_adapters()], WEIGHTS)
+    assert reach is not None and not reach.transfers
+    assert reach.length == pytest.approx(norms_of(unlike_adapters())[1] / 2)
 
 
 def test_where_nothing_carries_over_in_the_mean_over_styles_nothing_is_left():
@@ -53,7 +51,7 @@ def test_where_nothing_carries_over_in_the_mean_over_styles_nothing_is_left():
 
 
 def test_one_client_that_does_not_say_is_enough_not_to_know():
-    adapters = [reaching(one, HALF) for one in unlike_adapters()[:2]]
+    adapters = [reaching(one, LOST) for one in unlike_adapters()[:2]]
     assert reach_of([*adapters, unlike_adapters()[2]], WEIGHTS) is None
     silent = replace(adapters[0], manifest=replace(adapters[0].manifest, reach={}))
     assert reach_of([silent, adapters[1]], [0.5, 0.5]) is None
@@ -77,6 +75,6 @@ def test_at_length_0_nothing_changes_in_any_layer():
 def test_clients_that_changed_nothing_merge_to_nothing():
     one = random_adapter(0)
     still = replace(one, layers={name: layer._replace(B=0 * layer.B) for name, layer in one.layers.items()})
-    reach = reach_of([reaching(still, HALF)], [1.0])
+    reach = reach_of([reaching(still, LOST)], [1.0])
     assert reach is not None and reach.length == 0
     assert all(not dense(update).any() for update in at_length(Average().merge([still]), 2.0).values())

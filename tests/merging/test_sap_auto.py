@@ -15,7 +15,6 @@ from torch.func import functional_call
 
 from sap_lightning.errors import InputError
 from sap_lightning.functional.lora import Update, dense
-from sap_lightning.functional.reach import LENGTHS
 from sap_lightning.io.adapter import Adapter
 from sap_lightning.io.upload_files import WEIGHTS_FILE
 from sap_lightning.merging.distances import mean_cosine
@@ -109,14 +108,14 @@ def test_where_the_clients_agree_its_own_sparsity_and_scale_are_kept():
 
 
 def test_where_clients_say_how_far_they_reach_the_merge_is_as_long_as_that():
-    adapters = [reaching(one, [0.1, 0.2, 0.3, 0.4, 0.3]) for one in disagreeing()]
+    adapters = [reaching(one, [0.2, 0.3, 0.4, 0.3, 0.1]) for one in disagreeing()]
     prepared = auto().prepare(adapters, WEIGHTS, probe())
     plain = SAP(sparsity=0.8).merge(adapters, WEIGHTS, probe())
     wanted = reach_of(adapters, WEIGHTS).length
     size = sum(float(dense(update).double().square().sum()) for update in plain.values()) ** 0.5
     expected = {name: wanted / size * dense(update) for name, update in plain.items()}
     assert relative_gap(prepared.apply(), expected) < 1e-5
-    assert prepared.findings["reach"] == 0.75
+    assert prepared.findings["transfers"] is False
     assert prepared.findings["length"] == pytest.approx(wanted)
 
 
@@ -200,7 +199,7 @@ def test_the_command_leaves_the_findings_in_the_record(run, finished, tmp_path):
 
 def test_the_command_leaves_how_far_the_clients_reach_in_the_record(run, finished, tmp_path):
     record = record_of(run, [finished / "uploads" / name for name in ("cartoon", "photo")], tmp_path)
-    assert record["findings"]["reach"] in LENGTHS
+    assert record["findings"]["transfers"] in (True, False)
     assert record["findings"]["carried_over"]["0.0"] == 0
 
 
