@@ -5,8 +5,8 @@ python benchmarks/compress.py FOLDER --anchors FOLDER      # the vision tower of
 
 A language model is shown rows of the first nine tenths of the text and measured on the last; CLIP is shown the first
 half of the pairs of images and captions and measured on the others. Of blocks as many are dropped as leave a few more
-parameters than GRASP, as leave a few less, and as GRASP compressed. Speed is of the forward pass, by seconds of the
-processor, of which the shortest of three is taken.
+parameters than GRASP, as leave a few less, and as GRASP compressed, each wherever they are and in a row (``angular``).
+Speed is of the forward pass, by seconds of the processor, of which the shortest of three is taken.
 """
 
 from __future__ import annotations
@@ -94,12 +94,16 @@ def main(
         name = f"recovered-{layers}-{retain}"
         record = compress(name, layers=layers, retain=retain, recovery_epochs=recovery)
         show(f"GRASP, paper, {recovery} epochs of recovery", record, 1, work / name, held)
+    name = f"run-{layers}-{retain}"
+    record = compress(name, layers=layers, retain=retain, angular=True)
+    show("GRASP, paper, blocks in a row", record, 1, work / name, held)
     before, after = record["parameters"]
     blocks, chosen = len(record["findings"]["redundancy"]), len(record["findings"]["blocks"])
     fewer = (before - after) // block_size(model)
     for count in sorted({fewer, fewer + 1, chosen} - {0}):
-        record = compress(f"drop-{count}", method="drop", layers=count / blocks)
-        show(f"{count} blocks dropped", record, 1, work / f"drop-{count}", held)
+        for name, angular in {f"drop-{count}": False, f"drop-run-{count}": True}.items():
+            record = compress(name, method="drop", layers=count / blocks, angular=angular)
+            show(f"{count} blocks dropped{', in a row' * angular}", record, 1, work / name, held)
     record = compress(f"gradpruner-{fewer + 1}", method="gradpruner", layers=(fewer + 1) / blocks, steps=steps)
     show(f"GradPruner, {fewer + 1} blocks", record, 1, work / f"gradpruner-{fewer + 1}", held)
 

@@ -50,6 +50,7 @@ OURS: dict[str, list[str]] = {
     "ataf, α 0.2": ["--fuse.method.alpha=0.2"],
     "ataf, α by texts": [],
     "sap, by texts": [],
+    "sap, not rescaled, by texts": ["--fuse.method.rescale=none"],
 }
 WATCH = """
 import resource, subprocess, sys, time
@@ -104,7 +105,7 @@ def main(
     for name, options in OURS.items():
         with tempfile.TemporaryDirectory(dir=work) as place:
             if name.endswith("texts"):
-                options = [f"--fuse.texts={unlabelled(texts, Path(place))}"]
+                options = [*options, f"--fuse.texts={unlabelled(texts, Path(place, 'unlabelled.txt'))}"]
             out = Path(place, "out")
             cost = fuse(name.partition(",")[0], options, models, base, out)
             show(name, f"{cost.seconds:.1f} | {cost.cpu:.1f} | {cost.mib:.0f}", out, base, texts)
@@ -157,10 +158,9 @@ def perplexity(model: Path, base: Path, text: Path) -> float:
     return math.exp(sum(losses) / len(losses))
 
 
-def unlabelled(texts: Sequence[Path], place: Path) -> Path:
-    """Lines of both texts that were learned, in turn; how many are looked at is for the command to say."""
+def unlabelled(texts: Sequence[Path], file: Path) -> Path:
+    """Lines of the texts that were learned, in turn; how many are looked at is for the command to say."""
     lines = [[line for line in text.read_text(encoding="utf-8").splitlines() if len(line) > 60][:16] for text in texts]
-    file = place / "unlabelled.txt"
     file.write_text("\n".join(line for pair in zip(*lines, strict=True) for line in pair), encoding="utf-8")
     return file
 

@@ -63,7 +63,8 @@ def main(
 def language_models(base: Path, texts: tuple[Path, Path], work: Path, steps: int) -> None:
     a, b = (trained(base, text, work / text.stem, steps) for text in texts)
     shuffled = reordered(b, work / f"{b.name}-reordered")
-    shown = str(unlabelled(texts, work))
+    shown = str(unlabelled(texts, work / "shown.txt"))
+    own = [str(unlabelled([text], work / f"shown_{text.name}")) for text in texts]
     print(f"\n| model | CPU s | {' | '.join(f'perplexity, {text.stem}' for text in texts)} |\n|---|---:|---:|---:|")
     runs: dict[str, tuple[Sequence[Path], dict[str, object]]] = {
         "mean": ([a, b], {"method": "average"}),
@@ -71,6 +72,7 @@ def language_models(base: Path, texts: tuple[Path, Path], work: Path, steps: int
         "fam": ([a, b], {"method": "fam", "texts": shown}),
         "adamms": ([a, b], {"method": "adamms", "texts": shown}),
         "stats_merging": ([a, b], {"method": "stats_merging", "base": str(base), "texts": shown}),
+        "mergeme": ([a, b], {"method": "mergeme", "base": str(base), "texts": own}),
         f"safe_m, {b.name} first": ([b, a], {"method": "safe_m", "base": str(base), "texts": shown}),
         f"fam, {b.name} first": ([b, a], {"method": "fam", "texts": shown}),
         f"mean, {b.name} reordered": ([a, shuffled], {"method": "average"}),
