@@ -84,19 +84,21 @@ def main(
     compress = partial(compressed, model, seen, work, **data)
     unit = "tokens" if texts else "images"
     print(f"| | loss, shown | loss, held out | parameters | MB | {unit} a CPU second |\n|---|---:|---:|---:|---:|---:|")
-    scores = {"GRASP, paper": "paper", "GRASP, code": "code", "largest σ": "sigma", "random groups": "random"}
-    for name, score in scores.items():
-        record = compress(f"{score}-{layers}-{retain}", layers=layers, retain=retain, score=score)
-        if score == "paper":
-            show("as it is", record, 0, model, held)
-        show(name, record, 1, work / f"{score}-{layers}-{retain}", held)
+    grasped: dict[str, tuple[str, dict[str, Any]]] = {
+        "GRASP, paper": ("paper", {"score": "paper"}),
+        "GRASP, code": ("code", {"score": "code"}),
+        "largest σ": ("sigma", {"score": "sigma"}),
+        "random groups": ("random", {"score": "random"}),
+        "GRASP, paper, blocks in a row": ("run", {"angular": True}),
+    }
     if recovery:
-        name = f"recovered-{layers}-{retain}"
-        record = compress(name, layers=layers, retain=retain, recovery_epochs=recovery)
-        show(f"GRASP, paper, {recovery} epochs of recovery", record, 1, work / name, held)
-    name = f"run-{layers}-{retain}"
-    record = compress(name, layers=layers, retain=retain, angular=True)
-    show("GRASP, paper, blocks in a row", record, 1, work / name, held)
+        grasped[f"GRASP, paper, {recovery} epochs of recovery"] = ("recovered", {"recovery_epochs": recovery})
+    for label, (kind, options) in grasped.items():
+        name = f"{kind}-{layers}-{retain}"
+        record = compress(name, layers=layers, retain=retain, **options)
+        if kind == "paper":
+            show("as it is", record, 0, model, held)
+        show(label, record, 1, work / name, held)
     before, after = record["parameters"]
     blocks, chosen = len(record["findings"]["redundancy"]), len(record["findings"]["blocks"])
     fewer = (before - after) // block_size(model)

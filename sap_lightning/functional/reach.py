@@ -35,9 +35,7 @@ def carried_over(reaches: Sequence[Reach]) -> Tensor:
         >>> (1000 * carried_over([client])).round().tolist()
         [[0.0, 0.0, -100.0, -100.0, -200.0], [0.0, 100.0, 200.0, 300.0, 400.0]]
     """
-    styles = [style for style in reaches[0] if style != "plain"]
-    measured = torch.tensor([[list(reach[style]) for style in styles] for reach in reaches], dtype=torch.float64)
-    return (measured - measured[..., :1]).mean(0)
+    return _won(reaches, [style for style in reaches[0] if style != "plain"])
 
 
 def transfers(reaches: Sequence[Reach]) -> bool:
@@ -57,5 +55,11 @@ def transfers(reaches: Sequence[Reach]) -> bool:
         >>> transfers([{"plain": everywhere, "grey": hardly, "edges": everywhere}])
         False
     """
-    home = sum(reach["plain"][-1] - reach["plain"][0] for reach in reaches) / len(reaches)
-    return bool(carried_over(reaches)[:, -1].min() >= KEPT * max(home, 0.0))
+    home = _won(reaches, ["plain"])[0, -1]
+    return bool(carried_over(reaches)[:, -1].min() >= KEPT * home.clamp(min=0))
+
+
+def _won(reaches: Sequence[Reach], styles: Sequence[str]) -> Tensor:
+    """What is won over λ = 0 in these styles, mean over clients, shape (styles, lengths), float64."""
+    measured = torch.tensor([[list(reach[style]) for style in styles] for reach in reaches], dtype=torch.float64)
+    return (measured - measured[..., :1]).mean(0)

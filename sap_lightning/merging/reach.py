@@ -52,13 +52,13 @@ def reach_of(adapters: Sequence[Adapter], weights: Sequence[float]) -> ReachOfCl
     if not say_how_far(adapters):
         return None
     reaches = [one.manifest.reach for one in adapters if one.manifest]
-    won, far = carried_over(reaches), transfers(reaches)
+    won, holds = carried_over(reaches), transfers(reaches)
     client = sum(weight * one.length for one, weight in zip(adapters, weights, strict=True))
     average = math.hypot(*(norm(weighted_sum(of, weights), 2) for of in client_layers(adapters).values()))
     length = 0.0
     if won.mean(0).max() > 0:
-        length = (average + client) / 2 if far else average / 2
-    return ReachOfClients(far, length, dict(zip(LENGTHS, won.min(0).values.tolist(), strict=True)))
+        length = (average + client) / 2 if holds else average / 2
+    return ReachOfClients(holds, length, dict(zip(LENGTHS, won.min(0).values.tolist(), strict=True)))
 
 
 def at_length(merged: Mapping[str, Update], length: float) -> dict[str, Update]:
