@@ -114,7 +114,7 @@ def main(
 
 
 def show(name: str, cost: str, model: Path, base: Path, texts: Sequence[Path]) -> None:
-    measured = " | ".join(f"{perplexity(model, base, text):.2f}" for text in texts)
+    measured = " | ".join(f"{one:.2f}" for one in perplexities(model, base, texts))
     print(f"| {name} | {cost} | {measured} |", flush=True)
 
 
@@ -152,10 +152,14 @@ def pieces(base: Path, text: Path) -> tuple[Tensor, Tensor]:
 
 
 @torch.inference_mode()
-def perplexity(model: Path, base: Path, text: Path) -> float:
-    fused, (_, held_out) = loaded(model), pieces(base, text)
-    losses = [float(fused(batch, labels=batch).loss) for batch in held_out[:PIECES].split(8)]
-    return math.exp(sum(losses) / len(losses))
+def perplexities(model: Path, base: Path, texts: Sequence[Path]) -> list[float]:
+    """Of a model on what was held out of each text, in the base's tokens."""
+    fused, found = loaded(model), []
+    for text in texts:
+        _, held_out = pieces(base, text)
+        losses = [float(fused(batch, labels=batch).loss) for batch in held_out[:PIECES].split(8)]
+        found.append(math.exp(sum(losses) / len(losses)))
+    return found
 
 
 def unlabelled(texts: Sequence[Path], file: Path) -> Path:

@@ -11,7 +11,6 @@ caption over pairs that no method was shown, by the first model's text tower.
 
 from __future__ import annotations
 
-import math
 import shutil
 import sys
 import time
@@ -19,7 +18,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import torch
-from fuse import PIECES, loaded, pieces, trained, unlabelled
+from fuse import loaded, perplexities, trained, unlabelled
 from jsonargparse import auto_cli
 
 from sap_lightning.checkpoints.fusion import Fusion
@@ -107,16 +106,6 @@ def fused(models: Sequence[Path], work: Path, options: dict[str, object]) -> tup
     shutil.rmtree(out, ignore_errors=True)
     Fusion([str(model) for model in models], str(out), **options).run()  # type: ignore[arg-type]
     return out, time.process_time() - started
-
-
-@torch.inference_mode()
-def perplexities(model: Path, base: Path, texts: Sequence[Path]) -> list[float]:
-    """As benchmarks/fuse.py measures them."""
-    fused, found = loaded(model), []
-    for text in texts:
-        losses = [float(fused(one, labels=one).loss) for one in pieces(base, text)[1][:PIECES].split(8)]
-        found.append(math.exp(sum(losses) / len(losses)))
-    return found
 
 
 def reordered(model: Path, folder: Path) -> Path:
