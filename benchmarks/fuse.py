@@ -50,7 +50,8 @@ OURS: dict[str, list[str]] = {
     "ataf, α 0.2": ["--fuse.method.alpha=0.2"],
     "ataf, α by texts": [],
     "sap, by texts": [],
-    "sap, not rescaled, by texts": ["--fuse.method.rescale=none"],
+    "sap, one threshold, by texts": ["--fuse.method.scope=global"],
+    "sap, one threshold, not rescaled, by texts": ["--fuse.method.scope=global", "--fuse.method.rescale=none"],
 }
 WATCH = """
 import resource, subprocess, sys, time

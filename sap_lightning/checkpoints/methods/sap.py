@@ -1,0 +1,25 @@
+"""SAP of whole models."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from sap_lightning.functional.masking import Scope
+from sap_lightning.merging.sap import SAP
+
+
+@dataclass(frozen=True)
+class WholeSAP(SAP):
+    """`merging.SAP` with a threshold for each weight, at whole models.
+
+    The weights of a model are of more kinds than the layers of an adapter: one threshold over all of them leaves some
+    with next to nothing, and what is left there is made as long again as all of it was. With a threshold for each, a
+    weight at ρ = 0.8 is made at most a few times as large.
+
+    Args:
+        scope: one threshold for each weight (layer) or for the whole model (global).
+    """
+
+    name = "sap"
+
+    scope: Scope = "layer"
