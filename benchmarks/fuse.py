@@ -45,6 +45,7 @@ PAIRS: dict[str, tuple[list[str], dict[str, Any]]] = {
 OURS: dict[str, list[str]] = {
     "average": [],
     "task_arithmetic": ["--fuse.method.scale=0.3"],
+    "task_arithmetic, λ 0.6": ["--fuse.method.scale=0.6"],
     "ties": [],
     "dare": [],
     "ataf, α 0.2": ["--fuse.method.alpha=0.2"],
