@@ -70,7 +70,7 @@ class SAPAuto(MergeMethod):
     sparsities: Sequence[float] = (0.0, 0.5, 0.8, 0.9, 0.95, 0.99)
     spaces: Sequence[SpaceName] = ("delta", "factor", "singular")
     scales: Sequence[float] = (0.25, 0.5, 0.75, 1.0, 1.25, 1.5, 2.0)
-    reach_sparsity: float = 0.5
+    reach_sparsity: float = 0.65
     agreed_sparsity: float = 0.5
     agreed_scale: float = 1.2
     reduction: Reduction = "abs_then_mean"
