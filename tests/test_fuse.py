@@ -10,9 +10,10 @@ from pathlib import Path
 import pytest
 from places import REPOSITORY
 
+from sap_lightning.checkpoints.methods import WholeSAP
 from sap_lightning.errors import InputError
 from sap_lightning.fuse import configured
-from sap_lightning.merging import SAP, TIES
+from sap_lightning.merging import TIES
 
 LINE = ["--fuse.models=[a,b]", "--fuse.base=c", "--fuse.output=out"]
 SLOW = {"lightning", "transformers", "peft", "datasets", "torchmetrics", "matplotlib"}
@@ -33,8 +34,8 @@ def test_a_fusion_of_weights_imports_no_more_than_it_needs() -> None:
 
 def test_methods_are_named_with_or_without_settings() -> None:
     assert configured([*LINE, "--fuse.method", "ties", "--fuse.method.sparsity", "0.5"]).method == TIES(0.5)
-    fusion = configured([*LINE, "--fuse.method=sap", "--fuse.method.scope=layer", "--fuse.texts=t.txt"])
-    assert fusion.method == SAP(scope="layer") and fusion.anchors is None
+    fusion = configured([*LINE, "--fuse.method=sap", "--fuse.method.scope=global", "--fuse.texts=t.txt"])
+    assert fusion.method == WholeSAP(scope="global") and fusion.anchors is None
 
 
 def test_anchors_are_those_that_are_named_and_prepared_as_the_first_model_wants_them() -> None:
