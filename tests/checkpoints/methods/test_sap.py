@@ -13,8 +13,7 @@ from sap_lightning.checkpoints.methods import FUSE_METHODS, WholeSAP
 def test_by_its_name_every_weight_keeps_its_share_of_what_a_model_changed(speaking, texts, tmp_path) -> None:
     assert FUSE_METHODS["sap"]() == WholeSAP(scope="layer")
     first, _, base = speaking
-    fusion = Fusion([first], str(tmp_path / "out"), base, "sap", texts=texts)
-    fusion.run()
+    Fusion([first], str(tmp_path / "out"), base, "sap", texts=texts).run()
     start, trained = weights_in(Path(base)), weights_in(Path(first))
     for key, weight in weights_in(tmp_path / "out").items():
         moved, changed = (weight != start[key]).sum(), (trained[key] != start[key]).sum()
