@@ -9,16 +9,13 @@ from sap_lightning.checkpoints.checkpoint import Checkpoint
 from sap_lightning.checkpoints.examples import Anchors, Examples
 from sap_lightning.checkpoints.joining import JoiningMethod
 from sap_lightning.checkpoints.method import OfWholeModels, WholeMethod
-from sap_lightning.checkpoints.methods import FUSE_METHODS
+from sap_lightning.checkpoints.methods import FUSE_METHODS, WholeSAP
 from sap_lightning.checkpoints.sources import Sources
 from sap_lightning.checkpoints.work import Work
 from sap_lightning.errors import InputError
 from sap_lightning.files import locked, put_in_place, refuse_existing, writing
 from sap_lightning.merging import ATAF, SAP, MergeMethod, method_named
 from sap_lightning.merging.method import check_weights
-
-WHOLE = {"space": "delta", "rescale_scope": "layer", "loss": "cosine"}
-"""Settings of sap of which whole models have one value alone: their own loss, and no layers that are together."""
 
 
 class Fusion:
@@ -148,9 +145,6 @@ def check_method(method: MergeMethod) -> None:
     able = ", ".join(name for name, one in FUSE_METHODS.items() if _obstacle(one()) is None)
     if (why := _obstacle(method)) is not None:
         raise InputError(f"fuse.method {method.name} {why}; whole models are fused by {able}")
-    for name, value in WHOLE.items() if isinstance(method, SAP) else ():
-        if (given := getattr(method, name)) != value:
-            raise InputError(f"fuse.method.{name} {given}: sap looks at whole models with {value} alone; leave it out")
 
 
 def _obstacle(method: MergeMethod) -> str | None:
@@ -158,9 +152,11 @@ def _obstacle(method: MergeMethod) -> str | None:
         return "looks at what clients say of their training, which whole models do not"
     if method.needs_factors:
         return "looks at the factors A and B of LoRA, which whole models have not"
-    if isinstance(method, OfWholeModels):
+    if isinstance(method, OfWholeModels | WholeSAP):
         return None
-    if method.needs_anchors and not isinstance(method, ATAF | SAP):
+    if isinstance(method, SAP):
+        return "by its class path has one threshold for all layers of an adapter; ask for it by its name"
+    if method.needs_anchors and not isinstance(method, ATAF):
         return "looks at anchors through CLIP with an adapter on it, and not at whole models"
     if not method.merges_weights:
         return "looks at all layers at once, which are not in memory together"

@@ -13,12 +13,12 @@ from torch import Tensor, nn
 
 from sap_lightning.checkpoints.examples import Examples
 from sap_lightning.checkpoints.keys import matched
+from sap_lightning.checkpoints.methods.sap import WholeSAP
 from sap_lightning.checkpoints.sources import Rows, Sources, bytes_of
 from sap_lightning.console import track
 from sap_lightning.errors import InputError
 from sap_lightning.functional.saliency import Reduction, term
 from sap_lightning.io.weights import SafetensorsFile, Stated, head_of, matrix_shape
-from sap_lightning.merging import SAP
 
 log = logging.getLogger(__name__)
 BLOCK = 2**22
@@ -41,7 +41,7 @@ class Scores:
             return tensors.rows(key, *rows)
 
 
-def write_scores(file: BinaryIO, method: SAP, sources: Sources, index: int, examples: Examples) -> None:
+def write_scores(file: BinaryIO, method: WholeSAP, sources: Sources, index: int, examples: Examples) -> None:
     """Scores what the model of this number has changed of each weight that can be fused.
 
     The model's weights and their gradients are in memory together.

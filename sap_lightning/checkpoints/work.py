@@ -19,6 +19,7 @@ from sap_lightning.checkpoints.fuser import Fuser
 from sap_lightning.checkpoints.joining import JoiningMethod
 from sap_lightning.checkpoints.layout import Layout
 from sap_lightning.checkpoints.method import Seen, WholeMethod
+from sap_lightning.checkpoints.methods import WholeSAP
 from sap_lightning.checkpoints.scores import Scores, write_scores
 from sap_lightning.checkpoints.sources import Sources
 from sap_lightning.console import track
@@ -26,7 +27,7 @@ from sap_lightning.errors import InputError
 from sap_lightning.files import as_json, read_tensors, replacing, sha256_of_file, write_json, write_tensors, write_text
 from sap_lightning.fingerprints import sealed, unsealed
 from sap_lightning.io.peft_config import public_name
-from sap_lightning.merging import ATAF, SAP, MergeMethod
+from sap_lightning.merging import ATAF, MergeMethod
 from sap_lightning.merging.card import CARD_FILE, RECORD_FILE, Words, model_card
 
 PLAN_FILE = "plan.json"
@@ -128,7 +129,7 @@ class Work:
     def _scores(self) -> list[Scores]:
         """Each model's scores where the method asks for any; those that were written before are kept."""
         method, folder = self.method, self.workplace / SCORES_FOLDER
-        if not (isinstance(method, SAP) and self.examples):
+        if not (isinstance(method, WholeSAP) and self.examples):
             return []
         folder.mkdir(exist_ok=True)
         files = [folder / f"{index}.safetensors" for index in range(len(self.sources.models))]

@@ -18,6 +18,7 @@ from transformers import AutoModelForCausalLM, LlamaModel
 from sap_lightning import commands
 from sap_lightning.checkpoints import fuser
 from sap_lightning.checkpoints.fusion import Fusion
+from sap_lightning.checkpoints.methods import WholeSAP
 from sap_lightning.errors import InputError
 from sap_lightning.functional.lora import LoRALayer, dense
 from sap_lightning.functional.procrustes import aligned
@@ -240,7 +241,7 @@ def test_a_method_that_looks_at_data_and_gets_none_says_so_before_a_weight_is_re
 def test_settings_of_sap_that_whole_models_have_not_are_refused(setting) -> None:
     ((name, value),) = setting.items()
     with pytest.raises(InputError, match=rf"^fuse.method.{name} {value}: sap looks at whole models with \w+ alone"):
-        Fusion(["nowhere", "there"], "out", "base", SAP(**setting), texts="texts.txt")
+        Fusion(["nowhere", "there"], "out", "base", WholeSAP(**setting), texts="texts.txt")
 
 
 @pytest.mark.parametrize(
@@ -249,6 +250,7 @@ def test_settings_of_sap_that_whole_models_have_not_are_refused(setting) -> None
         ("fisher", "anchors"), ("regmean", "anchors"), ("fedavg", "factors A and B"),
         ("robustmerge", "factors"), ("ata", "say of their training"), ("at_reach", "say of their training"),
         ("krum", "all layers at once"), ("pcb", "all layers at once"), ("lines", "all layers at once"),
+        (SAP(), "ask for it by its name"),
         ("random", "no such method"), (Magnitude(space="factor"), "factors"),
     ],
 )  # fmt: skip

@@ -21,7 +21,6 @@ from sap_lightning.checkpoints import fuser, work
 from sap_lightning.checkpoints.fusion import Fusion
 from sap_lightning.checkpoints.methods import WholeSAP
 from sap_lightning.data.anchors import AnchorDataModule
-from sap_lightning.merging import SAP
 
 Call = Callable[..., object]
 
@@ -58,7 +57,7 @@ def alignment_losses(anchors: AnchorDataModule) -> Callable[[Call], Iterable[Ten
     return losses
 
 
-def expected(method: SAP, base: Path, found: list[tuple[Path, list[dict[str, Tensor]]]]) -> dict[str, tuple]:
+def expected(method: WholeSAP, base: Path, found: list[tuple[Path, list[dict[str, Tensor]]]]) -> dict[str, tuple]:
     """The fusion by key, and where it is sure: where no score is as good as a threshold."""
     start = {key: weight.double() for key, weight in weights_in(base).items()}
     total = {key: torch.zeros_like(weight) for key, weight in start.items()}
@@ -85,7 +84,7 @@ def expected(method: SAP, base: Path, found: list[tuple[Path, list[dict[str, Ten
     return {key: (start[key] + total[key], sure[key]) for key in start}
 
 
-def score(method: SAP, delta: Tensor, gradients: list[Tensor]) -> Tensor:
+def score(method: WholeSAP, delta: Tensor, gradients: list[Tensor]) -> Tensor:
     if method.reduction == "abs_then_mean":
         return sum((delta * one).abs() for one in gradients) / len(gradients)
     effect = delta * sum(gradients) / len(gradients)
@@ -104,8 +103,9 @@ def check(result: dict[str, Tensor], reference: dict[str, tuple], start: dict[st
 @pytest.mark.parametrize(
     "method",
     [
-        WholeSAP(), SAP(), SAP(0.6, scope="layer", rescale="none", scale=1.5), SAP(rescale="none"),
-        SAP(0.5, reduction="mean_then_abs", sign_aware=True, rescale="inverse_keep"),
+        WholeSAP(), WholeSAP(scope="global"), WholeSAP(0.6, rescale="none", scale=1.5),
+        WholeSAP(scope="global", rescale="none"),
+        WholeSAP(0.5, scope="global", reduction="mean_then_abs", sign_aware=True, rescale="inverse_keep"),
     ],
     ids=lambda one: f"{one.scope} {one.rescale} {one.reduction}",
 )  # fmt: skip
@@ -133,7 +133,7 @@ def test_at_sparsity_0_it_is_the_average_byte_for_byte(speaking, texts, tmp_path
     *models, base = speaking
     Fusion(models, str(tmp_path / "average"), base).run()
     for scope in ("global", "layer"):
-        method = SAP(0.0, scope=scope, rescale="none")
+        method = WholeSAP(0.0, scope=scope, rescale="none")
         Fusion(models, str(tmp_path / scope), base, method, texts=texts).run()
         for shard in (tmp_path / "average").glob("*.safetensors"):
             assert (tmp_path / scope / shard.name).read_bytes() == shard.read_bytes()
@@ -141,14 +141,14 @@ def test_at_sparsity_0_it_is_the_average_byte_for_byte(speaking, texts, tmp_path
 
 def test_a_tied_head_has_the_gradient_of_both_its_uses(speaking, texts, tmp_path) -> None:
     tied = saved(trained(llama(tie_word_embeddings=True), 3), tmp_path / "tied")
-    Fusion([speaking[0], str(tied)], str(tmp_path / "out"), speaking[2], SAP(0.5), texts=texts).run()
+    Fusion([speaking[0], str(tied)], str(tmp_path / "out"), speaking[2], WholeSAP(0.5), texts=texts).run()
     head = weights_in(tmp_path / "out")["lm_head.weight"]
     assert not torch.equal(head, weights_in(Path(speaking[2]))["lm_head.weight"])
 
 
 def test_a_killed_fusion_continues_to_the_same_bytes_and_keeps_scores(speaking, texts, tmp_path, monkeypatch) -> None:
     *models, base = speaking
-    play = Fusion(models, str(tmp_path / "out"), base, SAP(), texts=texts).run
+    play = Fusion(models, str(tmp_path / "out"), base, WholeSAP(), texts=texts).run
     events = killed(tmp_path, play)
     whole = contents(tmp_path / "out")
     for event in (8, 12, events // 2, events - 8):
