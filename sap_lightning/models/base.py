@@ -1,8 +1,10 @@
-"""What a base says of itself, whatever model it is: its type, the shapes of its linear layers, a weight of one."""
+"""A base, whatever model it is: the whole of it, or its type, the shapes of its linear layers, a weight of one."""
 
 from __future__ import annotations
 
 from functools import lru_cache
+from pathlib import Path
+from typing import Any
 
 import torch
 import transformers
@@ -11,6 +13,41 @@ from transformers import AutoConfig, AutoModel
 from transformers.pytorch_utils import Conv1D
 
 from sap_lightning.errors import InputError, first_line
+
+
+def load_whole(model_class: Any, base: str | Path, where: str, kind: str, **options: Any) -> Any:
+    """A model with all its weights, in float32 on the CPU, in evaluation mode.
+
+    Args:
+        model_class: the class in transformers.
+        base: hub id or folder.
+        where: what names it, for the error.
+        kind: what it should be, for the error, as "CLIP checkpoint".
+        options: of ``from_pretrained``.
+
+    Raises:
+        InputError: when it is not there, is of another kind, or lacks weights.
+    """
+    try:
+        # On the CPU, also where Lightning builds models on the device. Weights of another shape are reported like
+        # missing ones, not logged in a table.
+        with torch.device("cpu"):
+            model, report = model_class.from_pretrained(
+                base,
+                dtype=torch.float32,
+                trust_remote_code=False,
+                output_loading_info=True,
+                ignore_mismatched_sizes=True,
+                **options,
+            )
+    except Exception as error:  # transformers raises whatever a faulty file leads it to
+        raise InputError(f"{where}: no {kind} could be loaded: {first_line(error)}") from error
+    if faulty := sorted({*report["missing_keys"], *(name for name, *_ in report["mismatched_keys"])}):
+        raise InputError(
+            f"{where}: no whole {kind}: {len(faulty)} weights are missing or of another shape than config.json says,"
+            f" the first is {faulty[0]}"
+        )
+    return model.eval()
 
 
 @lru_cache(maxsize=1)

@@ -19,6 +19,7 @@ from transformers import (
 from sap_lightning.errors import InputError, first_line
 from sap_lightning.fingerprints import fingerprint
 from sap_lightning.io.peft_config import in_text_tower
+from sap_lightning.models.base import load_whole
 
 
 class TextEncoder:
@@ -111,23 +112,8 @@ def load_clip(base: str, setting: str = "model.base") -> CLIPModel:
     Raises:
         InputError: when it is not there or is no CLIP model.
     """
-    try:
-        # Weights of another shape are reported like missing ones, not logged in a table.
-        # On the CPU, also where Lightning builds models on the device: the text tower stays there.
-        with torch.device("cpu"):
-            loaded: Any = CLIPModel.from_pretrained(
-                base, dtype=torch.float32, output_loading_info=True, ignore_mismatched_sizes=True
-            )
-        clip, report = cast(tuple[CLIPModel, dict[str, Any]], loaded)
-    except Exception as error:  # transformers raises whatever a faulty file leads it to
-        raise InputError(f"{setting} {base!r}: no CLIP checkpoint could be loaded: {first_line(error)}") from error
-    faulty = sorted({*report["missing_keys"], *(name for name, *_ in report["mismatched_keys"])})
-    if faulty:
-        raise InputError(
-            f"{setting} {base!r}: no whole CLIP checkpoint: {len(faulty)} weights are missing or of another shape than"
-            f" config.json says, the first is {faulty[0]}"
-        )
-    return clip.eval().requires_grad_(False)
+    clip: CLIPModel = load_whole(CLIPModel, base, f"{setting} {base!r}", "CLIP checkpoint")
+    return clip.requires_grad_(False)
 
 
 def load_base(base: str) -> Base:

@@ -5,13 +5,13 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any, cast
 
-import torch
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
 from sap_lightning.data.instructions import IGNORED
 from sap_lightning.errors import InputError, first_line
+from sap_lightning.models.base import load_whole
 
 
 def load_language_model(folder: Path) -> PreTrainedModel:
@@ -20,18 +20,10 @@ def load_language_model(folder: Path) -> PreTrainedModel:
     Raises:
         InputError: when it is none.
     """
-    try:
-        loaded: Any = AutoModelForCausalLM.from_pretrained(
-            folder, dtype=torch.float32, trust_remote_code=False, use_safetensors=True, output_loading_info=True
-        )
-    except Exception as error:  # transformers raises whatever a faulty file leads it to
-        raise InputError(f"{folder}: is no causal language model ({first_line(error)})") from error
-    model, report = cast(tuple[PreTrainedModel, dict[str, Any]], loaded)
-    if missing := sorted(report["missing_keys"]):
-        raise InputError(
-            f"{folder}: is no whole language model: {len(missing)} weights are missing, the first is {missing[0]}"
-        )
-    return model.eval()
+    model: PreTrainedModel = load_whole(
+        AutoModelForCausalLM, folder, str(folder), "causal language model", use_safetensors=True
+    )
+    return model
 
 
 def tokenizer_of(folder: Path, option: str) -> Any:

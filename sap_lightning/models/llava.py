@@ -18,6 +18,7 @@ from sap_lightning.data.preprocess import Preprocess
 from sap_lightning.errors import InputError, first_line
 from sap_lightning.fingerprints import fingerprint
 from sap_lightning.io.instruction_upload import read_tuned
+from sap_lightning.models.base import load_whole
 from sap_lightning.models.language import load_language_model, tokenizer_of
 from sap_lightning.models.layers import layer_shapes
 from sap_lightning.models.patched import Patched
@@ -190,19 +191,9 @@ def frozen_vision(base: str) -> FrozenVision:
 
 
 def _load_llava(base: str) -> Any:
-    try:
-        loaded: Any = LlavaForConditionalGeneration.from_pretrained(
-            base, dtype=torch.float32, trust_remote_code=False, use_safetensors=True, output_loading_info=True
-        )
-    except Exception as error:  # transformers raises whatever a faulty file leads it to
-        raise InputError(f"model.base {base!r}: no LLaVA checkpoint could be loaded: {first_line(error)}") from error
-    llava, report = loaded
-    if missing := sorted(report["missing_keys"]):
-        raise InputError(
-            f"model.base {base!r}: no whole LLaVA checkpoint: {len(missing)} weights are missing, the first is"
-            f" {missing[0]}"
-        )
-    return llava.eval()
+    return load_whole(
+        LlavaForConditionalGeneration, base, f"model.base {base!r}", "LLaVA checkpoint", use_safetensors=True
+    )
 
 
 def _config(base: str) -> Any:
