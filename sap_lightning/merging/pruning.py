@@ -188,7 +188,9 @@ class Pruning(Prepared):
 
     def scores(self, source: Source, names: Iterable[str] | None = None) -> dict[str, Parameters]:
         """How much each parameter of a client matters, of its layers or those of these names."""
-        spaces = self.spaces(source, names)
+        return self._scored(source, self.spaces(source, names))
+
+    def _scored(self, source: Source, spaces: Mapping[str, Space]) -> dict[str, Parameters]:
         scores = self.method.scores(source, spaces, self.answer(source))
         return {name: scores[name] for name in spaces}
 
@@ -196,14 +198,8 @@ class Pruning(Prepared):
         self, source: Source, sparsity: float | None = None, names: Iterable[str] | None = None
     ) -> dict[str, Update]:
         """One client's update, or its layers of these names, pruned but not yet rescaled."""
-        masks = self.method.masks(self.scores(source, names), self._sparsity(sparsity))
-        return self._masked(source, masks, names)
-
-    def _masked(
-        self, source: Source, masks: Mapping[str, Parameters], names: Iterable[str] | None = None
-    ) -> dict[str, Update]:
         spaces = self.spaces(source, names)
-        return {name: space.update(masked(space.parameters, masks[name])) for name, space in spaces.items()}
+        return masked_layers(spaces, self.method.masks(self._scored(source, spaces), self._sparsity(sparsity)))
 
     def apply(self, sparsity: float | None = None) -> dict[str, Update]:
         method, names, share = self.method, layer_names(self.adapters), self._sparsity(sparsity)
@@ -233,16 +229,17 @@ class Pruning(Prepared):
     ) -> Iterator[dict[str, Update]]:
         """A layer of one client after another, pruned by its threshold over all layers, if there is one."""
         for index, source in enumerate(self.adapters):
-            scores = self.scores(source, [name])
+            spaces = self.spaces(source, [name])
+            scores = self._scored(source, spaces)
             if thresholds is None:
                 masks = self.method.masks(scores, sparsity)
             else:
                 masks = {of: tuple(map(thresholds[index].keep, layer)) for of, layer in scores.items()}
-            yield self._masked(source, masks, [name])
+            yield masked_layers(spaces, masks)
 
     def masked_by(self, masks: Iterable[Mapping[str, Parameters]]) -> dict[str, Update]:
         """The merge at the method's sparsity where the masks of each client are known otherwise than by its layers."""
-        pruned = (self._masked(source, own) for source, own in zip(self.adapters, masks, strict=True))
+        pruned = (masked_layers(self.spaces(source), own) for source, own in zip(self.adapters, masks, strict=True))
         return self._merged(layer_names(self.adapters), pruned)
 
     def _merged(
@@ -258,6 +255,11 @@ class Pruning(Prepared):
 
     def _sparsity(self, sparsity: float | None) -> float:
         return self.method.sparsity if sparsity is None else sparsity
+
+
+def masked_layers(spaces: Mapping[str, Space], masks: Mapping[str, Parameters]) -> dict[str, Update]:
+    """The updates of layers with zeros where their masks are False."""
+    return {name: space.update(masked(space.parameters, masks[name])) for name, space in spaces.items()}
 
 
 def masked(parameters: Parameters, masks: Sequence[Tensor]) -> Parameters:
