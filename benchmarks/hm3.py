@@ -51,7 +51,7 @@ def main(
     """Prints the table.
 
     Args:
-        base: CLIP model, whose vision tower the classifiers have.
+        base: folder of a CLIP model, whose vision tower the classifiers have.
         tasks: folders of images.
         work: where classifiers stay; one that stands is not trained again.
         head_steps: of training the head alone, of 16 images each.
@@ -98,8 +98,7 @@ def trained(base: str, images: Images, folder: Path, preprocess: Preprocess, hea
     train(model, model.classifier, images, preprocess, head_steps, 3e-3)
     train(model, model, images, preprocess, steps, 1e-5)
     model.eval().save_pretrained(folder)
-    for file in Path(base).glob("preprocessor_config.json"):
-        shutil.copy(file, folder)
+    shutil.copy(Path(base, "preprocessor_config.json"), folder)
     return folder
 
 
@@ -119,11 +118,11 @@ def train(
     steps: int,
     rate: float,
 ) -> None:
-    model.requires_grad_(False)
+    model.train().requires_grad_(False)
     optimizer = torch.optim.AdamW(part.requires_grad_(True).parameters(), lr=rate)
     for _ in range(steps):
         drawn = torch.randint(len(images.labels), (BATCH,))
-        logits = model.train()(pixel_values=preprocess.normalise(images.images[drawn])).logits
+        logits = model(pixel_values=preprocess.normalise(images.images[drawn])).logits
         optimizer.zero_grad()
         cross_entropy(logits, images.labels[drawn]).backward()
         optimizer.step()
@@ -140,7 +139,8 @@ def show(name: str, model: Path, measured: Mapping[str, Images], preprocess: Pre
             continue
         logits, (first, end) = logits_of(loaded, images, preprocess), groups[task]
         own, any_task = logits[:, first:end].argmax(1), logits.argmax(1) - first
-        cells += [f"{(said == images.labels).float().mean():.3f}" for said in (own, any_task)]
+        right = [f"{(said == images.labels).float().mean():.3f}" for said in (own, any_task)]
+        cells += right if len(groups) > 1 else [right[0], "–"]
     print(f"| {name} | {' | '.join(cells)} |", flush=True)
 
 

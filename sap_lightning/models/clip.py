@@ -112,8 +112,7 @@ def load_clip(base: str, setting: str = "model.base") -> CLIPModel:
     Raises:
         InputError: when it is not there or is no CLIP model.
     """
-    clip: CLIPModel = load_whole(CLIPModel, base, f"{setting} {base!r}", "CLIP checkpoint")
-    return clip.requires_grad_(False)
+    return load_whole(CLIPModel, base, f"{setting} {base!r}", "CLIP checkpoint").requires_grad_(False)
 
 
 def load_base(base: str) -> Base:

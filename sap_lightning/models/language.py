@@ -20,10 +20,7 @@ def load_language_model(folder: Path) -> PreTrainedModel:
     Raises:
         InputError: when it is none.
     """
-    model: PreTrainedModel = load_whole(
-        AutoModelForCausalLM, folder, str(folder), "causal language model", use_safetensors=True
-    )
-    return model
+    return load_whole(AutoModelForCausalLM, folder, str(folder), "causal language model", use_safetensors=True)
 
 
 def tokenizer_of(folder: Path, option: str) -> Any:

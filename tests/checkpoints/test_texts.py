@@ -52,5 +52,5 @@ def test_texts_that_are_none_or_ignored_are_refused(speaking, texts, tmp_path) -
 
 def test_a_model_of_another_kind_is_refused(texts, tmp_path) -> None:
     torch.save({}, tmp_path / "nothing")
-    with pytest.raises(InputError, match=r"no causal language model"):
+    with pytest.raises(InputError, match=r"no causal language model could be loaded"):
         Texts(texts, tmp_path).load(tmp_path)
