@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
+from functools import cached_property
 from typing import Literal
 
 from torch import Tensor
@@ -92,7 +93,12 @@ class DeltaSpace(Space):
     """
 
     def __init__(self, layer: Update) -> None:
-        self.parameters = (dense(layer),)
+        self.layer = layer
+
+    @cached_property
+    def parameters(self) -> Parameters:  # type: ignore[override]  # set once, as an attribute is
+        """ΔW, made when it is first asked for: scores that come from the anchors need none."""
+        return (dense(self.layer),)
 
     def gradients(self, x: Tensor, g: Tensor) -> Parameters:
         return (g.T @ x,)
