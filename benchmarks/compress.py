@@ -14,7 +14,7 @@ from __future__ import annotations
 import json
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -40,7 +40,7 @@ Losses = Callable[[nn.Module, Batch], torch.Tensor]
 class Held(NamedTuple):
     """What was held out: batches, the loss on one, and how many tokens or images they are."""
 
-    batches: list[Batch]
+    batches: Sequence[Batch]
     losses: Losses
     size: int
 
@@ -75,13 +75,13 @@ def main(
     """
     quieten()
     work.mkdir(parents=True, exist_ok=True)
+    data: dict[str, Any] = {}
     if texts:
         shown, held = split_text(model, texts, rows, tokens, work)
         data, seen = {"texts": str(shown), "rows": rows, "tokens": tokens}, None
     else:
         seen, held = split_pairs(model, str(anchors), pairs)
-        data = {}
-    compress = partial(compressed, model, seen, work, **data)
+    compress = partial(compressed, model, seen, data, work)
     unit = "tokens" if texts else "images"
     print(f"| | loss, shown | loss, held out | parameters | MB | {unit} a CPU second |\n|---|---:|---:|---:|---:|---:|")
     grasped: dict[str, tuple[str, dict[str, Any]]] = {
@@ -113,11 +113,13 @@ def main(
 # Compressing
 
 
-def compressed(model: Path, seen: AnchorDataModule | None, work: Path, name: str, **options: Any) -> dict[str, Any]:
+def compressed(
+    model: Path, seen: AnchorDataModule | None, data: Mapping[str, Any], work: Path, name: str, **options: Any
+) -> dict[str, Any]:
     """Compresses into a folder of that name, unless it stands, and returns the record."""
     folder = work / name
     if not folder.exists():
-        Compression(str(model), str(folder), **options).run(seen)
+        Compression(str(model), str(folder), **data, **options).run(seen)
     return dict(json.loads((folder / "compress.json").read_text()))
 
 

@@ -48,9 +48,10 @@ def main(inputs: int = 3072, outputs: int = 768) -> None:
 def problem_of(tokens: int, inputs: int, outputs: int) -> Regression:
     layers = [LoRALayer(torch.randn(RANK, inputs), torch.randn(outputs, RANK)) for _ in range(CLIENTS)]
     grams = [gram_of(tokens, inputs) for _ in layers]
-    product = sum(layer.delta().double() @ gram for layer, gram in zip(layers, grams, strict=True)) / CLIENTS
+    products = [layer.delta().double() @ gram for layer, gram in zip(layers, grams, strict=True)]
     adapters: Any = [SimpleNamespace(layers={"fc2": layer}) for layer in layers]
-    return Regression(ClientLayers(adapters, "fc2"), [1 / CLIENTS] * CLIENTS, product, sum(grams) / CLIENTS)
+    mean_product, mean_gram = torch.stack(products).mean(0), torch.stack(grams).mean(0)
+    return Regression(ClientLayers(adapters, "fc2"), [1 / CLIENTS] * CLIENTS, mean_product, mean_gram)
 
 
 def gram_of(tokens: int, inputs: int) -> Tensor:

@@ -155,6 +155,7 @@ def run_peer(row: Row, folders: list[Path], clone: Path | None) -> Cost:
         return run_mergekit(folders, row.method)
     if row.peer == "fusion_bench":
         return run_fusion_bench(folders, row.method)
+    assert clone is not None  # without one its rows are left out
     return run_merge_and_rebase(folders, row.method, clone)
 
 

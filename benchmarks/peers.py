@@ -36,7 +36,7 @@ def run_peft(folders: Sequence[Path], combination: str, rank: int) -> Cost:
         model.load_adapter(folder, adapter_name=str(index))
     names = [str(index) for index in range(len(folders))]
     weights = [1 / len(names)] * len(names)
-    options = {} if combination in ("cat", "linear") else {"svd_rank": rank}
+    options: dict[str, float] = {} if combination in ("cat", "linear") else {"svd_rank": rank}
     if combination not in ("cat", "linear", "svd"):
         options["density"] = KEPT
     warm_up()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 
 import torch
@@ -45,7 +46,7 @@ def write_random_adapters(folder: Path, number: int, rank: int, tower: CLIPVisio
     ]
 
 
-def _random_layers(shapes: dict[str, torch.Size], rank: int, seed: int) -> dict[str, LoRALayer]:
+def _random_layers(shapes: Mapping[str, tuple[int, ...]], rank: int, seed: int) -> dict[str, LoRALayer]:
     generator = torch.Generator().manual_seed(seed)
     return {
         name: LoRALayer(

@@ -45,8 +45,8 @@ def main(base: str = SHAPES_CLIP, num_pairs: int = 32, rank: int = 8, rounds: in
     anchors = AnchorDataModule(str(images_in("anchors")), num_pairs=num_pairs, base=base)
     images, captions = anchors.images(), texts(anchors.captions)
     names = [name for name, _ in tower.named_modules() if name.rsplit(".")[-1] in TARGETS]
-    layers = {name: random_layer(tower.get_submodule(name).weight, rank) for name in names}
-    weights = [tower.get_submodule(name).weight for name in names]
+    layers = {name: random_layer(tower.get_parameter(f"{name}.weight"), rank) for name in names}
+    weights = [tower.get_parameter(f"{name}.weight") for name in names]
 
     def features(batch: torch.Tensor) -> torch.Tensor:
         return normalize(tower(batch).image_embeds, dim=-1)

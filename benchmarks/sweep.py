@@ -80,6 +80,7 @@ def main(
 def _last(adapter: Adapter, module: MergeModule, number: int | None) -> Adapter:
     if number is None:
         return adapter
+    assert module.tower is not None  # its uploads are read
     first = first_changed(module.tower, ()) - number
     layers = {name: adapter.layers[name] for name in adapter.layers if first_changed(module.tower, [name]) >= first}
     return Adapter(adapter.name, layers, sha256_of(layers))

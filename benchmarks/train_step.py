@@ -11,7 +11,7 @@ from __future__ import annotations
 import statistics
 import time
 from itertools import pairwise
-from typing import Literal
+from typing import Any, Literal
 
 import lightning as L
 import torch
@@ -62,7 +62,8 @@ def ours(module: CLIPLoRAModule, data: DomainDataModule, steps: int, precision: 
 def bare(module: CLIPLoRAModule, data: DomainDataModule, steps: int, precision: Precision) -> list[float]:
     """Forward, loss, backward, AdamW and schedule on batches that are ready on the device."""
     module.to(DEVICE)
-    tower, classes = module.tower, module.class_features
+    tower: Any = module.tower
+    classes = module.class_features
     batches = [data._preprocess.normalise(batch.images.to(DEVICE)) for batch in data.train_dataloader()]
     labels = [batch.labels.to(DEVICE) for batch in data.train_dataloader()]
     optimizer = torch.optim.AdamW([p for p in module.parameters() if p.requires_grad], lr=1e-3)
