@@ -56,6 +56,7 @@ def main(
     pairs: int = 64,
     steps: int = 16,
     recovery: int = 0,
+    energy: float = 0.0,
     work: Path = Path("runs/compress"),
 ) -> None:
     """Prints the table.
@@ -71,6 +72,7 @@ def main(
         pairs: of images and captions, in all.
         steps: of GradPruner.
         recovery: epochs of a row of its own; 0 leaves it out.
+        energy: share of each layer's scores that a row of its own keeps, in place of a share of its triplets.
         work: where compressed models stay; one that stands is not made again.
     """
     quieten()
@@ -93,9 +95,11 @@ def main(
     }
     if recovery:
         grasped[f"GRASP, paper, {recovery} epochs of recovery"] = ("recovered", {"recovery_epochs": recovery})
+    if energy:
+        grasped[f"GRASP, paper, {energy:.0%} of the scores"] = (f"energy-{energy}", {"retain": None, "energy": energy})
     for label, (kind, options) in grasped.items():
         name = f"{kind}-{layers}-{retain}"
-        record = compress(name, layers=layers, retain=retain, **options)
+        record = compress(name, **{"layers": layers, "retain": retain, **options})
         if kind == "paper":
             show("as it is", record, 0, model, held)
         show(label, record, 1, work / name, held)

@@ -40,10 +40,6 @@ class Homes:
         """The settings of what a client adds to the prompt."""
         return asdict(self.client.memory)
 
-    def images(self, adapters: Sequence[Adapter]) -> list[Any]:
-        """Changes whenever what is measured at these clients' sites does."""
-        return [self.data.val_fraction, {one.name: self.data.fingerprint(one.name) for one in adapters}]
-
     def accuracy(self, adapters: Sequence[Adapter], update: Mapping[str, Update], remembers: bool) -> float:
         """Mean accuracy at the sites of these clients.
 
@@ -69,3 +65,8 @@ class Homes:
                 )
             self._measured[measured] = found[0]
         return self._measured[measured]
+
+
+def images_at_home(data: DomainDataModule, adapters: Sequence[Adapter]) -> list[Any]:
+    """Changes whenever what is measured at these clients' sites does."""
+    return [data.val_fraction, {one.name: data.fingerprint(one.name) for one in adapters}]

@@ -11,7 +11,7 @@ from torch import nn
 
 from sap_lightning.data.anchors import AnchorDataModule
 from sap_lightning.data.domains import DomainDataModule
-from sap_lightning.federation.homes import Homes
+from sap_lightning.federation.homes import Homes, images_at_home
 from sap_lightning.files import as_json
 from sap_lightning.fingerprints import digest, fingerprint
 from sap_lightning.io.adapter import Adapter
@@ -204,11 +204,12 @@ class Points:
         if self.homes and remembers:
             settings["memory"] = self.homes.memory
         sources = [adapter.sha256 for adapter in adapters]
+        at_home = [images_at_home(self.data, adapters)] if self.homes and adapters else []
         result = Result(
             kind=kind,
             model=model,
             unseen=unseen,
-            measurement=self._measurement(unseen, adapters, settings),
+            measurement=self._measurement(unseen, adapters, settings, at_home),
             sparsity=sparsity,
             swept=method is not None and self.plan.sweeps(method),
             seed=self.data.seed,
@@ -224,13 +225,19 @@ class Points:
         merge = method is self.plan.reported and sparsity == self.plan.reported_sparsity and not poisoned
         return Point(result, adapters, method, poisoned, remembers, merge or result.kind == ZERO_SHOT)
 
-    def _measurement(self, unseen: str, adapters: Sequence[Adapter], settings: Mapping[str, Any]) -> str:
+    def stands(self, row: Result, adapters: Sequence[Adapter]) -> bool:
+        """Whether an earlier row of these adapters is of the images, base, prompts and precision that there are now."""
+        where = [[], [images_at_home(self.data, adapters)]]  # adapters, and prompts
+        return row.measurement in [self._measurement(row.unseen, adapters, row.settings, home) for home in where]
+
+    def _measurement(
+        self, unseen: str, adapters: Sequence[Adapter], settings: Mapping[str, Any], at_home: Sequence[Any]
+    ) -> str:
         """A digest of all that the metrics of a model depend on."""
         images = [self.data.class_names, unseen, self._images_of(unseen)]
         prompts = [list(self.merge.templates), self._texts, self.merge.logit_scale]
         base = [self.merge.base, self.merge.base_fingerprint, self.precision]
         sources = [adapter.sha256 for adapter in adapters]
-        at_home = [self.homes.images(adapters)] if self.homes and adapters else []
         return digest(images, base, prompts, sources, settings, *at_home)
 
     def _images_of(self, unseen: str) -> str:

@@ -10,6 +10,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 
@@ -148,6 +149,26 @@ def test_the_table_is_of_the_clients_that_take_part(copy, run):
     assert {**shown_rows(copy), "ties": before["ties"]} == before, "earlier merges of the same clients stand beside"
     record = json.loads((copy / "merged" / "sketch" / "sap" / "merge.json").read_text())
     assert len(record["sources"]) == 3
+
+
+@pytest.fixture
+def one_more(world) -> Iterator[Callable[[], None]]:
+    """Adds an image to the photos of all tests' world, for the time of a test."""
+    image = min((world / "domains" / "photo").rglob("*.png"))
+    yield lambda: shutil.copy(image, image.with_stem("zz"))
+    image.with_stem("zz").unlink()
+
+
+def test_a_row_measured_before_an_image_was_added_is_not_in_the_table(copy, run, one_more, caplog, monkeypatch):
+    monkeypatch.setattr(logging.getLogger("sap_lightning"), "propagate", True)
+    here = [f"--federation.run_dir={copy}", "--federation.report=false", "--federation.unseen=photo"]
+    run("fit", "--merge.method=ties", *here)
+    assert "ties" in shown_rows(copy)
+    one_more()
+    run("fit", *here)
+    assert "ties" not in shown_rows(copy) and ": ties; measure it again" in caplog.text
+    run("fit", "--merge.method=ties", *here)
+    assert {"ties", "average", "sap"} < shown_rows(copy).keys()
 
 
 def test_the_settings_that_a_row_names_by_their_hash_are_kept(copy):
