@@ -16,7 +16,8 @@ from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.callbacks import ProgressBar
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 
-from sap_lightning.errors import InputError, first_line
+from sap_lightning.errors import InputError, check_seed, first_line
+from sap_lightning.federation.run_folder import flat
 from sap_lightning.io.rules import errors_in
 from sap_lightning.modules.client import ClientModule
 from sap_lightning.modules.clip_lora import CLIPLoRAModule
@@ -32,6 +33,8 @@ TRAINER_DEFAULTS = {
     "enable_model_summary": False,
     "log_every_n_steps": 1,
 }
+PRECISIONS = ("32-true", "16-mixed", "bf16-mixed", "32", "16", "bf16")
+"""Lightning's, in which weights have 32 bits; the last three are short for the others."""
 CLIENTS: dict[str, type[ClientModule]] = {made.__name__: made for made in (CLIPLoRAModule, CLIPPromptModule)}
 """The classes of clients, the usual one first."""
 OF_ALL_CLIENTS = {"base", "templates", "seed"}
@@ -105,6 +108,20 @@ class CommandCLI(LightningCLI):
 
     command: str
     client: type[L.LightningModule] | None
+
+    def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
+        """Parses, and looks at what Python or Lightning would stumble over later."""
+        super().parse_arguments(parser, args)
+        for name, value in flat(self.config.as_dict()):
+            if isinstance(value, str) and "\0" in value:
+                raise InputError(f"{name}: has a NUL character, which is part of no name; take it out")
+        if isinstance(seed := self.config.seed_everything, int):
+            check_seed("seed_everything", seed)
+        precision = self.config.trainer.precision
+        if precision is not None and str(precision) not in PRECISIONS:
+            raise InputError(
+                f"trainer.precision {precision}: what is trained stays in float32; bf16-mixed computes in 16 bits"
+            )
 
     def instantiate_classes(self) -> None:
         """Makes the parts; what one of them says of bad input is said as it is, not as jsonargparse wraps it."""

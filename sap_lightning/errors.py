@@ -6,6 +6,8 @@ import math
 from reprlib import Repr
 
 WHAT_TO_CHECK = "check path, permission and room on the disk, then run the same command again"
+SEEDS = 2**32
+"""numpy's seeds are below."""
 
 
 class InputError(ValueError):
@@ -71,3 +73,9 @@ def check_positive(name: str, value: float) -> None:
     """Raises an InputError that names the setting when it is not a finite number above 0."""
     if not 0 < value < math.inf:
         raise InputError(f"{name} must be above 0, got {value}")
+
+
+def check_seed(name: str, value: int) -> None:
+    """Raises an InputError that names the setting when numpy takes no such seed."""
+    if not 0 <= value < SEEDS:
+        raise InputError(f"{name}: {value} lies outside [0, {SEEDS})")

@@ -13,9 +13,6 @@ from sap_lightning.federation.instruction import InstructionFederation
 from sap_lightning.modules.vlm_lora import VLMLoRAModule
 from sap_lightning.options import config_files_first, path_of, refuse_others
 
-HALF = ("bf16", "bf16-true", "16-true", "transformer-engine", "transformer-engine-float16")
-"""Precisions whose weights have less than 32 bits."""
-
 
 def tunes_on_instructions(args: Sequence[str]) -> bool:
     """Whether a command line names clients that are tuned on instructions."""
@@ -61,10 +58,6 @@ class InstructionCLI(CommandCLI):
     def put_together(self) -> None:
         if self.config_init.trainer.max_epochs is not None:
             raise InputError("trainer.max_epochs: federation.epochs_per_round says how long; leave it out")
-        if str(precision := self.config_init.trainer.precision) in HALF:
-            raise InputError(
-                f"trainer.precision {precision}: what is trained stays in float32; bf16-mixed computes in 16 bits"
-            )
 
     def federation(self) -> InstructionFederation:
         """The federation as configured."""

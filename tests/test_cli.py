@@ -129,6 +129,22 @@ def test_a_faulty_setting_ends_in_one_line(main, options):
     assert main("fit", *options, "--model.rank=0") == "error: model.rank must be at least 1, got 0"
 
 
+@pytest.mark.parametrize(
+    ("option", "said"),
+    [
+        ("--seed_everything=-1", "seed_everything: -1 lies outside"),
+        ("--seed_everything=4294967296", "seed_everything: 4294967296 lies outside"),
+        ("--trainer.precision=bf16-true", "trainer.precision bf16-true: what is trained stays in float32"),
+        ("--trainer.precision=64-true", "trainer.precision 64-true: what is trained stays in float32"),
+        ("--federation.run_dir=a\0b", "federation.run_dir: has a NUL character"),
+        ("--model.rank=4097", "model.rank 4097: the server takes adapters of rank 4096 at most"),
+        ("--model.dropout=1", "model.dropout is 1"),
+    ],
+)
+def test_what_would_end_in_a_traceback_or_after_training_is_refused_first(main, options, option, said):
+    assert main("fit", *options, option).startswith(f"error: {said}")
+
+
 @pytest.mark.parametrize("setting", ["max_epochs", "max_steps", "limit_train_batches"])
 @pytest.mark.parametrize("command", ["fit", "sweep", "client"])
 def test_a_trainer_that_trains_nothing_is_refused_before_anything_is_written(refusal, tmp_path, command, setting):

@@ -57,7 +57,12 @@ class Preprocess:
         return (images.float() * self._scale - mean) / std
 
     def _one_shape(self, base: str) -> tuple[int, ...]:
-        tall, wide = (self.pixels(Image.new("RGB", size)).shape for size in ((48, 64), (64, 48)))
+        try:
+            tall, wide = (self.pixels(Image.new("RGB", size)).shape for size in ((48, 64), (64, 48)))
+        except Exception as error:  # as above
+            raise InputError(
+                f"{base}: by its preprocessor config no image can be made: {first_line(error)}; see its size"
+            ) from error
         if tall != wide:
             raise InputError(
                 f"{base}: its preprocessor config gives images of differing size (size {self.geometry['size']}, no"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -126,6 +127,11 @@ def _train(
         [sent, SparseUpdate(module.trained_rows, sent), *measured, *kept],
         reload_dataloaders_every_n_epochs=int(data.curriculum.narrows),
     )
+    if not all(math.isfinite(share) for curve in reach.reach.values() for share in curve):
+        raise InputError(
+            f"{title}: training has diverged, what the model says of held-out images are no numbers; lower"
+            " model.learning_rate, in another federation.run_dir"
+        )
     if trainer.is_global_zero:
         module.write_upload(folder.upload(domain), domain, data.num_samples, reach.reach, sent.blocks)
     trainer.strategy.barrier()

@@ -269,6 +269,7 @@ class OneShotFederation:
             InputError: for the first of them.
         """
         self._check_number_of_clients()
+        self._check_reach()
         for domain in self.domains:
             check_domain(domain)
         self.check_server()
@@ -310,6 +311,15 @@ class OneShotFederation:
                     f"merge.method {name} needs at least {method.least_clients} clients at these settings, {left}"
                     f" {clients}; change its settings or the method"
                 )
+
+    def _check_reach(self) -> None:
+        if self.uploads is None and not (self.client.reach and self.data.val_fraction):
+            for name, method in self.merging.items():
+                if method.needs_reach:
+                    raise InputError(
+                        f"merge.method {name}: the clients would not say how far their adapters reach; set model.reach"
+                        " true and data.val_fraction above 0, or use another method"
+                    )
 
     def _keep_from_anchors(self, unseen: str) -> None:
         anchors = Path(self.anchors.root).expanduser().resolve()

@@ -8,6 +8,8 @@ LEAST_VALUES = 3
 """Of fewer none can be called the odd one."""
 LEAST_SHARE = 2 / 3
 """A value stands out below this share of the median; docs/results/poisoning.md says what that leaves out."""
+ROUNDING = 1e-5
+"""A median no larger is of values that differ by rounding: of cosines in float32, say."""
 
 
 def far_below(values: Tensor) -> Tensor:
@@ -21,7 +23,7 @@ def far_below(values: Tensor) -> Tensor:
 
     Returns:
         bool (n,); True for a value that is no finite number, which counts among no others. False for all others where
-        fewer than three are finite, or their median is not above 0.
+        fewer than three are finite, or their median is not above `ROUNDING`.
 
     Example:
         >>> import torch
@@ -31,6 +33,6 @@ def far_below(values: Tensor) -> Tensor:
     """
     finite = values.isfinite()
     found = ~finite
-    if int(finite.sum()) >= LEAST_VALUES and (median := float(values[finite].double().quantile(0.5))) > 0:
+    if int(finite.sum()) >= LEAST_VALUES and (median := float(values[finite].double().quantile(0.5))) > ROUNDING:
         found |= values.double() < LEAST_SHARE * median
     return found

@@ -14,7 +14,7 @@ import torch
 from sap_lightning.errors import InputError, short
 
 MAX_FLOAT32 = torch.finfo(torch.float32).max
-_MAX_RANK = 4096
+MAX_RANK = 4096
 
 
 class Rule(NamedTuple):
@@ -44,7 +44,7 @@ TEXT_BY_NAME = Rule(
     lambda value: isinstance(value, dict) and all(map(is_text, (*value, *value.values()))), "texts by name"
 )
 NUMBER = Rule(lambda value: type(value) in (int, float) and abs(value) < MAX_FLOAT32, "a finite number")
-RANK = Rule(lambda value: is_integer(value, 1, _MAX_RANK), f"an integer from 1 to {_MAX_RANK}")
+RANK = Rule(lambda value: is_integer(value, 1, MAX_RANK), f"an integer from 1 to {MAX_RANK}")
 OBJECT = Rule(lambda value: isinstance(value, dict), "an object")
 
 

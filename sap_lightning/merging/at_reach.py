@@ -32,6 +32,7 @@ class AtReach(OnTop):
 
     name = "at_reach"
     needs_manifests = True
+    needs_reach = True
     uses_weights = True  # in the length
 
     method: MergeMethod | str = "average"

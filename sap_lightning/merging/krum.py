@@ -63,7 +63,7 @@ class Krum(MergeMethod):
         if clients < 2 * self.byzantine + 3:
             raise InputError(
                 f"merge.method.byzantine {self.byzantine} needs at least 2·{self.byzantine} + 3 clients, "
-                f"got {clients}; lower it or use another method"
+                f"got {clients}; {'lower it or ' if self.byzantine else ''}use another method"
             )
         if clients < self.multi:
             raise InputError(f"merge.method.multi {self.multi} is more than the {clients} clients; lower it")

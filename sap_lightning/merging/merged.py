@@ -221,11 +221,14 @@ def holds(folder: Path, method: MergeMethod, sources: Collection[str]) -> bool:
         method: the method.
         sources: sha256 of the adapters, from which a merge may have left out outliers.
     """
-    if not (written := _whole_record_in(folder)):
+    written = _whole_record_in(folder)
+    try:
+        merged = {source["sha256"] for source in written["sources"]}
+        rejected = bool(written["rejected"])
+    except (KeyError, TypeError):  # no record, or one of another hand
         return False
-    merged = {source["sha256"] for source in written["sources"]}
     return as_json(method.record).items() <= written.items() and (
-        merged == set(sources) or (bool(written["rejected"]) and merged < set(sources))
+        merged == set(sources) or (rejected and merged < set(sources))
     )
 
 
@@ -244,9 +247,10 @@ def record_in(folder: Path, files: str = "*") -> dict[str, Any]:
         return {}
     try:
         record = unsealed(json.loads(file.read_bytes()))
-    except ValueError:
+        digests = dict(record.get("files", {}))
+    except (ValueError, TypeError, RecursionError):
         raise InputError(f"{file}: has changed since it was written; merge again") from None
-    for name, digest in record.get("files", {}).items():
+    for name, digest in digests.items():
         file = folder / name
         if file.match(files) and not (file.is_file() and sha256_of_file(file) == digest):
             raise InputError(f"{file}: is missing or has changed since it was written; merge again")

@@ -62,6 +62,7 @@ class MergeMethod(ABC):
         needs_matrices: whether it looks at rows, columns or singular triplets, which a bias or a norm has not.
         needs_factors: whether it looks at A and B apart, which only a LoRA has.
         needs_manifests: whether it looks at what clients say of their training.
+        needs_reach: whether they must say how far their adapters reach.
     """
 
     name = ""
@@ -75,6 +76,7 @@ class MergeMethod(ABC):
     needs_matrices = False
     needs_factors = False
     needs_manifests = False
+    needs_reach = False
     has_masks = False
     sparsity: float | None = None
 

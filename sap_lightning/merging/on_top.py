@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
 
+from sap_lightning.errors import InputError
 from sap_lightning.functional.lora import Update
 from sap_lightning.merging.method import MergeMethod, Prepared
 from sap_lightning.merging.pruning import Pruning
@@ -30,6 +31,8 @@ class OnTop(MergeMethod):
     @cached_property
     def inner(self) -> MergeMethod:
         """The method under this one."""
+        if self.method is None:  # as a config file can say
+            raise InputError(f"merge.method.method is null; name the method under {self.name}, such as average")
         return method_named(self.method, "merge.method.method") if isinstance(self.method, str) else self.method
 
     @property
@@ -43,6 +46,10 @@ class OnTop(MergeMethod):
     @property
     def uses_weights(self) -> bool:  # type: ignore[override]
         return self.inner.uses_weights
+
+    @property
+    def needs_reach(self) -> bool:  # type: ignore[override]
+        return self.inner.needs_reach
 
     @property
     def has_masks(self) -> bool:  # type: ignore[override]

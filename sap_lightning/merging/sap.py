@@ -104,6 +104,10 @@ class SAP(PruningMethod):
                 raise InputError(f"prune.{setting} and needs prune.space factor, got {self.space}")
 
     @property
+    def uses_weights(self) -> bool:  # type: ignore[override]  # a median has none
+        return self.consensus != "median"
+
+    @property
     def asks_by_batch(self) -> bool:  # type: ignore[override]  # follows from the loss
         return self.loss == "contrastive_symmetric"
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+from collections.abc import Iterable
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -13,6 +15,9 @@ from transformers import AutoConfig, AutoModel
 from transformers.pytorch_utils import Conv1D
 
 from sap_lightning.errors import InputError, first_line
+
+BLOCK = re.compile(r".*?\.\d+(?=\.)")
+"""Of a weight's name, what names its block: up to the first number."""
 
 
 def load_whole(model_class: Any, base: str | Path, where: str, kind: str, **options: Any) -> Any:
@@ -47,7 +52,23 @@ def load_whole(model_class: Any, base: str | Path, where: str, kind: str, **opti
             f"{where}: no whole {kind}: {len(faulty)} weights are missing or of another shape than config.json says,"
             f" the first is {faulty[0]}"
         )
+    if left_over := _of_more_blocks(model, report["unexpected_keys"]):
+        raise InputError(
+            f"{where}: its weights are of a deeper {kind} than config.json says: no block of the model has"
+            f" {left_over[0]}; set the number of layers right"
+        )
     return model.eval()
+
+
+def _of_more_blocks(model: nn.Module, unexpected: Iterable[str]) -> list[str]:
+    """Those keys of a file that are of a block beyond the last one that the model has in a list of its own."""
+    blocks = {found[0] for key in model.state_dict() if (found := BLOCK.match(key))}
+    lists = {name.rpartition(".")[0] for name in blocks}
+    return sorted(
+        key
+        for key in unexpected
+        if (found := BLOCK.match(key)) and found[0] not in blocks and found[0].rpartition(".")[0] in lists
+    )
 
 
 @lru_cache(maxsize=1)

@@ -90,6 +90,8 @@ class MergeModule(CLIPEvaluator):
             if weights != "samples":
                 raise InputError(f"merge.max_share {max_share:g} is for merge.weights samples, got {weights}")
         self.method = method_named(method) if isinstance(method, str) else method
+        if weights == "samples" and self.method and not self.method.uses_weights:
+            raise InputError(f"merge.weights samples: clients count alike in {self.method.name}; leave it out")
         self.weights = weights
         self.max_share = max_share
         self.drop_heads = drop_heads

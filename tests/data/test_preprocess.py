@@ -40,6 +40,11 @@ def test_sizes_that_follow_the_image_are_refused(write_base):
         Preprocess(write_base(do_center_crop=False))
 
 
+def test_a_size_that_no_image_can_have_is_refused(write_base):
+    with pytest.raises(InputError, match="by its preprocessor config no image can be made"):
+        Preprocess(write_base(size={"shortest_edge": -1}))
+
+
 def test_a_base_without_preprocessor_config_is_refused(tmp_path):
     with pytest.raises(InputError, match="preprocessor config"):
         Preprocess(str(tmp_path))

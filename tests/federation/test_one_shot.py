@@ -248,6 +248,15 @@ def test_too_few_clients_for_a_method_are_refused_before_any_is_trained(run, tmp
     assert not (tmp_path / "uploads").exists()
 
 
+@pytest.mark.parametrize("silent", ["--model.reach=false", "--data.val_fraction=0"])
+def test_a_method_that_asks_how_far_clients_reach_is_refused_before_clients_train_that_will_not_say(
+    run, tmp_path, silent
+):
+    with pytest.raises(InputError, match=r"merge\.method at_reach: the clients would not say how far"):
+        run("fit", "--merge.method=at_reach", silent, f"--federation.run_dir={tmp_path}")
+    assert not (tmp_path / "uploads").exists()
+
+
 @pytest.mark.parametrize("unseen", ["/{}/elsewhere", "../../elsewhere"])
 def test_an_unseen_domain_of_a_table_that_would_lead_elsewhere_is_refused_first(run, world, tmp_path, unseen):
     unseen = unseen.format(tmp_path)

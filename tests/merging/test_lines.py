@@ -11,7 +11,9 @@ from torch import Tensor
 from sap_lightning.errors import InputError
 from sap_lightning.functional.lora import LoRALayer, dense
 from sap_lightning.io.adapter import Adapter
+from sap_lightning.merging.at_reach import AtReach
 from sap_lightning.merging.average import Average
+from sap_lightning.merging.core_space import CoreSpace
 from sap_lightning.merging.lines import LiNeS, depths
 from sap_lightning.merging.magnitude import Magnitude
 from sap_lightning.merging.task_arithmetic import TaskArithmetic
@@ -137,3 +139,9 @@ def test_the_order_of_clients_does_not_matter() -> None:
 def test_a_negative_factor_is_refused(setting: str, value: float) -> None:
     with pytest.raises(InputError, match=rf"merge\.method\.{setting} must be at least 0"):
         LiNeS(**{setting: value})
+
+
+@pytest.mark.parametrize("made", [LiNeS, CoreSpace, AtReach])
+def test_a_method_on_top_of_none_is_refused(made) -> None:
+    with pytest.raises(InputError, match=rf"merge\.method\.method is null; name the method under {made.name}"):
+        made(method=None)

@@ -182,6 +182,16 @@ def test_a_folder_of_which_a_file_has_changed_holds_no_merge(
             record_in(folder)
 
 
+@pytest.mark.parametrize("record", ['{"files": ["a"]}', '{"files": null}', '{"files": "x"}', "[" * 100_000])
+def test_a_record_of_another_hand_is_no_record(adapters, tmp_path, record):
+    (tmp_path / "merge.json").write_text(record)
+    assert not holds(tmp_path, Average(), [one.sha256 for one in adapters])
+    with pytest.raises(InputError, match=r"merge\.json: has changed since it was written"):
+        record_in(tmp_path)
+    (tmp_path / "merge.json").write_text('{"sources": [{}]}')
+    assert not holds(tmp_path, Average(), [one.sha256 for one in adapters])
+
+
 def test_a_folder_holds_a_merge_of_these_adapters_or_of_these_but_for_outliers(adapters, shapes, tmp_path):
     clients = [*adapters, client("cartoon", 2, shapes)]
     sources = [one.sha256 for one in clients]

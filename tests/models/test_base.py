@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
 from places import SHAPES_CLIP
 from torch import nn
-from transformers import BertConfig, BertModel, GPT2Config, GPT2LMHeadModel
+from transformers import BertConfig, BertModel, CLIPModel, GPT2Config, GPT2LMHeadModel
 
 from sap_lightning.errors import InputError
-from sap_lightning.models.base import linear_shapes, model_type
+from sap_lightning.models.base import linear_shapes, load_whole, model_type
 from sap_lightning.models.clip import load_base
 from sap_lightning.models.layers import layer_shapes
 
@@ -63,3 +64,12 @@ def test_code_that_a_checkpoint_brings_is_neither_run_nor_asked_about(tmp_path: 
     with pytest.raises(InputError, match=r"no checkpoint could be loaded: .*custom code"):
         model_type(str(tmp_path))
     assert "[y/N]" not in "".join(capfd.readouterr())
+
+
+def test_a_config_of_fewer_blocks_than_there_are_weights_of_is_refused(tmp_path: Path) -> None:
+    base = Path(shutil.copytree(SHAPES_CLIP, tmp_path / "base"))
+    config = json.loads((base / "config.json").read_text())
+    config["vision_config"]["num_hidden_layers"] = 1
+    (base / "config.json").write_text(json.dumps(config))
+    with pytest.raises(InputError, match=r"of a deeper CLIP checkpoint .* vision_model\.encoder\.layers\.1\."):
+        load_whole(CLIPModel, base, "model.base", "CLIP checkpoint")

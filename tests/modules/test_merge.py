@@ -24,7 +24,7 @@ from sap_lightning.federation.poison import Poison
 from sap_lightning.functional.lora import dense
 from sap_lightning.io.adapter import Adapter, read_adapter, sha256_of
 from sap_lightning.io.manifest import DIGEST
-from sap_lightning.merging import TIES, Average, RegMean
+from sap_lightning.merging import SAP, TIES, Average, Krum, LiNeS, Median, RegMean
 from sap_lightning.merging.selection import losses_alone
 from sap_lightning.models.clip import load_base
 from sap_lightning.models.layers import layer_shapes, linear_weight
@@ -180,6 +180,12 @@ def test_a_rank_compresses_a_dense_merge_and_reports_the_error(merge, uploads):
         assert json.loads((folder / "adapter_config.json").read_text())["r"] == rank
         errors.append(json.loads((folder / "merge.json").read_text())["relative_error"])
     assert 1 > errors[0] > errors[1] > 0
+
+
+@pytest.mark.parametrize("method", [Median(), LiNeS(Median(), alpha=1.0), SAP(consensus="median"), Krum()])
+def test_numbers_of_images_are_refused_where_clients_count_alike(method):
+    with pytest.raises(InputError, match=rf"merge\.weights samples: clients count alike in {method.name}"):
+        MergeModule(SHAPES_CLIP, method=method, weights="samples")
 
 
 @pytest.mark.parametrize("settings", [{"rank": 0}, {"rank": 4, "format": "model"}])
