@@ -115,6 +115,8 @@ class CommandCLI(LightningCLI):
         for name, value in flat(self.config.as_dict()):
             if isinstance(value, str) and "\0" in value:
                 raise InputError(f"{name}: has a NUL character, which is part of no name; take it out")
+        if self.config.get("federation.run_dir") == "":
+            raise InputError("federation.run_dir is empty; name a folder, or . for this one")
         if isinstance(seed := self.config.seed_everything, int):
             check_seed("seed_everything", seed)
         precision = self.config.trainer.precision

@@ -96,6 +96,8 @@ class AnchorDataModule(PixelDataModule):
         InputError: on use, for anything wrong with these arguments or with the data.
     """
 
+    group = "anchors"
+
     def __init__(
         self,
         root: str = "sayakpaul/coco-30-val-2014",
@@ -106,7 +108,7 @@ class AnchorDataModule(PixelDataModule):
         noise: bool = False,
     ) -> None:
         super().__init__(base, batch_size)
-        check_at_least("num_pairs", num_pairs, 2)
+        check_at_least("anchors.num_pairs", num_pairs, 2)
         self.root = root
         self.num_pairs = num_pairs
         self.cache = cache
@@ -190,7 +192,7 @@ def _listed(listing: Path, num_pairs: int) -> tuple[list[Path], list[str]]:
         captions.append(_caption(next((entry[key] for key in CAPTION_COLUMNS if key in entry), None), where))
         if len(files) == num_pairs:
             return files, captions
-    raise InputError(f"{listing}: num_pairs is {num_pairs}, but the file has {len(files)}")
+    raise InputError(f"{listing}: anchors.num_pairs is {num_pairs}, but the file has {len(files)}")
 
 
 def _by_class(folder: Path, num_pairs: int) -> tuple[list[Path], list[str]]:
@@ -203,7 +205,7 @@ def _by_class(folder: Path, num_pairs: int) -> tuple[list[Path], list[str]]:
             f" nor images class/image, each {FORMATS_IN_WORDS}; anchors need one of them"
         )
     if len(files) < num_pairs:
-        raise InputError(f"{folder}: num_pairs is {num_pairs}, but the class folders have {len(files)} images")
+        raise InputError(f"{folder}: anchors.num_pairs is {num_pairs}, but the class folders have {len(files)} images")
     return files, [CLASS_CAPTION.format(file.parent.name.replace("_", " ")) for file in files]
 
 
@@ -218,7 +220,7 @@ def pairs_in_table(table: datasets.Dataset, root: str, num_pairs: int) -> Pairs:
     if column is None:
         raise InputError(f"{root}: no column {' or '.join(CAPTION_COLUMNS)} among {', '.join(table.column_names)}")
     if len(table) < num_pairs:
-        raise InputError(f"{root}: num_pairs is {num_pairs}, but the dataset has {len(table)}")
+        raise InputError(f"{root}: anchors.num_pairs is {num_pairs}, but the dataset has {len(table)}")
     values = table.select_columns(column)[:num_pairs][column]
     captions = [_caption(value, f"{root}: row {row}") for row, value in enumerate(values)]
     return Pairs(table_pictures(table, image, range(num_pairs)), captions, table_fingerprint(table, image))

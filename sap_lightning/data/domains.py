@@ -79,9 +79,9 @@ class DomainDataModule(PixelDataModule):
     ) -> None:
         super().__init__(base, batch_size)
         if not 0 <= val_fraction < 1:
-            raise InputError(f"val_fraction must be at least 0 and below 1, got {val_fraction}")
+            raise InputError(f"data.val_fraction must be at least 0 and below 1, got {val_fraction}")
         if not 0 < crop_scale <= 1:
-            raise InputError(f"crop_scale must be above 0 and at most 1, got {crop_scale}")
+            raise InputError(f"data.crop_scale must be above 0 and at most 1, got {crop_scale}")
         self.root = root
         self.domain = domain
         self.val_fraction = val_fraction
@@ -338,14 +338,14 @@ def match_classes(found: list[str], given: list[str] | None) -> tuple[list[str],
         check_names("data.class_names", "class", given)
         names, keys = given, list(map(spelling, given))
         if len(set(keys)) < len(keys):
-            raise InputError(f"class_names holds a name twice: {', '.join(given)}")
+            raise InputError(f"data.class_names holds a name twice: {', '.join(given)}")
         if not set(found_keys) <= set(keys):
             _check_positional(found_keys, keys)
             keys = found_keys
     if len(names) < 2:
         raise InputError(
             f"one class only ({', '.join(names)}); a classifier needs two: give images of others, or name more in"
-            " class_names"
+            " data.class_names"
         )
     label = {key: position for position, key in enumerate(keys)}
     return names, {name: label[spelling(name)] for name in found}
@@ -364,6 +364,6 @@ def _check_positional(found: list[str], given: list[str]) -> None:
     if len(found) != len(given) or not in_place:
         missing = ", ".join(name for name in found if name not in given)
         raise InputError(
-            f"class_names has {len(given)} names for {len(found)} classes and none for: {missing};"
+            f"data.class_names has {len(given)} names for {len(found)} classes and none for: {missing};"
             " give a name for every class, spelled as its folder or in the folders' order"
         )

@@ -13,6 +13,8 @@ from typing import NamedTuple
 import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
 
+from sap_lightning.errors import InputError
+
 FORMATS = {
     "JPEG": (".jpg", ".jpeg", ".jfif"),
     "PNG": (".png",),
@@ -54,8 +56,16 @@ class Picture(NamedTuple):
 
 
 def is_image(path: Path) -> bool:
-    """Whether a path is a file with the suffix of an image."""
-    return path.suffix.lower() in SUFFIXES and path.is_file()
+    """Whether a path is a file with the suffix of an image.
+
+    Raises:
+        InputError: when it is a link that leads nowhere, as in a git-annex or DVC checkout without its content.
+    """
+    if path.suffix.lower() not in SUFFIXES:
+        return False
+    if path.is_symlink() and not os.path.exists(path):
+        raise InputError(f"{path}: a link that leads to no file; fetch what it stands for, or take it away")
+    return path.is_file()
 
 
 def file_picture(file: Path, root: Path) -> Picture:

@@ -22,11 +22,16 @@ class PixelDataModule(LightningDataModule):
 
     Raises:
         InputError: when the batch size is below 1.
+
+    Attributes:
+        group: of the settings, which errors name.
     """
+
+    group = "data"
 
     def __init__(self, base: str, batch_size: int) -> None:
         super().__init__()
-        check_at_least("batch_size", batch_size, 1)
+        check_at_least(f"{self.group}.batch_size", batch_size, 1)
         self.base = base
         self.batch_size = batch_size
 

@@ -32,7 +32,7 @@ class Poison:
         fraction: share of its training images, or of its adapter's layers, that this is done to.
 
     Raises:
-        InputError: when the fraction is outside [0, 1].
+        InputError: when the fraction is outside [0, 1], or there is a kind of poison and no domain.
     """
 
     domain: str | None = None
@@ -41,6 +41,11 @@ class Poison:
 
     def __post_init__(self) -> None:
         check_share("federation.poison.fraction", self.fraction)
+        if self.domain is None and (self.kind, self.fraction) != (Poison.kind, Poison.fraction):
+            raise InputError(
+                f"federation.poison {self.kind} to {self.fraction:g}: of which client? name federation.poison.domain,"
+                " or leave it out"
+            )
 
     @property
     def name(self) -> str:

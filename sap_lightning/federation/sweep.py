@@ -96,9 +96,12 @@ class Sweep:
             sap: what the name ``sap`` stands for.
 
         Raises:
-            InputError: when two methods have the same name.
+            InputError: when two methods have the same name, or sparsities are given and none prunes.
         """
-        return Plan(self.labelled(sap), self.sparsities, dict(variant), keeps_models=False)
+        methods = self.labelled(sap)
+        if self.sparsities and all(method.sparsity is None for method in methods.values()):
+            raise InputError("sweep.sparsities: no method of sweep.methods prunes; name one that does, or leave it out")
+        return Plan(methods, self.sparsities, dict(variant), keeps_models=False)
 
     def labelled(self, sap: SAP) -> dict[str, MergeMethod]:
         """The methods by what the table calls them: their names, and settings where these are not the defaults.

@@ -158,7 +158,7 @@ def test_a_listing_goes_before_class_folders(folder, base):
 
 def test_too_few_images_in_class_folders_are_refused(tmp_path, base):
     folder = labelled(tmp_path / "photo", cat=1, dog=2)
-    with pytest.raises(InputError, match=r"photo: num_pairs is 4, but the class folders have 3 images"):
+    with pytest.raises(InputError, match=r"photo: anchors\.num_pairs is 4, but the class folders have 3 images"):
         _ = AnchorDataModule(str(folder), 4, base).captions
 
 

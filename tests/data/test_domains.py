@@ -275,7 +275,7 @@ def test_default_class_names_have_spaces():
 
 @pytest.mark.parametrize(("found", "given"), [(["car"], None), (["car", "Car"], None), (["car"], ["car"])])
 def test_one_class_is_refused_with_the_way_out(found, given):
-    with pytest.raises(InputError, match=r"^one class only \(car\); a classifier needs two: .* class_names"):
+    with pytest.raises(InputError, match=r"^one class only \(car\); a classifier needs two: .* data\.class_names"):
         match_classes(found, given)
 
 

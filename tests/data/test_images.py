@@ -12,6 +12,7 @@ from places import REPOSITORY
 
 from sap_lightning.data import images
 from sap_lightning.data.images import FORMATS, FORMATS_IN_WORDS, MAX_PIXELS, decode, file_picture, is_image
+from sap_lightning.errors import InputError
 
 
 def encoded(image: Image.Image, kind: str = "png", **options: object) -> bytes:
@@ -150,9 +151,16 @@ def test_an_image_is_a_file_with_the_suffix_of_one(tmp_path):
     (tmp_path / "1.heic").touch()
     (tmp_path / "folder.png").mkdir()
     (tmp_path / "notes.txt").touch()
-    (tmp_path / "loop.png").symlink_to("loop.png")
+    (tmp_path / "link.png").symlink_to("0.PNG")
     os.mkfifo(tmp_path / "pipe.png")
-    assert sorted(path.name for path in filter(is_image, tmp_path.iterdir())) == ["0.PNG", "1.heic"]
+    assert sorted(path.name for path in filter(is_image, tmp_path.iterdir())) == ["0.PNG", "1.heic", "link.png"]
+
+
+@pytest.mark.parametrize("target", ["nowhere.png", "loop.png"])
+def test_a_link_to_no_image_is_refused_as_a_domain_would_shrink_unseen(tmp_path, target):
+    (tmp_path / "loop.png").symlink_to(target)
+    with pytest.raises(InputError, match=r"loop\.png: a link that leads to no file"):
+        is_image(tmp_path / "loop.png")
 
 
 def test_a_file_s_name_that_is_no_utf_8_can_be_written(tmp_path):

@@ -73,6 +73,11 @@ def test_a_faulty_plan_is_refused_in_one_line(settings: dict[str, Any], refusal:
         Sweep(**settings)
 
 
+def test_sparsities_that_no_method_looks_at_are_refused() -> None:
+    with pytest.raises(InputError, match=r"^sweep\.sparsities: no method of sweep\.methods prunes"):
+        Sweep(["average", "krum"], sparsities=[0.5]).plan_of({}, SAP())
+
+
 def test_variants_are_every_seed_with_every_combination() -> None:
     sweep = Sweep(seeds=[3, 5], over={"anchors.num_pairs": [4, 8], "anchors.noise": [True]})
     assert list(sweep.variants()) == [
