@@ -301,6 +301,9 @@ class OneShotFederation:
     def _check_number_of_clients(self) -> None:
         clients = min(len(self.senders(unseen)) for unseen in self.unseen)
         left = "an unseen domain leaves"
+        if clients < 1:
+            alone = next(unseen for unseen in self.unseen if not self.senders(unseen))
+            raise InputError(f"federation.clients: there is none but {alone}, which is to be unseen; name others")
         if self.merge.reject_outliers:
             check_rejection(clients)
             clients -= (clients - 1) // 2  # fewer than half can stand out

@@ -92,6 +92,12 @@ def test_an_adapter_that_was_not_trained_is_not_sent(photo, tmp_path):
     assert not (tmp_path / "uploads").exists()
 
 
+def test_an_adapter_whose_training_diverged_is_not_sent(run, tmp_path):
+    with pytest.raises(InputError, match=r"training has diverged, .* lower model\.learning_rate"):
+        run("client", "--data.domain=photo", "--model.learning_rate=1e10", f"--federation.run_dir={tmp_path}")
+    assert not (tmp_path / "uploads").exists()
+
+
 UPLOADED_WITH_OTHERS = {
     "--model.rank=2": r"model\.rank was 2, is 8",
     "--model.targets=[q_proj]": r"model\.targets was \['q_proj'\], is \['q_proj', 'k_proj', 'v_proj', 'out_proj'\]",
