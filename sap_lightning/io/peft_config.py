@@ -270,6 +270,9 @@ def require_targets(config: Mapping[str, Any], layers: Iterable[str]) -> list[st
     Raises:
         InputError: when it has a layer that is not among those named, and which PEFT would not load.
     """
+    layers = list(layers)
+    for layer in layers:
+        _require_kept(config, layer)
     targets = config.get("target_modules")
     if not isinstance(targets, list):  # a pattern, or all linear layers
         return []
@@ -280,6 +283,19 @@ def require_targets(config: Mapping[str, Any], layers: Iterable[str]) -> list[st
             raise InputError(f"target_modules do not name {layer}, of which there are weights; save the adapter again")
         found |= ends
     return sorted(named - found)
+
+
+def _require_kept(config: Mapping[str, Any], layer: str) -> None:
+    """Raises InputError for a layer that the config leaves out by a list; patterns of a stranger are not tried."""
+    excluded, blocks = config.get("exclude_modules"), config.get("layers_to_transform")
+    block = [part for part in layer.split(".") if part.isdecimal()][-1:]
+    blocks = [blocks] if isinstance(blocks, int) else blocks
+    for name, leaves_out in {
+        "exclude_modules": isinstance(excluded, list) and any(end in excluded for end in _ends(layer)),
+        "layers_to_transform": isinstance(blocks, list) and bool(blocks) and not set(block) & set(map(str, blocks)),
+    }.items():
+        if leaves_out:
+            raise InputError(f"{name} leaves out {layer}, of which there are weights; save the adapter again")
 
 
 def _require_values(name: str, pattern: Any, rule: Rule) -> None:

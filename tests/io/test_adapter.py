@@ -642,6 +642,9 @@ def test_bad_manifests_are_refused(
         (MANIFEST_FILE, {"num_samples": 2**63 - 1}, "num_samples is"),
         (MANIFEST_FILE, {"num_samples": 11, DIGEST: "0" * 64}, "fields_sha256 is not that of the other fields"),
         (CONFIG_FILE, {"target_modules": ["q_proj"]}, "target_modules do not name .*fc1, of which there are weights"),
+        (CONFIG_FILE, {"exclude_modules": ["fc1"]}, "exclude_modules leaves out .*fc1, of which there are weights"),
+        (CONFIG_FILE, {"layers_to_transform": [7]}, "layers_to_transform leaves out .*, of which there are weights"),
+        (CONFIG_FILE, {"layers_to_transform": 7}, "layers_to_transform leaves out .*, of which there are weights"),
     ],
 )
 def test_files_that_contradict_each_other_are_refused(
