@@ -20,6 +20,7 @@ from jsonargparse import auto_cli
 from sap_lightning.console import quieten
 from sap_lightning.data.anchors import AnchorDataModule
 from sap_lightning.data.domains import DomainDataModule
+from sap_lightning.federation.comparable import comparable
 from sap_lightning.federation.one_shot import OneShotFederation
 from sap_lightning.modules.clip_lora import CLIPLoRAModule
 from sap_lightning.modules.merge import MergeModule
@@ -44,7 +45,7 @@ def main(base: str, images: Path, anchors: Path, images_per_class: Sequence[int]
             federation.check()
             training = seconds(federation.train)
             measuring = seconds(federation.run)
-            reporting = seconds(partial(show, federation, federation.comparable()))
+            reporting = seconds(partial(show, federation, comparable(federation)))
         costs = f"{training:.1f} | {measuring:.1f} | {reporting:.1f} | {reporting / measuring:.3f}"
         print(f"| {number} | {costs} |", flush=True)
 

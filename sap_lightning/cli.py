@@ -166,7 +166,10 @@ class SapCLI(CommandCLI):
             method = self.config_init.prune
         elif last != SAP.name and (given := self.given("prune")):
             raise InputError(f"{given}: merge.method is not sap, so nothing would use it; leave one of them out")
-        return MergeModule(self.model.base, self.model.templates, method, **settings)
+        merge = MergeModule(self.model.base, self.model.templates, method, **settings)
+        if self.command == "merge" and merge.weights == "samples" and not merge.merge_method.uses_weights:
+            raise InputError(f"merge.weights samples: clients count alike in {merge.merge_method.name}; leave it out")
+        return merge
 
     def _check_that_it_trains(self) -> None:
         """An adapter that was not trained is no upload."""

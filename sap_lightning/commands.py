@@ -17,6 +17,7 @@ from sap_lightning.cli import SapCLI
 from sap_lightning.data.folder import ImageFolderDataModule
 from sap_lightning.errors import InputError
 from sap_lightning.federation.client import UNTRAINED
+from sap_lightning.federation.comparable import comparable
 from sap_lightning.federation.one_shot import OneShotFederation, chosen_domains, server_logger
 from sap_lightning.federation.run_folder import SERVER_SETTINGS, SERVER_SETTINGS_OF_ROUNDS, write_settings
 from sap_lightning.federation.sweep import ALL, SEED, check, folder_of, measure
@@ -46,7 +47,7 @@ def fit(args: Sequence[str]) -> None:
     with locked(cli.config_init.federation.run_dir):
         federation = cli.federation()
         federation.run()
-        show(federation, federation.comparable(), cli.config_init.federation.report)
+        show(federation, comparable(federation), cli.config_init.federation.report)
 
 
 def _tune(args: Sequence[str]) -> None:

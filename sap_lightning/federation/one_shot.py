@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -32,8 +31,6 @@ from sap_lightning.modules.clip_prompt import CLIPPromptModule
 from sap_lightning.modules.merge import MergeModule
 from sap_lightning.modules.turn import ONE_SHOT
 from sap_lightning.results import Result, Results
-
-log = logging.getLogger(__name__)
 
 
 def server_logger(run_dir: str | Path) -> EventLogger:
@@ -199,63 +196,6 @@ class OneShotFederation:
     def wanted(self) -> list[Result]:
         """The points that this federation measures, without their metrics."""
         return [point.result for unseen in self.unseen for point in self.points_on(unseen)]
-
-    def comparable(self) -> Results:
-        """The points of this run and, to stand beside them, earlier merges of the same clients for the same domains.
-
-        Clients that sent prompts count as the same as those that sent adapters, in a run that has both.
-        """
-        points = [point for unseen in self.unseen for point in self.points_on(unseen)]
-        wanted = [point.result for point in points]
-        places = {result.place for result in wanted}
-        clients = {(of.unseen, *of.sources): adapters for of, adapters, *_ in points} | self._of_the_other_kind()
-        earlier = [
-            row
-            for row in self.results.rows
-            if (row.seed, row.variant) == (self.data.seed, self.plan.variant)
-            and row.place not in places
-            and (row.unseen, *row.sources) in clients
-            and self.results.has(row)
-        ]
-        earlier = self._measured_as_now(earlier, clients)
-        latest = {row.label: row.settings for row in earlier}
-        return self.results.only([*wanted, *(row for row in earlier if row.settings == latest[row.label])])
-
-    def _measured_as_now(
-        self, rows: Sequence[Result], adapters: Mapping[tuple[str, ...], Sequence[Adapter]]
-    ) -> list[Result]:
-        """Those of these rows that can be compared; of the others, as from before an image was added, the log says so.
-
-        Args:
-            rows: earlier ones.
-            adapters: of a row, by its unseen domain and the hashes of its sources.
-        """
-        now = self.points_of(self.sent)
-        kept = [row for row in rows if now.stands(row, adapters[row.unseen, *row.sources])]
-        if gone := {row.label for row in rows} - {row.label for row in kept}:
-            log.warning(
-                "not in the table, as what it was measured on or the precision has changed since: %s; measure it again",
-                ", ".join(sorted(gone)),
-            )
-        return kept
-
-    def _of_the_other_kind(self) -> dict[tuple[str, ...], Sequence[Adapter]]:
-        """What clients of the same domains sent of the other kind in this run: each one's, and all but an unseen one's.
-
-        By the unseen domain that it is for and the hashes of the adapters.
-        """
-        other = RunFolder(self.results.folder).of_kind("lora" if self.client.kind == "prompt" else "prompt")
-        found: dict[tuple[str, ...], Sequence[Adapter]] = {}
-        for unseen in self.unseen:
-            folder = other.last_round(unseen)
-            uploads = [folder.upload(domain) for domain in self.clients if domain != unseen]
-            try:
-                sent = self.merge.read_uploads([path for path in uploads if path.exists()])
-            except InputError as error:
-                log.warning("not beside these in the table: %s", error)
-                return {}
-            found |= {(unseen, *(one.sha256 for one in of)): of for of in [sent, *([one] for one in sent)]}
-        return found
 
     @property
     def merging(self) -> Mapping[str, MergeMethod]:

@@ -16,6 +16,7 @@ from sap_lightning import __version__
 from sap_lightning.cli import SapCLI
 from sap_lightning.console import quieten
 from sap_lightning.errors import InputError
+from sap_lightning.federation.comparable import comparable
 from sap_lightning.federation.handed import FOLDED, START
 from sap_lightning.federation.rounds import Asked
 from sap_lightning.federation.run_folder import RunFolder, is_held_to
@@ -188,7 +189,7 @@ def main(grid: Grid, context: Context) -> None:
         cli.federation(uploads=[], ask=sites.ask).check_server()
         federation = cli.federation(uploads=sites.first_uploads(), ask=sites.ask)
         federation.run()
-        show(federation, federation.comparable(), cli.config_init.federation.report)
+        show(federation, comparable(federation), cli.config_init.federation.report)
 
 
 def _register(grid: Grid, cli: SapCLI) -> Register | Partitions:

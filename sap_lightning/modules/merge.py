@@ -90,8 +90,6 @@ class MergeModule(CLIPEvaluator):
             if weights != "samples":
                 raise InputError(f"merge.max_share {max_share:g} is for merge.weights samples, got {weights}")
         self.method = method_named(method) if isinstance(method, str) else method
-        if weights == "samples" and self.method and not self.method.uses_weights:
-            raise InputError(f"merge.weights samples: clients count alike in {self.method.name}; leave it out")
         self.weights = weights
         self.max_share = max_share
         self.drop_heads = drop_heads
@@ -243,7 +241,7 @@ class MergeModule(CLIPEvaluator):
         adapters, rejected = Selection(self.adapters, [])
         if self.reject_outliers:
             adapters, rejected = without_outliers(self.adapters, required(anchors, method))
-        weights = self.weights_of(adapters)
+        weights = self.weights_of(adapters) if method.uses_weights else client_weights(adapters)
         prepared = method.prepare(adapters, weights, anchors)
         update = prepared.apply(self._sparsity)
         if anchors is not None and not self.reject_outliers and len(adapters) >= LEAST_VALUES:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import logging
 import os
 import shutil
@@ -10,7 +9,6 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 
@@ -26,7 +24,6 @@ from federation.runs import (
     contents,
     lines_of,
     outcome,
-    shown_rows,
     stored,
     table,
     times,
@@ -132,43 +129,6 @@ def test_damaged_files_of_a_run_are_named_and_made_anew_to_the_same_bytes(copy, 
     assert after == before and times(copy, "uploads/*/*") == trained
     for name in set(damaged) - {"results.csv", "table.md"}:
         assert f"{copy / name}" in caplog.text
-
-
-def test_the_table_is_of_the_clients_that_take_part(copy, run):
-    here = [f"--federation.run_dir={copy}", "--federation.report=false"]
-    run("fit", "--merge.method=ties", *here)
-    before = shown_rows(copy)
-    run("fit", "--federation.clients=[cartoon,photo]", "--federation.unseen=sketch", *here)
-    after = shown_rows(copy)
-    assert list(after) == ["zero-shot", "client cartoon", "client photo", "best client", "average", "sap"]
-    assert len(before) == 9 and len(lines_of(copy)) == 4 * 7 + 2, "what was measured of all clients is kept"
-    sources = json.loads((copy / "merged" / "sketch" / "sap" / "merge.json").read_text())["sources"]
-    assert {source["name"] for source in sources} == {"cartoon", "photo"} and len(sources) == 2
-    assert sources == sorted(sources, key=lambda source: source["sha256"]), "in the order of their content"
-    run("fit", *here)
-    assert {**shown_rows(copy), "ties": before["ties"]} == before, "earlier merges of the same clients stand beside"
-    record = json.loads((copy / "merged" / "sketch" / "sap" / "merge.json").read_text())
-    assert len(record["sources"]) == 3
-
-
-@pytest.fixture
-def one_more(world) -> Iterator[Callable[[], None]]:
-    """Adds an image to the photos of all tests' world, for the time of a test."""
-    image = min((world / "domains" / "photo").rglob("*.png"))
-    yield lambda: shutil.copy(image, image.with_stem("zz"))
-    image.with_stem("zz").unlink()
-
-
-def test_a_row_measured_before_an_image_was_added_is_not_in_the_table(copy, run, one_more, caplog, monkeypatch):
-    monkeypatch.setattr(logging.getLogger("sap_lightning"), "propagate", True)
-    here = [f"--federation.run_dir={copy}", "--federation.report=false", "--federation.unseen=photo"]
-    run("fit", "--merge.method=ties", *here)
-    assert "ties" in shown_rows(copy)
-    one_more()
-    run("fit", *here)
-    assert "ties" not in shown_rows(copy) and ": ties; measure it again" in caplog.text
-    run("fit", "--merge.method=ties", *here)
-    assert {"ties", "average", "sap"} < shown_rows(copy).keys()
 
 
 def test_the_settings_that_a_row_names_by_their_hash_are_kept(copy):

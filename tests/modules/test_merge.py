@@ -182,10 +182,15 @@ def test_a_rank_compresses_a_dense_merge_and_reports_the_error(merge, uploads):
     assert 1 > errors[0] > errors[1] > 0
 
 
+@pytest.mark.parametrize("method", ["--merge.method=median", "--merge.method=krum", "--prune.consensus=median"])
+def test_numbers_of_images_are_refused_where_clients_count_alike(merge, uploads, method):
+    with pytest.raises(InputError, match=r"merge\.weights samples: clients count alike in (median|krum|sap)"):
+        merge(uploads, method, "--merge.weights=samples")
+
+
 @pytest.mark.parametrize("method", [Median(), LiNeS(Median(), alpha=1.0), SAP(consensus="median"), Krum()])
-def test_numbers_of_images_are_refused_where_clients_count_alike(method):
-    with pytest.raises(InputError, match=rf"merge\.weights samples: clients count alike in {method.name}"):
-        MergeModule(SHAPES_CLIP, method=method, weights="samples")
+def test_methods_in_which_clients_count_alike_say_so(method):
+    assert not method.uses_weights
 
 
 @pytest.mark.parametrize("settings", [{"rank": 0}, {"rank": 4, "format": "model"}])
