@@ -42,6 +42,18 @@ class Calibration:
         """The mean."""
         return float(torch.cat([self.losses(self.tower, batch) for batch in self.batches]).double().mean())
 
+    @torch.no_grad()
+    def answers(self) -> Tensor:
+        """What the model says of the first batch: logits of the next token (n, vocabulary) or features (n, d)."""
+        said: list[Any] = []
+        handle = self.tower.register_forward_hook(lambda module, args, output: said.append(output))
+        try:
+            self.losses(self.tower, self.batches[0])
+        finally:
+            handle.remove()
+        answers: Tensor = said[0].logits[:, -1] if "logits" in said[0] else said[0].image_embeds
+        return answers
+
     @torch.enable_grad()
     def gradients(self, layers: Mapping[str, nn.Module]) -> dict[str, Tensor]:
         """G = ∂L/∂W of the mean loss for the weights of linear layers, shape (d_out, d_in) each, by the same names."""

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
+from typing import cast
 
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoModelForCausalLM, CLIPModel, PreTrainedModel
+from torch.nn.functional import normalize
+from transformers import AutoConfig, AutoModelForCausalLM, CLIPModel, CLIPVisionModelWithProjection, PreTrainedModel
 
 from sap_lightning.checkpoints.checkpoint import Checkpoint
 from sap_lightning.checkpoints.keys import matched
@@ -21,7 +23,7 @@ from sap_lightning.data.texts import TokenRows
 from sap_lightning.errors import InputError, first_line
 from sap_lightning.io.rules import RANK, Rule, errors_in, object_from, require
 from sap_lightning.io.upload_files import regular_file
-from sap_lightning.models.clip import load_base
+from sap_lightning.models.clip import load_base, vision_tower
 from sap_lightning.models.language import load_language_model, tokenizer_of
 
 COMPRESSED_FILE = "compressed.safetensors"
@@ -31,7 +33,8 @@ RANKS = Rule(lambda value: isinstance(value, dict), "ranks by layer")
 ROWS = 4
 IMAGES = 16
 """How many rows of tokens and images a model is shown at a time."""
-
+SAMPLE = 16
+"""Tokens of a text of no meaning."""
 
 Data = TokenRows | AnchorDataModule
 
@@ -58,6 +61,30 @@ def opened(checkpoint: Checkpoint, data: Data | None) -> tuple[nn.Module, Calibr
         return model, None
     rows = data.ids(tokenizer_of(checkpoint.folder, "compress.texts")).split(ROWS)
     return model, Calibration(model, [(some,) for some in rows], next_token_losses)
+
+
+def reopened(folder: Path) -> nn.Module:
+    """What of a compressed model in a folder `opened` would give.
+
+    Raises:
+        InputError: when it cannot be loaded.
+    """
+    if not (folder / RANKS_FILE).is_file():
+        return opened(Checkpoint(str(folder)), None)[0]
+    model = load_compressed(folder)
+    return vision_tower(model) if isinstance(model, CLIPModel) else model
+
+
+def sample(tower: nn.Module) -> Calibration:
+    """A text or an image of no meaning, to tell one model from another by."""
+    config = cast(PreTrainedModel, tower).config
+    if not isinstance(tower, CLIPVisionModelWithProjection):
+        tokens = torch.arange(SAMPLE) % config.get_text_config().vocab_size
+        return Calibration(tower, [(tokens[None],)], next_token_losses)
+    generator = torch.Generator().manual_seed(0)
+    image = torch.randn(1, config.num_channels, config.image_size, config.image_size, generator=generator)
+    caption = normalize(torch.randn(1, config.projection_dim, generator=generator), dim=-1)
+    return Calibration(tower, [(image, caption)], caption_losses, answer=0)
 
 
 def load_compressed(folder: str | Path) -> PreTrainedModel:

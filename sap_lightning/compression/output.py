@@ -14,14 +14,14 @@ import torch
 from huggingface_hub import ModelCard, ModelCardData
 from safetensors import safe_open
 from safetensors.torch import save_file
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import AutoConfig
 
 from sap_lightning.checkpoints.checkpoint import CONFIG_FILE, INDEX_FILE, WEIGHTS_FILE, Checkpoint
 from sap_lightning.checkpoints.keys import matched
-from sap_lightning.compression.blocks import Blocks
+from sap_lightning.compression.blocks import Blocks, shortened
 from sap_lightning.compression.loading import COMPRESSED_FILE, RANKS_FILE, is_clip
-from sap_lightning.compression.low_rank import LowRank
+from sap_lightning.compression.low_rank import LowRank, rounded
 from sap_lightning.errors import InputError
 from sap_lightning.files import as_json, sha256_of_file, write_json, write_text
 from sap_lightning.fingerprints import sealed
@@ -93,25 +93,46 @@ class Stored:
         return re.sub(rf"(^|\.){re.escape(name)}\.{number}\.", rf"\g<1>{name}.{place}.", key, count=1)
 
 
-def write_weights(folder: Path, stored: Stored, blocks: Blocks, changed: Collection[int], format: Format) -> None:
+@torch.no_grad()
+def settle(stored: Stored, blocks: Blocks, changed: Collection[int], format: Format) -> None:
+    """Makes of changed blocks what is written of them, so that this is what is measured: dense, and rounded.
+
+    Args:
+        stored: how weights are stored.
+        blocks: changed in place.
+        changed: numbers of those that differ from what is stored.
+        format: whether layers of low rank stay two factors or become one dense weight.
+
+    Raises:
+        InputError: when numbers are too large for how they are stored.
+    """
+    for number in changed:
+        for name, module in list(blocks[number].named_modules()):
+            if isinstance(module, LowRank) and format == "dense":
+                blocks.replace(number, name, module.dense())
+        for name, tensor in blocks[number].state_dict().items():
+            original = _original(name)
+            place = f"{stored.checkpoint.name}: {stored.key(number, original)}"
+            tensor.copy_(rounded(tensor, stored.dtype(number, original), place))
+
+
+def write_weights(folder: Path, stored: Stored, blocks: Blocks, changed: Collection[int]) -> None:
     """Writes all weights: changed blocks as they are now, the others bit for bit as they are on disk.
 
     Args:
         folder: to write to.
         stored: how they are stored.
-        blocks: those that are left.
+        blocks: those that are left, settled.
         changed: numbers of those that differ from what is stored.
-        format: whether layers of low rank are written as two factors or as one dense weight.
     """
     tensors = dict(_unchanged(stored, blocks.numbers, changed))
     for number in changed:
-        for name, tensor in block_weights(blocks[number], format).items():
-            layer, _, last = name.rpartition(".")
-            original = f"{layer}.weight" if last in ("down", "up") else name
+        for name, tensor in blocks[number].state_dict().items():
+            original, last = _original(name), name.rpartition(".")[2]
             key = stored.key(number, original).removesuffix(original.rpartition(".")[2]) + last
             place = blocks.numbers.index(number)
             tensors[stored.moved(key, number, place)] = tensor.to(stored.dtype(number, original)).contiguous()
-    ranks = _ranks(stored.list_name, blocks) if format == "factors" else {}
+    ranks = _ranks(stored.list_name, blocks)
     save_file(tensors, folder / (COMPRESSED_FILE if ranks else WEIGHTS_FILE), {"format": "pt"})
     if ranks:
         write_json(folder / RANKS_FILE, {"ranks": ranks})
@@ -129,15 +150,10 @@ def _unchanged(stored: Stored, numbers: Sequence[int], changed: Collection[int])
                     yield stored.moved(key, number, numbers.index(number)), file.get_tensor(key)
 
 
-def block_weights(block: nn.Module, format: Format) -> dict[str, Tensor]:
-    """The weights of a block by name, with layers of low rank as two factors or as one dense weight."""
-    weights = {name: tensor.detach() for name, tensor in block.state_dict().items()}
-    if format == "dense":
-        for name, module in block.named_modules():
-            if isinstance(module, LowRank):
-                weights[f"{name}.weight"] = module.dense().detach()
-                del weights[f"{name}.down"], weights[f"{name}.up"]
-    return weights
+def _original(name: str) -> str:
+    """The weight that a weight of a block stands for, by their names in it."""
+    layer, _, last = name.rpartition(".")
+    return f"{layer}.weight" if last in ("down", "up") else name
 
 
 def _ranks(list_name: str, blocks: Blocks) -> dict[str, int]:
@@ -156,11 +172,9 @@ def write_beside(folder: Path, checkpoint: Checkpoint, blocks: Blocks) -> None:
         if name not in NOT_TAKEN_OVER:
             shutil.copyfile(path, folder / name)
     numbers, config = blocks.numbers, as_json(checkpoint.config)
-    own = config.setdefault("vision_config", {}) if is_clip(checkpoint) else config
-    if numbers != list(range(len(numbers))) or own.get(_length_key(checkpoint), len(numbers)) != len(numbers):
-        own[_length_key(checkpoint)] = len(numbers)
-        if isinstance(own.get("layer_types"), list):
-            own["layer_types"] = [own["layer_types"][number] for number in numbers]
+    if len(numbers) < blocks.at_first:
+        own = config.setdefault("vision_config", {}) if is_clip(checkpoint) else config
+        own |= {_length_key(checkpoint): len(numbers), **shortened(own, numbers, blocks.at_first)}
         write_json(folder / CONFIG_FILE, config)
 
 
