@@ -214,6 +214,11 @@ class Compression:
         tower, shown = opened(checkpoint, data)
         blocks = Blocks(tower)
         stored = Stored.of(checkpoint, blocks)
+        if self.format == "factors" and stored.made:
+            raise InputError(
+                f"{self.model}: has no {stored.made[0]}, which transformers makes of other weights, and"
+                " load_compressed does not; take --compress.format dense"
+            )
         first, redundancy = (shown.loss(), shown.redundancy(blocks)) if shown else (0.0, [])
         changed, findings = self._compress(Work(blocks, stored, shown, workplace), redundancy)
         if shown and self.recovery_epochs:

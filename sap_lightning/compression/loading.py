@@ -17,11 +17,11 @@ from sap_lightning.checkpoints.checkpoint import Checkpoint
 from sap_lightning.checkpoints.keys import matched
 from sap_lightning.compression.blocks import LINEAR
 from sap_lightning.compression.calibration import Calibration, caption_losses, next_token_losses
-from sap_lightning.compression.low_rank import empty_in_place_of
+from sap_lightning.compression.low_rank import empty_in_place_of, weight_of
 from sap_lightning.data.anchors import AnchorDataModule
 from sap_lightning.data.texts import TokenRows
 from sap_lightning.errors import InputError, first_line
-from sap_lightning.io.rules import RANK, Rule, errors_in, object_from, require
+from sap_lightning.io.rules import Rule, errors_in, is_integer, object_from, require
 from sap_lightning.io.upload_files import regular_file
 from sap_lightning.models.clip import load_base, vision_tower
 from sap_lightning.models.language import load_language_model, tokenizer_of
@@ -95,12 +95,13 @@ def load_compressed(folder: str | Path) -> PreTrainedModel:
     """
     folder = Path(folder)
     ranks = _ranks_in(folder)
-    model = _blank(folder)
+    model = blank(folder)
     with errors_in(folder / RANKS_FILE):
         for name, rank in ranks.items():
             layer = dict(model.named_modules()).get(name)
             if type(layer) not in LINEAR or layer is None:
                 raise InputError(f"{name} is no linear layer of the model; compress it again")
+            require(f"the rank of {name}", rank, _rank_of(layer))
             model.set_submodule(name, empty_in_place_of(layer, rank))
     with errors_in(folder / COMPRESSED_FILE):
         _fill(model, _tensors_in(folder))
@@ -113,13 +114,15 @@ def _ranks_in(folder: Path) -> dict[str, int]:
     with errors_in(folder / RANKS_FILE):
         content = object_from(regular_file(folder, RANKS_FILE).read_bytes())
         require("ranks", content.get("ranks"), RANKS)
-        for name, rank in content["ranks"].items():
-            if rank != 0:
-                require(f"the rank of {name}", rank, RANK)
         return dict(content["ranks"])
 
 
-def _blank(folder: Path) -> PreTrainedModel:
+def _rank_of(layer: nn.Module) -> Rule:
+    most = min(weight_of(layer).shape)
+    return Rule(lambda value: is_integer(value, 0, most), f"an integer from 0 to {most}")
+
+
+def blank(folder: Path) -> PreTrainedModel:
     """A model of the folder's config, its weights not loaded."""
     try:
         config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
@@ -152,6 +155,8 @@ def _fill(model: nn.Module, tensors: Mapping[str, Tensor]) -> None:
     if left := sorted(tensors.keys() - set(keys.values())):
         raise InputError(f"{left[0]} is no weight of the model; compress it again")
     for name, key in keys.items():
+        if not tensors[key].is_floating_point():
+            raise InputError(f"{key} is of {tensors[key].dtype}, no floating point; compress the model again")
         if weights[name].shape != tensors[key].shape:
             raise InputError(
                 f"{key} has the shape {tuple(tensors[key].shape)}, expected {tuple(weights[name].shape)}; compress the"

@@ -19,6 +19,8 @@ from transformers import (
     CLIPModel,
     GPT2Config,
     GPT2LMHeadModel,
+    GPTNeoXConfig,
+    GPTNeoXForCausalLM,
     MixtralConfig,
     MixtralForCausalLM,
     SmolLM3Config,
@@ -31,6 +33,7 @@ from sap_lightning.compression.loading import load_compressed
 from sap_lightning.compression.low_rank import LowRank
 from sap_lightning.errors import InputError
 
+UNSHOWN = {"texts": None, "rows": None, "tokens": None}
 TOKENS = torch.arange(20).view(2, 10) % 11
 
 
@@ -186,7 +189,7 @@ def gpt2(folder: Path, **options) -> str:
 
 
 def test_conv1d_layers_and_their_biases_are_compressed_too(compressed, tmp_path) -> None:
-    options = {"texts": None, "rows": None, "tokens": None, "layers": [1], "score": "sigma", "retain": 0.25}
+    options = {**UNSHOWN, "layers": [1], "score": "sigma", "retain": 0.25}
     model = gpt2(tmp_path / "gpt2")
     factors, dense = (compressed(form, model, format=form, **options) for form in ("factors", "dense"))
     assert_close(logits(load_compressed(factors)), logits(plain(dense)), atol=1e-5, rtol=1e-5)
@@ -200,10 +203,46 @@ def test_conv1d_layers_and_their_biases_are_compressed_too(compressed, tmp_path)
 def test_experts_are_refused_by_name(compressed, tmp_path) -> None:
     sizes = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 2, "vocab_size": 40}
     heads = {"num_attention_heads": 2, "num_key_value_heads": 1, "num_local_experts": 2}
-    model = str(saved(MixtralForCausalLM(MixtralConfig(**sizes, **heads)), tmp_path / "mixtral"))
-    with pytest.raises(InputError, match=r"model.layers.1.mlp\S* \w+ with a weight of shape \S+ .* is no linear layer"):
-        compressed(model=model, texts=None, rows=None, tokens=None, layers=[1], score="sigma")
+    whole = MixtralForCausalLM(MixtralConfig(**sizes, **heads)).eval()
+    model = str(saved(whole, tmp_path / "mixtral"))
+    options = {**UNSHOWN, "model": model, "layers": [0]}
+    with pytest.raises(InputError, match=r"model.layers.0.mlp\S* \w+ with a weight of shape \S+ .* is no linear layer"):
+        compressed(score="sigma", format="dense", **options)
+    with pytest.raises(
+        InputError, match=r"has no model.layers.0.mlp\S+, which transformers makes of .*compress.format dense"
+    ):
+        compressed(score="sigma", **options)
     assert not (tmp_path / "out").exists()
+    found = plain(compressed(method="drop", **options))
+    whole.model.layers = nn.ModuleList(whole.model.layers[1:])
+    with torch.inference_mode():
+        assert_close(logits(found), whole(TOKENS, use_cache=False).logits)
+
+
+def test_buffers_of_old_versions_are_left_out(compressed, tmp_path) -> None:
+    folder = Path(gpt2(tmp_path / "gpt2"))
+    weights = weights_in(folder)
+    old = {
+        f"transformer.h.{block}.attn.{name}": torch.ones(4) for block in range(3) for name in ("bias", "masked_bias")
+    }
+    for file in folder.glob("model*"):
+        file.unlink()
+    save_file(weights | old, folder / "model.safetensors", {"format": "pt"})
+    dropped = weights_in(compressed("dropped", str(folder), method="drop", layers=[0], **UNSHOWN))
+    assert dropped.keys() == {key for key in weights if ".h.2." not in key}
+    factors = compressed("factors", str(folder), layers=[0], score="sigma", **UNSHOWN)
+    assert len(load_compressed(factors).transformer.h) == 3 and not old.keys() & weights_in(factors).keys()
+
+
+def test_a_weight_of_another_name_on_disk_is_found_again(compressed, tmp_path) -> None:
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
+    model = str(saved(GPTNeoXForCausalLM(GPTNeoXConfig(**sizes, vocab_size=40)), tmp_path / "neox"))
+    assert "embed_out.weight" in weights_in(Path(model))
+    options = {**UNSHOWN, "layers": [1], "score": "sigma", "retain": 0.25}
+    factors, dense = (compressed(form, model, format=form, **options) for form in ("factors", "dense"))
+    assert weights_in(dense).keys() == weights_in(Path(model)).keys()
+    assert_close(logits(load_compressed(factors)), logits(plain(dense)), atol=1e-5, rtol=1e-5)
 
 
 # Blocks dropped
@@ -220,16 +259,13 @@ def test_a_model_without_blocks_is_the_one_built_by_hand(compressed, speaker) ->
     assert weights_in(out).keys() == set(model.state_dict())
 
 
-SHOWN = {"texts": None, "rows": None, "tokens": None}
-
-
 def test_what_a_config_says_of_each_block_goes_with_it(compressed, tmp_path) -> None:
     torch.manual_seed(0)
     whole = SmolLM3ForCausalLM(
         SmolLM3Config(**SIZES | {"num_hidden_layers": 4}, no_rope_layers=[1, 0, 1, 1], pad_token_id=0)
     )
     model = str(saved(whole.eval(), tmp_path / "smol"))
-    found = plain(compressed(model=model, method="drop", layers=[0, 2], **SHOWN))
+    found = plain(compressed(model=model, method="drop", layers=[0, 2], **UNSHOWN))
     assert found.config.no_rope_layers == [0, 1] and len(found.config.layer_types) == 2
     whole.model.layers = nn.ModuleList([whole.model.layers[1], whole.model.layers[3]])
     with torch.inference_mode():
@@ -242,9 +278,9 @@ def test_blocks_that_do_another_thing_in_another_place_are_refused(compressed, t
         r"gpt2: what drop leaves of GPT2LMHeadModel is another model where it is loaded, .* choose other compress.layer"
     )
     with pytest.raises(InputError, match=said):
-        compressed(model=model, method="drop", layers=[0], **SHOWN)
+        compressed(model=model, method="drop", layers=[0], **UNSHOWN)
     assert not (tmp_path / "out").exists()
-    assert compressed(model=model, method="drop", layers=[2], **SHOWN).is_dir()
+    assert compressed(model=model, method="drop", layers=[2], **UNSHOWN).is_dir()
 
 
 # What stands on disk
@@ -267,6 +303,7 @@ def damaged(folder: Path, change) -> None:
         (lambda tensors: tensors.pop("model.norm.weight"), "model.norm.weight is not there"),
         (lambda tensors: tensors.update(more=torch.ones(1)), "more is no weight of the model"),
         (lambda tensors: tensors.update({"model.norm.weight": torch.ones(3)}), r"has the shape \(3,\), expected"),
+        (lambda tensors: tensors.update({"model.norm.weight": torch.ones(32).int()}), "is of torch.int32, no floating"),
     ],
 )  # fmt: skip
 def test_weights_that_do_not_fit_are_refused(compressed, change, said) -> None:
@@ -282,6 +319,9 @@ def test_weights_that_do_not_fit_are_refused(compressed, change, said) -> None:
         ({"model.layers.0.nothing": 2}, "model.layers.0.nothing is no linear layer"),
         ({"model.layers.0.mlp": 2}, "model.layers.0.mlp is no linear layer"),
         ({"model.layers.0.mlp.up_proj": -1}, "the rank of model.layers.0.mlp.up_proj is -1"),
+        ({"model.layers.0.mlp.up_proj": 33}, "up_proj is 33, expected an integer from 0 to 32"),
+        ({"model.layers.0.mlp.up_proj": False}, "up_proj is False, expected an integer from 0 to 32"),
+        ({"model.layers.0.mlp.up_proj": 0.0}, "up_proj is 0.0, expected an integer from 0 to 32"),
         ([], "ranks is .., expected ranks by layer"),
     ],
 )
@@ -448,7 +488,7 @@ def test_quantised_weights_are_refused_by_name(compressed, speaker, tmp_path) ->
     (shard,) = (path for path in folder.glob("*.safetensors") if key in load_file(path))
     tensors = load_file(shard)
     save_file({**tensors, key: tensors[key].to(torch.float8_e4m3fn)}, shard, {"format": "pt"})
-    with pytest.raises(InputError, match=rf"quantised: {key} is stored as F8_E4M3; compress it in floating"):
+    with pytest.raises(InputError, match=rf"quantised: {key} is stored as F8_E4M3; save the model in float32"):
         compressed(model=str(folder), layers=[1, 2])
     assert not (tmp_path / "out").exists()
 
