@@ -48,8 +48,9 @@ def opened(checkpoint: Checkpoint, data: Data | None) -> tuple[nn.Module, Calibr
     """What of a checkpoint is compressed, frozen in float32, and what it is shown.
 
     Raises:
-        InputError: when the model cannot be loaded, or the data are none for it.
+        InputError: when the model cannot be loaded or has a weight that is not finite, or the data are none for it.
     """
+    _check_finite(checkpoint)
     if is_clip(checkpoint):
         base = load_base(str(checkpoint.folder))
         if not isinstance(data, AnchorDataModule):
@@ -61,6 +62,14 @@ def opened(checkpoint: Checkpoint, data: Data | None) -> tuple[nn.Module, Calibr
         return model, None
     rows = data.ids(tokenizer_of(checkpoint.folder, "compress.texts")).split(ROWS)
     return model, Calibration(model, [(some,) for some in rows], next_token_losses)
+
+
+def _check_finite(checkpoint: Checkpoint) -> None:
+    for shard in checkpoint.shards:
+        with checkpoint.opened(shard) as tensors:
+            for key in filter(checkpoint.is_float, checkpoint.keys_of(shard)):
+                if not tensors.tensor(key).isfinite().all():
+                    raise InputError(f"{key} has numbers that are not finite; take a model without them")
 
 
 def reopened(folder: Path) -> nn.Module:

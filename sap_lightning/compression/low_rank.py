@@ -75,7 +75,7 @@ def rounded(tensor: Tensor, dtype: torch.dtype, place: str) -> Tensor:
     result = tensor.to(dtype)
     if not result.isfinite().all():
         raise InputError(
-            f"{place}: has numbers that {str(dtype).removeprefix('torch.')} cannot hold once it is compressed; save the"
+            f"{place} has numbers that {str(dtype).removeprefix('torch.')} cannot hold once it is compressed; save the"
             " model in bfloat16 or float32"
         )
     return result

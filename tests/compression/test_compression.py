@@ -34,6 +34,7 @@ from sap_lightning.compression.low_rank import LowRank
 from sap_lightning.errors import InputError
 
 UNSHOWN = {"texts": None, "rows": None, "tokens": None}
+UP = "model.layers.1.mlp.up_proj.weight"
 TOKENS = torch.arange(20).view(2, 10) % 11
 
 
@@ -484,13 +485,61 @@ def test_anchors_that_nobody_is_shown_are_refused(run, speaker, texts, tmp_path)
 
 def test_quantised_weights_are_refused_by_name(compressed, speaker, tmp_path) -> None:
     folder = Path(shutil.copytree(speaker, tmp_path / "quantised"))
-    key = "model.layers.1.mlp.up_proj.weight"
-    (shard,) = (path for path in folder.glob("*.safetensors") if key in load_file(path))
+    (shard,) = (path for path in folder.glob("*.safetensors") if UP in load_file(path))
     tensors = load_file(shard)
-    save_file({**tensors, key: tensors[key].to(torch.float8_e4m3fn)}, shard, {"format": "pt"})
-    with pytest.raises(InputError, match=rf"quantised: {key} is stored as F8_E4M3; save the model in float32"):
+    save_file({**tensors, UP: tensors[UP].to(torch.float8_e4m3fn)}, shard, {"format": "pt"})
+    with pytest.raises(InputError, match=rf"quantised: {UP} is stored as F8_E4M3; save the model in float32"):
         compressed(model=str(folder), layers=[1, 2])
     assert not (tmp_path / "out").exists()
+
+
+def with_weight(speaker: str, folder: Path, change, dtype=torch.float32) -> tuple[str, str]:
+    """A copy of a model, in a dtype, with one weight of block 1 changed, and that weight's file."""
+    shutil.copytree(speaker, folder)
+    found = ""
+    for shard in folder.glob("*.safetensors"):
+        tensors = {key: tensor.to(dtype) for key, tensor in load_file(shard).items()}
+        if UP in tensors:
+            change(tensors[UP])
+            found = shard.name
+        save_file(tensors, shard, {"format": "pt"})
+    return str(folder), found
+
+
+@pytest.mark.parametrize("number", [torch.nan, -torch.inf])
+def test_weights_that_are_not_finite_are_refused_by_name(compressed, speaker, tmp_path, number) -> None:
+    model, file = with_weight(speaker, tmp_path / "faulty", lambda weight: weight[0, 0].fill_(number))
+    for options in ({"method": "drop"}, {"method": "gradpruner", "steps": 2}, {"score": "sigma", "layers": [1]}):
+        with pytest.raises(InputError, match=rf"faulty/{file}: {UP} has numbers that are not finite; take a model"):
+            compressed(model=model, **options)
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_loss_that_is_not_finite_is_refused(compressed, speaker, tmp_path) -> None:
+    model, _ = with_weight(speaker, tmp_path / "huge", lambda weight: weight.fill_(3e38))
+    with pytest.raises(InputError, match=r"LlamaForCausalLM: its loss on what it is shown is nan; look for weights"):
+        compressed(model=model, method="drop")
+    assert not (tmp_path / "out").exists()
+
+
+def test_weights_that_their_dtype_cannot_hold_are_refused_by_name(compressed, speaker, tmp_path) -> None:
+    generator = torch.Generator().manual_seed(0)
+
+    def change(weight: Tensor) -> None:
+        weight.copy_(torch.randn(weight.shape, generator=generator).sign() * 60000)
+
+    model, _ = with_weight(speaker, tmp_path / "half", change, torch.float16)
+    options = {**UNSHOWN, "model": model, "layers": [1], "score": "sigma", "retain": 0.2}
+    with pytest.raises(InputError, match=rf"half: {UP} has numbers that float16 cannot hold once it is compressed"):
+        compressed(format="dense", **options)
+    assert not (tmp_path / "out").exists()
+
+
+def test_models_in_float64_are_compressed(compressed, speaker, tmp_path) -> None:
+    model, _ = with_weight(speaker, tmp_path / "double", lambda weight: None, torch.float64)
+    out = compressed(model=model, layers=[1], retain=0.25)
+    assert {weight.dtype for weight in weights_in(out).values()} == {torch.float64}
+    assert_close(logits(load_compressed(out)), logits(load_compressed(compressed("single", layers=[1], retain=0.25))))
 
 
 def test_a_result_that_stands_is_not_overwritten(compressed) -> None:
