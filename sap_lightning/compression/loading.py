@@ -19,12 +19,12 @@ from sap_lightning.compression.blocks import LINEAR
 from sap_lightning.compression.calibration import Calibration, caption_losses, next_token_losses
 from sap_lightning.compression.low_rank import empty_in_place_of, weight_of
 from sap_lightning.data.anchors import AnchorDataModule
-from sap_lightning.data.texts import TokenRows
+from sap_lightning.data.texts import TokenRows, check_tokens
 from sap_lightning.errors import InputError, first_line
 from sap_lightning.io.rules import Rule, errors_in, is_integer, object_from, require
 from sap_lightning.io.upload_files import regular_file
 from sap_lightning.models.clip import load_base, vision_tower
-from sap_lightning.models.language import load_language_model, tokenizer_of
+from sap_lightning.models.language import language_config, load_language_model, tokenizer_of
 
 COMPRESSED_FILE = "compressed.safetensors"
 """Not the name that transformers looks for, which would draw what it does not find at random."""
@@ -50,6 +50,7 @@ def opened(checkpoint: Checkpoint, data: Data | None) -> tuple[nn.Module, Calibr
     Raises:
         InputError: when the model cannot be loaded or has a weight that is not finite, or the data are none for it.
     """
+    ids = _ids(checkpoint, data) if isinstance(data, TokenRows) else None
     _check_finite(checkpoint)
     if is_clip(checkpoint):
         base = load_base(str(checkpoint.folder))
@@ -58,10 +59,17 @@ def opened(checkpoint: Checkpoint, data: Data | None) -> tuple[nn.Module, Calibr
         shown = zip(data.images().split(IMAGES), base.texts(data.captions).split(IMAGES), strict=True)
         return base.tower, Calibration(base.tower, list(shown), caption_losses, answer=0)
     model = load_language_model(checkpoint.folder).requires_grad_(False)
-    if not isinstance(data, TokenRows):
+    if ids is None:
         return model, None
-    rows = data.ids(tokenizer_of(checkpoint.folder, "compress.texts")).split(ROWS)
-    return model, Calibration(model, [(some,) for some in rows], next_token_losses)
+    return model, Calibration(model, [(rows,) for rows in ids.split(ROWS)], next_token_losses)
+
+
+def _ids(checkpoint: Checkpoint, data: TokenRows) -> Tensor:
+    """The rows of tokens that a language model is shown, as far as it can be."""
+    ids = data.ids(tokenizer_of(checkpoint.folder, "compress.texts"))
+    config = language_config(checkpoint.folder)
+    check_tokens([ids], config, checkpoint.name, data.place, "lower --compress.tokens")
+    return ids
 
 
 def _check_finite(checkpoint: Checkpoint) -> None:
@@ -88,7 +96,8 @@ def sample(tower: nn.Module) -> Calibration:
     """A text or an image of no meaning, to tell one model from another by."""
     config = cast(PreTrainedModel, tower).config
     if not isinstance(tower, CLIPVisionModelWithProjection):
-        tokens = torch.arange(SAMPLE) % config.get_text_config().vocab_size
+        inner = config.get_text_config()
+        tokens = torch.arange(min(SAMPLE, getattr(inner, "max_position_embeddings", SAMPLE))) % inner.vocab_size
         return Calibration(tower, [(tokens[None],)], next_token_losses)
     generator = torch.Generator().manual_seed(0)
     image = torch.randn(1, config.num_channels, config.image_size, config.image_size, generator=generator)

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 from kills import killed
-from llamas import SIZES, contents, llama, saved, weights_in
+from llamas import SIZES, contents, llama, saved, tokenizer, weights_in
 from places import SHAPES_CLIP
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
@@ -28,6 +28,7 @@ from transformers import (
 )
 
 from sap_lightning.compression import compression as asked
+from sap_lightning.compression import loading
 from sap_lightning.compression.compression import Compression
 from sap_lightning.compression.loading import load_compressed
 from sap_lightning.compression.low_rank import LowRank
@@ -183,7 +184,8 @@ def test_factors_are_stored_in_the_weights_own_dtype(compressed, speaker, tmp_pa
 
 def gpt2(folder: Path, **options) -> str:
     torch.manual_seed(0)
-    model = GPT2LMHeadModel(GPT2Config(n_embd=16, n_layer=3, n_head=2, vocab_size=40, n_positions=32, **options))
+    sizes = {"n_embd": 16, "n_layer": 3, "n_head": 2, "vocab_size": 40, "n_positions": 32}
+    model = GPT2LMHeadModel(GPT2Config(**sizes | options))
     for layer in model.transformer.h:
         nn.init.normal_(layer.mlp.c_fc.bias)
     return str(saved(model, folder))
@@ -461,6 +463,21 @@ def test_settings_that_are_none_or_contradict_are_refused(compressed, settings, 
 def test_what_does_not_fit_the_model_or_the_text_is_refused(compressed, settings, said, tmp_path) -> None:
     with pytest.raises(InputError, match=said):
         compressed(**settings)
+    assert not (tmp_path / "out").exists()
+
+
+def test_texts_that_the_model_cannot_be_shown_are_refused_before_a_weight_is_read(
+    compressed, tmp_path, monkeypatch
+) -> None:
+    monkeypatch.setattr(loading, "load_language_model", None)
+    short = gpt2(tmp_path / "short", n_positions=15)
+    few = str(saved(llama(vocab_size=5), tmp_path / "few"))
+    for model in (short, few):
+        tokenizer().save_pretrained(model)
+    with pytest.raises(InputError, match=r"takes 16 positions, and \S+short has 15; lower --compress.tokens"):
+        compressed(model=short)
+    with pytest.raises(InputError, match=r"the tokenizer makes token 10 of it, and \S+few has a vocabulary of 5"):
+        compressed(model=few)
     assert not (tmp_path / "out").exists()
 
 
