@@ -130,6 +130,11 @@ class Compression:
         self.layers = layers
         self.angular = angular
         self.grasp = Grasp(retain, compression, energy, score or "paper", refresh or "half", seed)
+        if refresh and not self.grasp.needs_gradients:
+            raise InputError(
+                f"compress.refresh {refresh}: is of gradients, at which compress.score {score} does not look; leave"
+                " it out"
+            )
         self.texts = texts
         self.rows = 32 if rows is None else rows
         self.tokens = 128 if tokens is None else tokens
@@ -179,7 +184,7 @@ class Compression:
         """
         checkpoint, output = Checkpoint(self.model), Path(self.output)
         data = self._data(checkpoint, anchors)
-        workplace = output.with_name(f".{output.name}.compressing")
+        workplace = output.parent / f".{output.name}.compressing"
         plan = digest(self.record, checkpoint.fingerprint, _shown(data))
         if _plan_in(output) != plan:
             refuse_existing(output)
@@ -222,6 +227,11 @@ class Compression:
         first, redundancy = (shown.loss(), shown.redundancy(blocks)) if shown else (0.0, [])
         changed, findings = self._compress(Work(blocks, stored, shown, workplace), redundancy)
         if shown and self.recovery_epochs:
+            if not changed:
+                raise InputError(
+                    f"compress.recovery_epochs: {self.method} has changed no block that is left, so that none could be"
+                    " trained; leave it out"
+                )
             findings["loss before recovery"] = shown.loss()
             recover(shown, [blocks[number] for number in changed], self.recovery_epochs, self.seed)
         settle(stored, blocks, changed, self.format)
@@ -280,7 +290,7 @@ def _shown(data: Data | None) -> dict[str, Any]:
 
 def _plan_in(folder: Path) -> str | None:
     file = folder / PLAN_FILE
-    return file.read_text() if file.is_file() else None
+    return file.read_text(errors="replace") if file.is_file() else None
 
 
 def _begin(workplace: Path, plan: str) -> None:

@@ -439,6 +439,10 @@ def test_clip_in_factors_loads_as_clip(clip) -> None:
         ({"method": "drop", "score": "code"}, "compress.score: drop would ignore it; it is for grasp"),
         ({"method": "drop", "format": "factors"}, "compress.format: drop would ignore it; it is for grasp"),
         ({"texts": None}, "compress.rows and compress.tokens are of compress.texts, which is not set"),
+        (
+            {"score": "sigma", "refresh": "once"},
+            "compress.refresh once: is of gradients, at which compress.score sigma",
+        ),
         ({"rows": 0}, "compress.rows must be at least 1"),
         ({"tokens": 1}, "compress.tokens must be at least 2"),
     ],
@@ -563,6 +567,16 @@ def test_a_result_that_stands_is_not_overwritten(compressed) -> None:
     compressed()
     with pytest.raises(InputError, match="already exists and is not overwritten"):
         compressed()
+
+
+@pytest.mark.parametrize("output", [".", "", ".."])
+def test_a_folder_without_a_name_is_not_overwritten(speaker, tmp_path, monkeypatch, output) -> None:
+    (tmp_path / "here").mkdir()
+    (tmp_path / "here" / "plan").write_bytes(b"\xff")
+    monkeypatch.chdir(tmp_path / "here")
+    with pytest.raises(InputError, match=r"^\.+: already exists and is not overwritten"):
+        Compression(speaker, output, layers=[1], score="sigma").run()
+    assert [path.name for path in tmp_path.rglob("*")] == ["here", "plan"]
 
 
 def test_a_model_without_blocks_or_tokenizer_is_refused(compressed, tmp_path) -> None:
