@@ -51,7 +51,6 @@ def opened(checkpoint: Checkpoint, data: Data | None) -> tuple[nn.Module, Calibr
         InputError: when the model cannot be loaded or has a weight that is not finite, or the data are none for it.
     """
     ids = _ids(checkpoint, data) if isinstance(data, TokenRows) else None
-    _check_finite(checkpoint)
     if is_clip(checkpoint):
         base = load_base(str(checkpoint.folder))
         if not isinstance(data, AnchorDataModule):
@@ -70,14 +69,6 @@ def _ids(checkpoint: Checkpoint, data: TokenRows) -> Tensor:
     config = language_config(checkpoint.folder)
     check_tokens([ids], config, checkpoint.name, data.place, "lower --compress.tokens")
     return ids
-
-
-def _check_finite(checkpoint: Checkpoint) -> None:
-    for shard in checkpoint.shards:
-        with checkpoint.opened(shard) as tensors:
-            for key in filter(checkpoint.is_float, checkpoint.keys_of(shard)):
-                if not tensors.tensor(key).isfinite().all():
-                    raise InputError(f"{key} has numbers that are not finite; take a model without them")
 
 
 def reopened(folder: Path) -> nn.Module:

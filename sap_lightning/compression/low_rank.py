@@ -9,6 +9,7 @@ from transformers.pytorch_utils import Conv1D
 
 from sap_lightning.errors import InputError
 from sap_lightning.functional.lora import LoRALayer
+from sap_lightning.io.weights import is_finite
 
 
 class LowRank(nn.Module):
@@ -73,7 +74,7 @@ def rounded(tensor: Tensor, dtype: torch.dtype, place: str) -> Tensor:
         InputError: when there is no room for its numbers, naming the place.
     """
     result = tensor.to(dtype)
-    if not result.isfinite().all():
+    if not is_finite(result):
         raise InputError(
             f"{place} has numbers that {str(dtype).removeprefix('torch.')} cannot hold once it is compressed; save the"
             " model in bfloat16 or float32"

@@ -514,30 +514,28 @@ def test_quantised_weights_are_refused_by_name(compressed, speaker, tmp_path) ->
     assert not (tmp_path / "out").exists()
 
 
-def with_weight(speaker: str, folder: Path, change, dtype=torch.float32) -> tuple[str, str]:
-    """A copy of a model, in a dtype, with one weight of block 1 changed, and that weight's file."""
+def with_weight(speaker: str, folder: Path, change, dtype=torch.float32) -> str:
+    """A copy of a model, in a dtype, with one weight of block 1 changed."""
     shutil.copytree(speaker, folder)
-    found = ""
     for shard in folder.glob("*.safetensors"):
         tensors = {key: tensor.to(dtype) for key, tensor in load_file(shard).items()}
         if UP in tensors:
             change(tensors[UP])
-            found = shard.name
         save_file(tensors, shard, {"format": "pt"})
-    return str(folder), found
+    return str(folder)
 
 
 @pytest.mark.parametrize("number", [torch.nan, -torch.inf])
 def test_weights_that_are_not_finite_are_refused_by_name(compressed, speaker, tmp_path, number) -> None:
-    model, file = with_weight(speaker, tmp_path / "faulty", lambda weight: weight[0, 0].fill_(number))
+    model = with_weight(speaker, tmp_path / "faulty", lambda weight: weight[0, 0].fill_(number))
     for options in ({"method": "drop"}, {"method": "gradpruner", "steps": 2}, {"score": "sigma", "layers": [1]}):
-        with pytest.raises(InputError, match=rf"faulty/{file}: {UP} has numbers that are not finite; take a model"):
+        with pytest.raises(InputError, match=rf"faulty: {UP} has numbers that are not finite, NaN or infinite"):
             compressed(model=model, **options)
     assert not (tmp_path / "out").exists()
 
 
 def test_a_loss_that_is_not_finite_is_refused(compressed, speaker, tmp_path) -> None:
-    model, _ = with_weight(speaker, tmp_path / "huge", lambda weight: weight.fill_(3e38))
+    model = with_weight(speaker, tmp_path / "huge", lambda weight: weight.fill_(3e38))
     with pytest.raises(InputError, match=r"LlamaForCausalLM: its loss on what it is shown is nan; look for weights"):
         compressed(model=model, method="drop")
     assert not (tmp_path / "out").exists()
@@ -549,7 +547,7 @@ def test_weights_that_their_dtype_cannot_hold_are_refused_by_name(compressed, sp
     def change(weight: Tensor) -> None:
         weight.copy_(torch.randn(weight.shape, generator=generator).sign() * 60000)
 
-    model, _ = with_weight(speaker, tmp_path / "half", change, torch.float16)
+    model = with_weight(speaker, tmp_path / "half", change, torch.float16)
     options = {**UNSHOWN, "model": model, "layers": [1], "score": "sigma", "retain": 0.2}
     with pytest.raises(InputError, match=rf"half: {UP} has numbers that float16 cannot hold once it is compressed"):
         compressed(format="dense", **options)
@@ -557,7 +555,7 @@ def test_weights_that_their_dtype_cannot_hold_are_refused_by_name(compressed, sp
 
 
 def test_models_in_float64_are_compressed(compressed, speaker, tmp_path) -> None:
-    model, _ = with_weight(speaker, tmp_path / "double", lambda weight: None, torch.float64)
+    model = with_weight(speaker, tmp_path / "double", lambda weight: None, torch.float64)
     out = compressed(model=model, layers=[1], retain=0.25)
     assert {weight.dtype for weight in weights_in(out).values()} == {torch.float64}
     assert_close(logits(load_compressed(out)), logits(load_compressed(compressed("single", layers=[1], retain=0.25))))
