@@ -21,6 +21,8 @@ from transformers import (
     GPT2LMHeadModel,
     GPTNeoXConfig,
     GPTNeoXForCausalLM,
+    Llama4ForCausalLM,
+    Llama4TextConfig,
     MixtralConfig,
     MixtralForCausalLM,
     SmolLM3Config,
@@ -280,6 +282,18 @@ def test_blocks_that_do_another_thing_in_another_place_are_refused(compressed, t
     said = (
         r"gpt2: what drop leaves of GPT2LMHeadModel is another model where it is loaded, .* choose other compress.layer"
     )
+    with pytest.raises(InputError, match=said):
+        compressed(model=model, method="drop", layers=[0], **UNSHOWN)
+    assert not (tmp_path / "out").exists()
+    assert compressed(model=model, method="drop", layers=[2], **UNSHOWN).is_dir()
+
+
+def test_what_would_not_load_without_a_block_is_refused(compressed, tmp_path) -> None:
+    torch.manual_seed(0)
+    sizes = SIZES | {"num_hidden_layers": 3, "intermediate_size_mlp": 48, "head_dim": 16, "num_local_experts": 2}
+    whole = Llama4ForCausalLM(Llama4TextConfig(**sizes, moe_layers=[1], pad_token_id=0))
+    model = str(saved(whole, tmp_path / "llama4"))
+    said = r"llama4: drop makes what does not load: the result: no whole causal language model: \d+ weights are missing"
     with pytest.raises(InputError, match=said):
         compressed(model=model, method="drop", layers=[0], **UNSHOWN)
     assert not (tmp_path / "out").exists()
