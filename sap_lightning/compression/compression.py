@@ -254,12 +254,12 @@ class Compression:
         except InputError as error:
             said = str(error).replace(str(folder), "the result")
             raise InputError(f"{self.model}: {self.method} makes what does not load: {said}") from error
-        difference = float((replace(shown, tower=loaded).answers() - expected).norm() / expected.norm())
-        if not difference <= ROUNDING:
+        difference, size = (replace(shown, tower=loaded).answers() - expected).norm(), expected.norm()
+        if not difference <= ROUNDING * size:
             raise InputError(
                 f"{self.model}: what {self.method} leaves of {type(loaded).__name__} is another model where it is"
-                f" loaded, as what its blocks do depends on their place: answers differ by {difference:.2g} of their"
-                " norm; choose other compress.layers or another method"
+                " loaded, as what its blocks do depends on their place: answers differ by"
+                f" {difference / size:.2g} of their norm; choose other compress.layers or another method"
             )
 
     def _compress(self, work: Work, redundancy: Sequence[float]) -> tuple[list[int], dict[str, Any]]:

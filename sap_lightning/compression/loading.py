@@ -88,7 +88,8 @@ def sample(tower: nn.Module) -> Calibration:
     config = cast(PreTrainedModel, tower).config
     if not isinstance(tower, CLIPVisionModelWithProjection):
         inner = config.get_text_config()
-        tokens = torch.arange(min(SAMPLE, getattr(inner, "max_position_embeddings", SAMPLE))) % inner.vocab_size
+        positions = getattr(inner, "max_position_embeddings", None) or 0  # as of ALiBi
+        tokens = torch.arange(min(SAMPLE, positions) if positions > 0 else SAMPLE) % inner.vocab_size
         return Calibration(tower, [(tokens[None],)], next_token_losses)
     generator = torch.Generator().manual_seed(0)
     image = torch.randn(1, config.num_channels, config.image_size, config.image_size, generator=generator)
