@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from typing import Any
 
 from torch import nn
@@ -23,6 +23,7 @@ class Blocks:
 
     Attributes:
         name: of the list in the model.
+        at_first: how many there were.
         numbers: of the blocks that are there.
 
     Raises:
@@ -36,6 +37,7 @@ class Blocks:
         self.tower = tower
         self.name = max(lists, key=lambda name: sum(weight.numel() for weight in lists[name].parameters()))
         self._modules = dict(enumerate(lists[self.name]))
+        self.at_first = len(self._modules)
 
     @property
     def numbers(self) -> list[int]:
@@ -78,12 +80,22 @@ class Blocks:
 
     def drop(self, numbers: Collection[int]) -> None:
         """Takes blocks out, so that the next follow on those before."""
+        before = self.numbers
         self._modules = {number: block for number, block in self._modules.items() if number not in numbers}
+        kept = [place for place, number in enumerate(before) if number in self._modules]
         self.tower.set_submodule(self.name, nn.ModuleList(self))
         for config in {id(one): one for one in map(_config_of, self.tower.modules()) if one is not None}.values():
-            config.num_hidden_layers = len(self._modules)
-            if getattr(config, "layer_types", None):
-                config.layer_types = [config.layer_types[number] for number in self._modules]
+            config.num_hidden_layers = len(kept)
+            vars(config).update(shortened(vars(config), kept, len(before)))
+
+
+def shortened(config: Mapping[str, Any], kept: Sequence[int], of: int) -> dict[str, list[Any]]:
+    """The lists of a config that say something of each of so many layers, for the layers that are kept.
+
+    They are known by their names, such as ``layer_types`` and ``no_rope_layers``, and their lengths.
+    """
+    lists = {name: value for name, value in config.items() if "layer" in name and isinstance(value, list)}
+    return {name: [value[place] for place in kept] for name, value in lists.items() if len(value) == of}
 
 
 def _config_of(module: nn.Module) -> Any:

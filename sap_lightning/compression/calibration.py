@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -12,6 +13,7 @@ from torch.nn.functional import cross_entropy
 
 from sap_lightning.compression.blocks import Blocks
 from sap_lightning.compression.low_rank import weight_of
+from sap_lightning.errors import InputError
 from sap_lightning.functional.saliency import GradientSum, alignment_loss
 from sap_lightning.functional.spaces import DeltaSpace
 from sap_lightning.functional.triplets import angular_distances, token_cosines
@@ -39,8 +41,30 @@ class Calibration:
 
     @torch.no_grad()
     def loss(self) -> float:
-        """The mean."""
-        return float(torch.cat([self.losses(self.tower, batch) for batch in self.batches]).double().mean())
+        """The mean.
+
+        Raises:
+            InputError: when it is not finite.
+        """
+        mean = float(torch.cat([self.losses(self.tower, batch) for batch in self.batches]).double().mean())
+        if not math.isfinite(mean):
+            raise InputError(
+                f"{type(self.tower).__name__}: its loss on what it is shown is {mean}; look for weights that are too"
+                " large"
+            )
+        return mean
+
+    @torch.no_grad()
+    def answers(self) -> Tensor:
+        """What the model says of the first batch: logits of the next token (n, vocabulary) or features (n, d)."""
+        said: list[Any] = []
+        handle = self.tower.register_forward_hook(lambda module, args, output: said.append(output))
+        try:
+            self.losses(self.tower, self.batches[0])
+        finally:
+            handle.remove()
+        answers: Tensor = said[0].logits[:, -1] if "logits" in said[0] else said[0].image_embeds
+        return answers
 
     @torch.enable_grad()
     def gradients(self, layers: Mapping[str, nn.Module]) -> dict[str, Tensor]:

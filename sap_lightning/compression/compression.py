@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
-import math
 import shutil
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
 
+from torch import Tensor, nn
+
 from sap_lightning.checkpoints.checkpoint import Checkpoint
 from sap_lightning.compression.blocks import Blocks
+from sap_lightning.compression.calibration import Calibration
 from sap_lightning.compression.gradpruner import GradPruner
 from sap_lightning.compression.grasp import Grasp, Refresh, Score
-from sap_lightning.compression.loading import Data, is_clip, opened
-from sap_lightning.compression.output import Format, Stored, write_beside, write_record, write_weights
+from sap_lightning.compression.loading import Data, is_clip, opened, reopened, sample
+from sap_lightning.compression.output import Format, Stored, settle, write_beside, write_record, write_weights
 from sap_lightning.compression.recovery import recover
 from sap_lightning.compression.work import Layers, Work
 from sap_lightning.data.anchors import AnchorDataModule
@@ -45,6 +48,8 @@ TAKEN_BY: dict[str, tuple[Method, ...]] = {
 """Which methods take a setting; others take all."""
 PLAN_FILE = "plan"
 """Holds a digest of all that decides the result, in the workplace, and in the result until all is done."""
+ROUNDING = 1e-4
+"""By what share of their norm the answers of one model may differ."""
 
 
 class Compression:
@@ -125,6 +130,11 @@ class Compression:
         self.layers = layers
         self.angular = angular
         self.grasp = Grasp(retain, compression, energy, score or "paper", refresh or "half", seed)
+        if refresh and not self.grasp.needs_gradients:
+            raise InputError(
+                f"compress.refresh {refresh}: is of gradients, at which compress.score {score} does not look; leave"
+                " it out"
+            )
         self.texts = texts
         self.rows = 32 if rows is None else rows
         self.tokens = 128 if tokens is None else tokens
@@ -174,7 +184,7 @@ class Compression:
         """
         checkpoint, output = Checkpoint(self.model), Path(self.output)
         data = self._data(checkpoint, anchors)
-        workplace = output.with_name(f".{output.name}.compressing")
+        workplace = output.parent / f".{output.name}.compressing"
         plan = digest(self.record, checkpoint.fingerprint, _shown(data))
         if _plan_in(output) != plan:
             refuse_existing(output)
@@ -182,7 +192,7 @@ class Compression:
                 _begin(workplace, plan)
                 clear_unfinished_at(output)
                 with new_folder(output) as folder:
-                    self._fill(folder, checkpoint, data, workplace)
+                    self._check(folder, *self._fill(folder, checkpoint, data, workplace))
                     write_text(folder / PLAN_FILE, plan)
         shutil.rmtree(workplace, ignore_errors=True)
         (output / PLAN_FILE).unlink(missing_ok=True)
@@ -202,20 +212,55 @@ class Compression:
             )
         return TokenRows.of(self.texts, self.rows, self.tokens, "compress.texts") if self.texts else None
 
-    def _fill(self, folder: Path, checkpoint: Checkpoint, data: Data | None, workplace: Path) -> None:
+    def _fill(
+        self, folder: Path, checkpoint: Checkpoint, data: Data | None, workplace: Path
+    ) -> tuple[Calibration, Tensor]:
+        """Writes all, and returns something to show what is written, and what that has to answer."""
         tower, shown = opened(checkpoint, data)
         blocks = Blocks(tower)
         stored = Stored.of(checkpoint, blocks)
-        loss, redundancy = (shown.loss(), shown.redundancy(blocks)) if shown else (math.nan, [])
+        if self.format == "factors" and stored.made:
+            raise InputError(
+                f"{self.model}: has no {stored.made[0]}, which transformers makes of other weights, and"
+                " load_compressed does not; take --compress.format dense"
+            )
+        first, redundancy = (shown.loss(), shown.redundancy(blocks)) if shown else (0.0, [])
         changed, findings = self._compress(Work(blocks, stored, shown, workplace), redundancy)
         if shown and self.recovery_epochs:
+            if not changed:
+                raise InputError(
+                    f"compress.recovery_epochs: {self.method} has changed no block that is left, so that none could be"
+                    " trained; leave it out"
+                )
             findings["loss before recovery"] = shown.loss()
             recover(shown, [blocks[number] for number in changed], self.recovery_epochs, self.seed)
+        settle(stored, blocks, changed, self.format)
         if shown:
-            findings |= {"loss": [loss, shown.loss()], "redundancy": redundancy}
-        write_weights(folder, stored, blocks, changed, self.format)
+            findings |= {"loss": [first, shown.loss()], "redundancy": redundancy}
+        write_weights(folder, stored, blocks, changed)
         write_beside(folder, checkpoint, blocks)
         write_record(folder, checkpoint, {**self.record, "shown": _shown(data)}, findings)
+        shown = shown or sample(tower)
+        return replace(shown, tower=nn.Identity()), shown.answers()  # so that no two models are in memory
+
+    def _check(self, folder: Path, shown: Calibration, expected: Tensor) -> None:
+        """Loads what was written, whose blocks may depend on their place.
+
+        Raises:
+            InputError: when that is another model, or none.
+        """
+        try:
+            loaded = reopened(folder)
+        except InputError as error:
+            said = str(error).replace(str(folder), "the result")
+            raise InputError(f"{self.model}: {self.method} makes what does not load: {said}") from error
+        difference, size = (replace(shown, tower=loaded).answers() - expected).norm(), expected.norm()
+        if not difference <= ROUNDING * size:
+            raise InputError(
+                f"{self.model}: what {self.method} leaves of {type(loaded).__name__} is another model where it is"
+                " loaded, as what its blocks do depends on their place: answers differ by"
+                f" {difference / size:.2g} of their norm; choose other compress.layers or another method"
+            )
 
     def _compress(self, work: Work, redundancy: Sequence[float]) -> tuple[list[int], dict[str, Any]]:
         """Compresses the model in place, and returns which blocks are left but not as they were, and what was found."""
@@ -245,7 +290,7 @@ def _shown(data: Data | None) -> dict[str, Any]:
 
 def _plan_in(folder: Path) -> str | None:
     file = folder / PLAN_FILE
-    return file.read_text() if file.is_file() else None
+    return file.read_text(errors="replace") if file.is_file() else None
 
 
 def _begin(workplace: Path, plan: str) -> None:

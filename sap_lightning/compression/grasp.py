@@ -16,7 +16,7 @@ from torch import Tensor
 
 from sap_lightning.compression.blocks import Blocks
 from sap_lightning.compression.calibration import Calibration
-from sap_lightning.compression.low_rank import LowRank, weight_of
+from sap_lightning.compression.low_rank import LowRank, rounded, weight_of
 from sap_lightning.errors import InputError, check_share
 from sap_lightning.functional.lora import LoRALayer
 from sap_lightning.functional.subspaces import Triplets
@@ -114,7 +114,9 @@ class Grasp:
             for name, layer in layers.items():
                 factors = self.factors(f"{number} {name}", weight_of(layer), gradients.get(name))
                 if factors is not None:
-                    found[name] = LoRALayer(factors.A.to(dtypes[name]), factors.B.to(dtypes[name]))
+                    place = f"{blocks.name}.{number}.{name}"
+                    A, B = (rounded(one, dtypes[name], place) for one in (factors.A, factors.B))
+                    found[name] = LoRALayer(A, B)
                     put_in_place(blocks, number, name, found[name])
         return found
 

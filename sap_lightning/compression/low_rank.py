@@ -7,7 +7,9 @@ from torch import Tensor, nn
 from torch.nn.functional import linear
 from transformers.pytorch_utils import Conv1D
 
+from sap_lightning.errors import InputError
 from sap_lightning.functional.lora import LoRALayer
+from sap_lightning.io.weights import is_finite
 
 
 class LowRank(nn.Module):
@@ -41,10 +43,15 @@ class LowRank(nn.Module):
         """K."""
         return len(self.down)
 
-    def dense(self) -> Tensor:
-        """The weight as the layer that it stands for has it."""
-        weight = self.up @ self.down
-        return weight.T if self.transposed else weight
+    def dense(self) -> nn.Module:
+        """The product as a layer of the kind that it stands for."""
+        d_out, d_in = len(self.up), self.down.shape[1]
+        with torch.device("meta"):  # which draws nothing
+            layer = Conv1D(d_out, d_in) if self.transposed else nn.Linear(d_in, d_out)
+        weight = (self.up @ self.down).detach()
+        layer.weight = nn.Parameter(weight.T.contiguous() if self.transposed else weight, requires_grad=False)
+        layer.bias = self.bias
+        return layer
 
 
 def weight_of(layer: nn.Module) -> Tensor:
@@ -58,3 +65,18 @@ def empty_in_place_of(layer: nn.Module, rank: int) -> LowRank:
     """One of this rank, to be loaded."""
     d_out, d_in = weight_of(layer).shape
     return LowRank.in_place_of(layer, LoRALayer(torch.zeros(rank, d_in), torch.zeros(d_out, rank)))
+
+
+def rounded(tensor: Tensor, dtype: torch.dtype, place: str) -> Tensor:
+    """A tensor in the dtype in which it is stored.
+
+    Raises:
+        InputError: when there is no room for its numbers, naming the place.
+    """
+    result = tensor.to(dtype)
+    if not is_finite(result):
+        raise InputError(
+            f"{place} has numbers that {str(dtype).removeprefix('torch.')} cannot hold once it is compressed; save the"
+            " model in bfloat16 or float32"
+        )
+    return result

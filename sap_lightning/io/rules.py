@@ -14,6 +14,7 @@ import torch
 from sap_lightning.errors import InputError, short
 
 MAX_FLOAT32 = torch.finfo(torch.float32).max
+NOT_FINITE = "has numbers that are not finite, NaN or infinite; its training went wrong, or the file is damaged"
 MAX_RANK = 4096
 
 
@@ -72,7 +73,7 @@ def object_from(content: bytes) -> dict[str, Any]:
     try:
         value = json.loads(content.decode(), object_pairs_hook=_without_repeats)
     except (ValueError, RecursionError) as error:
-        raise InputError(f"not valid JSON, {short(str(error))}; save the adapter again") from None
+        raise InputError(f"not valid JSON, {short(str(error))}; save it again") from None
     require("the file", value, OBJECT)
     return dict(value)
 

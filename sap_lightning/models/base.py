@@ -15,6 +15,8 @@ from transformers import AutoConfig, AutoModel
 from transformers.pytorch_utils import Conv1D
 
 from sap_lightning.errors import InputError, first_line
+from sap_lightning.io.rules import NOT_FINITE
+from sap_lightning.io.weights import is_finite
 
 BLOCK = re.compile(r".*?\.\d+(?=\.)")
 """Of a weight's name, what names its block: up to the first number."""
@@ -31,7 +33,7 @@ def load_whole(model_class: Any, base: str | Path, where: str, kind: str, **opti
         options: of ``from_pretrained``.
 
     Raises:
-        InputError: when it is not there, is of another kind, or lacks weights.
+        InputError: when it is not there, is of another kind, lacks weights, or one of them is not finite.
     """
     try:
         # On the CPU, also where Lightning builds models on the device. Weights of another shape are reported like
@@ -57,6 +59,8 @@ def load_whole(model_class: Any, base: str | Path, where: str, kind: str, **opti
             f"{where}: its weights are of a deeper {kind} than config.json says: no block of the model has"
             f" {left_over[0]}; set the number of layers right"
         )
+    if broken := next((name for name, weight in model.named_parameters() if not is_finite(weight)), None):
+        raise InputError(f"{where}: {broken} {NOT_FINITE}")
     return model.eval()
 
 

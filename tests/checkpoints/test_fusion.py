@@ -142,6 +142,16 @@ def test_the_first_model_s_dtype_is_kept_and_float32_is_what_is_counted_in(tmp_p
     assert 0 < record_of(tmp_path / "out")["findings"]["unchanged"] < 1
 
 
+def test_models_in_float64_are_fused_to_the_precision_of_float32(tmp_path) -> None:
+    base = llama()
+    folders = [str(saved(trained(base, seed), tmp_path / str(seed), torch.float64)) for seed in range(3)]
+    result = fused(folders, tmp_path / "out")
+    a, b = (weights_in(Path(folder)) for folder in folders[:2])
+    for key, weight in result.items():
+        assert weight.dtype == torch.float64
+        assert_close(weight, (a[key] + b[key]) / 2, atol=1e-7, rtol=0)
+
+
 # ATAF
 
 
@@ -295,21 +305,55 @@ def test_faulty_folders_are_refused_with_the_file(trio, tmp_path) -> None:
     shard.write_bytes(shard.read_bytes()[:-1])
     refused(str(broken), f"{shard.name}: not safetensors")
     shard.unlink()
-    refused(str(broken), f"{shard.name}: not a regular file")
+    refused(str(broken), f"{shard.name}: no such file; put it there")
     (broken / "model.safetensors.index.json").write_text('{"weight_map": {"a": "../model.safetensors"}}')
     refused(str(broken), "weight_map does not name safetensors files of this folder")
     stranger = tmp_path / "stranger"
     stranger.mkdir()
     save_file({"x": torch.ones(2)}, stranger / "model.safetensors")
     refused(str(stranger), "has none of the weights of .*; fuse models of one architecture")
+    whole = tmp_path / "whole"
+    whole.mkdir()
+    save_file({key: tensor.int() for key, tensor in weights_in(Path(trio[1])).items()}, whole / "model.safetensors")
+    refused(
+        str(whole), r"a: none of its weights can be fused; the first, .*, is not of floating point numbers in whole"
+    )
 
 
-def test_what_is_not_finite_is_refused_and_nothing_is_left(trio, tmp_path) -> None:
+@pytest.mark.parametrize("number", [torch.nan, torch.inf, -torch.inf])
+@pytest.mark.parametrize("method", ["average", "iso_c", "tsv_m", "dc_merge", "sce", "breadcrumbs", "magnitude", "cart"])
+def test_an_input_that_is_not_finite_is_refused_with_its_file(number, method, trio, tmp_path, monkeypatch) -> None:
+    monkeypatch.setattr(fuser, "BLOCK", 100)
     broken = AutoModelForCausalLM.from_pretrained(trio[1])
-    broken.model.norm.weight.data[0] = torch.inf
+    broken.model.layers[1].mlp.up_proj.weight.data[-1, -1] = number
     folder = saved(broken, tmp_path / "broken")
-    with pytest.raises(InputError, match=r"model.norm.weight: what average makes of it is not finite"):
-        fused([trio[0], str(folder), trio[2]], tmp_path / "out")
+    message = r"broken/model-0000\d-of-0000\d.safetensors: 'model.layers.1.mlp.up_proj.weight' has numbers that are not"
+    for index in (1, 2):
+        folders = [*trio[:index], str(folder), *trio[index + 1 :]]
+        with pytest.raises(InputError, match=message):
+            fused(folders, tmp_path / "out", method)
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("method", ["sap", "ataf", "safe_m", "fam", "adamms", "stats_merging"])
+def test_a_model_that_is_not_finite_is_not_shown_anything(method, speaking, texts, tmp_path) -> None:
+    broken = AutoModelForCausalLM.from_pretrained(speaking[1])
+    broken.model.layers[0].mlp.up_proj.weight.data[0, 0] = torch.nan
+    folders, base = [speaking[0], str(saved(broken, tmp_path / "broken"))], speaking[2]
+    fusion = Fusion(folders, str(tmp_path / "out"), None if method in ("fam", "adamms") else base, method, texts=texts)
+    with pytest.raises(
+        InputError, match=r"broken.*: '?model.layers.0.mlp.up_proj.weight'? has numbers that are not fi"
+    ):
+        fusion.run()
+
+
+def test_a_result_that_is_not_finite_is_refused_and_nothing_is_left(trio, tmp_path) -> None:
+    halves = [
+        str(saved(AutoModelForCausalLM.from_pretrained(folder), tmp_path / Path(folder).name, torch.float16))
+        for folder in trio
+    ]
+    with pytest.raises(InputError, match=r"what average makes of it is not finite in torch.float16; check the models"):
+        fused(halves, tmp_path / "out", weights=[1e8, 1.0])
     assert not (tmp_path / "out").exists()
 
 

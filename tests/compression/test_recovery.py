@@ -110,5 +110,7 @@ def test_what_has_no_changed_block_or_no_epochs_is_refused(recovered) -> None:
         recovered(method="drop")
     with pytest.raises(InputError, match=r"compress.recovery_epochs must be at least 0"):
         recovered(recovery_epochs=-1)
+    with pytest.raises(InputError, match=r"compress.recovery_epochs: gradpruner has changed no block that is left"):
+        recovered(method="gradpruner", steps=2, layers=[0])
     with pytest.raises(InputError, match=r"compress.texts is not set: grasp looks at"):
         recovered(texts=None, rows=None, tokens=None, score="sigma")
