@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import cached_property
+from functools import cached_property, partial
 from typing import Any, NamedTuple
 
 from torch import nn
@@ -227,8 +227,9 @@ class Points:
 
     def stands(self, row: Result, adapters: Sequence[Adapter]) -> bool:
         """Whether an earlier row of these adapters is of the images, base, prompts and precision that there are now."""
-        where = [[], [images_at_home(self.data, adapters)]]  # adapters, and prompts
-        return row.measurement in [self._measurement(row.unseen, adapters, row.settings, home) for home in where]
+        measured = partial(self._measurement, row.unseen, adapters, row.settings)
+        # Adapters are measured on the unseen domain alone, prompts at their clients' sites too.
+        return row.measurement == measured([]) or row.measurement == measured([images_at_home(self.data, adapters)])
 
     def _measurement(
         self, unseen: str, adapters: Sequence[Adapter], settings: Mapping[str, Any], at_home: Sequence[Any]
