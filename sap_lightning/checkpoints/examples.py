@@ -38,6 +38,13 @@ class Examples(ABC):
 
     fingerprint: str
 
+    def check(self, folder: Path) -> None:  # noqa: B027  # most can be shown to any model that loads
+        """Looks at a model before a weight of it is read.
+
+        Raises:
+            InputError: it cannot be shown these examples.
+        """
+
     @abstractmethod
     def load(self, folder: Path) -> Any:
         """A model in float32, in evaluation mode.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from itertools import product
 from pathlib import Path
 
 from sap_lightning.checkpoints.checkpoint import Checkpoint
@@ -119,11 +120,17 @@ class Fusion:
         work = Work(self.method, self.shares, sources, workplace, self._examples(models[0].folder), joint)
         if not work.is_planned_in(output):
             refuse_existing(output)
+            self._check_shown(work)
             with locked(workplace), writing(workplace):
                 work.run()
                 put_in_place(work.folder, output)
         work.finish(output)
         return output
+
+    def _check_shown(self, work: Work) -> None:
+        """Raises InputError for models that cannot be shown the examples, before a weight of any is read."""
+        for examples, model in product(work.examples, work.sources.models):
+            examples.check(model.folder)
 
     def _examples(self, first: Path) -> list[Examples]:
         """What the models are shown, in tokens of the first model's."""

@@ -8,21 +8,22 @@ from pathlib import Path
 
 import torch
 from torch import Tensor
-from torch.nn.functional import cross_entropy
+from torch.nn.functional import cross_entropy, pad
 from transformers import GenerationConfig, PreTrainedModel
 
 from sap_lightning.checkpoints.examples import Examples
 from sap_lightning.console import track
-from sap_lightning.data.texts import read_text
+from sap_lightning.data.texts import check_tokens, read_text
 from sap_lightning.errors import InputError
 from sap_lightning.fingerprints import digest
-from sap_lightning.models.language import load_language_model, tokenizer_of
+from sap_lightning.models.language import language_config, load_language_model, tokenizer_of
 
 MOST_TEXTS = 32
 MOST_TOKENS = 64
 """How many texts are looked at, and how many tokens of each."""
 ANSWER_TOKENS = 16
 """Of what a model says to a text."""
+SHORTER = "give texts of shorter lines"
 
 
 class Texts(Examples):
@@ -38,20 +39,20 @@ class Texts(Examples):
 
     def __init__(self, file: str, tokenizer: Path) -> None:
         self.texts = read_texts(file)
+        self.place = f"fuse.texts {file}"
         self.tokenizer = tokenizer
         self.fingerprint = digest(self.texts)
 
+    def check(self, folder: Path) -> None:
+        config = language_config(folder)
+        check_tokens(self._tokens, config, folder, self.place, SHORTER)
+
     def load(self, folder: Path) -> PreTrainedModel:
+        self.check(folder)
         return load_language_model(folder)
 
     @torch.inference_mode()
     def show(self, model: PreTrainedModel) -> None:
-        vocabulary, largest = model.config.get_text_config().vocab_size, max(int(one.max()) for one in self._tokens)
-        if largest >= vocabulary:
-            raise InputError(
-                f"fuse.texts: token {largest} of the first model is none of another, which has {vocabulary};"
-                " give models of one vocabulary"
-            )
         for one in track(self._tokens, "texts"):
             model(one)
 
@@ -76,6 +77,8 @@ class Texts(Examples):
 
     def answers(self, model: PreTrainedModel) -> list[Hashable]:
         """The tokens with which it goes on, greedily."""
+        with_answers = [pad(one, (0, ANSWER_TOKENS)) for one in self._tokens]
+        check_tokens(with_answers, model.config, str(model.name_or_path), f"{self.place}, with an answer", SHORTER)
         continued = (
             model.generate(  # type: ignore[operator]  # of whichever causal language model
                 one,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -21,6 +22,32 @@ def read_text(file: str, option: str) -> str:
         return Path(file).read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
         raise InputError(f"{option} {file}: cannot be read as UTF-8 text ({first_line(error)})") from error
+
+
+def check_tokens(tokens: Sequence[Tensor], config: Any, model: str | Path, place: str, shorter: str) -> None:
+    """Checks by a language model's config that it can be shown tokens, which takes none of its weights.
+
+    Args:
+        tokens: rows of them, positions last.
+        config: the model's, as transformers reads it.
+        model: how messages call the model.
+        place: the same of the tokens.
+        shorter: what to do where rows are too long.
+
+    Raises:
+        InputError: the model has no such token, or fewer positions than a row.
+    """
+    inner = config.get_text_config()
+    vocabulary, positions = (getattr(inner, name, None) for name in ("vocab_size", "max_position_embeddings"))
+    largest = max((int(one.max()) for one in tokens), default=0)
+    longest = max((one.shape[-1] for one in tokens), default=0)
+    if isinstance(vocabulary, int) and largest >= vocabulary:
+        raise InputError(
+            f"{place}: the tokenizer makes token {largest} of it, and {model} has a vocabulary of {vocabulary}; give"
+            " models of one vocabulary, with their own tokenizer"
+        )
+    if isinstance(positions, int) and 0 < positions < longest:
+        raise InputError(f"{place}: takes {longest} positions, and {model} has {positions}; {shorter}")
 
 
 class TokenRows(NamedTuple):

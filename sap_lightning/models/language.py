@@ -7,7 +7,7 @@ from typing import Any, cast
 
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
 from sap_lightning.data.instructions import IGNORED
 from sap_lightning.errors import InputError, first_line
@@ -21,6 +21,18 @@ def load_language_model(folder: Path) -> PreTrainedModel:
         InputError: when it is none.
     """
     return load_whole(AutoModelForCausalLM, folder, str(folder), "causal language model", use_safetensors=True)
+
+
+def language_config(folder: Path) -> Any:
+    """What the config of a causal language model says, before a weight of it is read.
+
+    Raises:
+        InputError: when transformers knows no such model.
+    """
+    try:
+        return AutoConfig.from_pretrained(folder, trust_remote_code=False)
+    except Exception as error:  # transformers raises whatever a faulty file leads it to
+        raise InputError(f"{folder}: no causal language model could be loaded: {first_line(error)}") from error
 
 
 def tokenizer_of(folder: Path, option: str) -> Any:

@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
 import torch
-from llamas import TEXTS, ids_of
+from llamas import TEXTS, ids_of, saved, tokenizer
 from torch.testing import assert_close
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel
 
 from sap_lightning.checkpoints.fusion import Fusion
-from sap_lightning.checkpoints.texts import MOST_TEXTS, Texts, read_texts
+from sap_lightning.checkpoints.texts import ANSWER_TOKENS, MOST_TEXTS, Texts, read_texts
 from sap_lightning.errors import InputError
+from sap_lightning.io.weights import OpenFile
 
 
 def test_losses_and_predictions_are_the_model_s_own(speaking, texts) -> None:
@@ -54,3 +56,30 @@ def test_a_model_of_another_kind_is_refused(texts, tmp_path) -> None:
     torch.save({}, tmp_path / "nothing")
     with pytest.raises(InputError, match=r"no causal language model could be loaded"):
         Texts(texts, tmp_path).load(tmp_path)
+
+
+@pytest.mark.parametrize("method", ["sap", "ataf", "adamms", "safe_m", "stats_merging"])
+def test_models_that_cannot_take_the_texts_are_refused_before_a_weight_is_read(
+    method, texts, tmp_path, monkeypatch
+) -> None:
+    config = GPT2Config(n_embd=8, n_layer=1, n_head=1, vocab_size=40, n_positions=5)
+    folders = [saved(GPT2LMHeadModel(config), tmp_path / name) for name in "ab"]
+    tokenizer().save_pretrained(folders[0])
+    monkeypatch.setattr(OpenFile, "_read", None)
+    base = None if method == "adamms" else str(folders[1])
+    fusion = Fusion([str(folders[0]), str(folders[1])], str(tmp_path / "out"), base, method, texts=texts)
+    with pytest.raises(InputError, match=r"texts.txt: takes 6 positions, and .*a has 5; give texts of shorter lines"):
+        fusion.run()
+    few = json.loads((folders[1] / "config.json").read_text()) | {"vocab_size": 7, "n_positions": 64}
+    (folders[0] / "config.json").write_text(json.dumps(few))
+    with pytest.raises(InputError, match=r"makes token 10 of it, and .*a has a vocabulary of 7; give models of one"):
+        fusion.run()
+
+
+def test_an_answer_has_room_after_the_longest_text(texts, tmp_path) -> None:
+    config = GPT2Config(n_embd=8, n_layer=1, n_head=1, vocab_size=40, n_positions=6 + ANSWER_TOKENS - 1)
+    folder = saved(GPT2LMHeadModel(config), tmp_path / "a")
+    tokenizer().save_pretrained(folder)
+    examples = Texts(texts, folder)
+    with pytest.raises(InputError, match=r"with an answer: takes 22 positions, and .*a has 21; give texts of shorter"):
+        examples.answers(examples.load(folder))

@@ -69,9 +69,9 @@ class AdaMMS(WholeMethod):
 
     def _answers(self, sources: Sources, examples: Examples) -> list[Sequence[Hashable]]:
         """What the model says at every α; its weights and those that lead to B's are in memory together."""
+        model = examples.load(sources.first.folder)
         keys = [key for key in sources.first.stated if key not in self._left(sources)]
         pairs = {key: _both(sources.whole(key)) for key in keys}
-        model = examples.load(sources.first.folder)
         weights = model.state_dict()
         names = matched(keys, list(weights))
         found: list[Sequence[Hashable]] = []

@@ -318,6 +318,6 @@ def test_models_of_other_blocks_or_words_are_refused(texts, tmp_path) -> None:
     with pytest.raises(InputError, match=r"gpt: its blocks have no layers self_attn.q_proj.* as Llama's or CLIP's"):
         Fusion([str(folder), str(saved(gpt, tmp_path / "b"))], str(tmp_path / "out"), method="fam", texts=texts).run()
     few = saved(of("llama", vocab_size=5), tmp_path / "few")
-    with pytest.raises(InputError, match=r"fuse.texts: token \d+ of the first model is none of another, which has 5"):
+    with pytest.raises(InputError, match=r"makes token \d+ of it, and .*few has a vocabulary of 5; give"):
         Fusion([str(a), str(few)], str(tmp_path / "out"), method="fam", texts=texts).run()
     assert not (tmp_path / "out").exists()
