@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -24,7 +25,11 @@ PREPROCESSOR_FILE = "preprocessor_config.json"
 PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt")
 BESIDE_WEIGHTS = ("*.json", "*.txt", "*.model", "*.jinja", "LICENSE*", "NOTICE*")
 """Files of a model that are text: its config, its tokenizer, its licence."""
+OF_RUNS = ("merge.json", "compress.json", "plan.json")
+"""Files in which our commands say what they made of a model; beside another they would be false."""
 _MAX_INDEX_BYTES = 2**26
+_NUMBER = re.compile(r"\d+(?=-of-\d+\.safetensors$)")
+"""A shard's, in its name."""
 
 
 class Checkpoint:
@@ -56,6 +61,8 @@ class Checkpoint:
                         raise InputError(f"{short(key)} is in {self._shard_of[key]} too; save the model again")
                     self.stated[key] = tensors.stated(key)
                     self._shard_of[key] = name
+        if WEIGHTS_FILE not in self.shards:
+            _check_index(self.folder, self._shard_of)
 
     @contextmanager
     def opened(self, shard: str) -> Iterator[OpenFile]:
@@ -107,25 +114,45 @@ class Checkpoint:
     def beside(self) -> dict[str, Path]:
         """The files beside its weights that make it a model, by name."""
         found = {path.name for pattern in BESIDE_WEIGHTS for path in self.folder.glob(pattern)}
-        return {name: regular_file(self.folder, name) for name in sorted(found) if not name.startswith(".")}
+        left = {*OF_RUNS, *([INDEX_FILE] if WEIGHTS_FILE in self.shards else [])}
+        return {name: regular_file(self.folder, name) for name in sorted(found - left) if not name.startswith(".")}
 
 
 def _shard_names(folder: Path) -> list[str]:
-    """Names of the files that hold a model's tensors."""
-    if os.path.lexists(folder / INDEX_FILE):
-        with errors_in(folder / INDEX_FILE):
-            placed = _object_in(folder, INDEX_FILE).get("weight_map")
-            if not (isinstance(placed, dict) and placed and all(map(_is_shard, placed.values()))):
-                raise InputError("weight_map does not name safetensors files of this folder; save the model again")
-        return sorted(set(placed.values()))
+    """Names of the files that hold a model's tensors; one file goes before shards, as it does for transformers."""
     if os.path.lexists(folder / WEIGHTS_FILE):
         return [WEIGHTS_FILE]
+    if os.path.lexists(folder / INDEX_FILE):
+        return sorted(set(_placed(folder).values()))
     if not folder.is_dir():
         raise InputError(f"{folder}: no such folder; expected a model as save_pretrained writes it")
     pickles = sorted(path.name for pattern in PICKLES for path in folder.glob(pattern))
     if pickles:
         raise InputError(f"{folder}: {pickles[0]} is a pickle, never read; save the model as safetensors")
     raise InputError(f"{folder}: has no {WEIGHTS_FILE}; save the model with save_pretrained")
+
+
+def _placed(folder: Path) -> dict[str, str]:
+    """The shard of every key, as the index says."""
+    with errors_in(folder / INDEX_FILE):
+        placed = _object_in(folder, INDEX_FILE).get("weight_map")
+        if not (isinstance(placed, dict) and placed and all(map(_is_shard, placed.values()))):
+            raise InputError("weight_map does not name safetensors files of this folder; save the model again")
+        series = {_NUMBER.sub("", name) for name in placed.values() if _NUMBER.search(name)}
+        for name in sorted(path.name for path in folder.glob("*-of-*.safetensors")):
+            if _NUMBER.sub("", name) in series and name not in placed.values():
+                raise InputError(f"does not name {name}, which stands beside its shards; save the model again")
+    return placed
+
+
+def _check_index(folder: Path, found: Mapping[str, str]) -> None:
+    """Raises InputError when the index does not say of every key in which shard it was found."""
+    placed = _placed(folder)
+    for key in sorted(placed.keys() | found.keys()):
+        if (said := placed.get(key)) != (shard := found.get(key)):
+            where = f"has {short(key)} in {said}" if said else f"has no {short(key)}"
+            there = f"it is in {shard}" if shard else f"{said} has no such tensor"
+            raise InputError(f"{folder / INDEX_FILE}: {where}, and {there}; save the model again")
 
 
 def _is_shard(name: object) -> bool:

@@ -154,7 +154,7 @@ class Work:
     def _complete(self, shards: Mapping[str, Mapping[str, Any]], fuser: Fuser) -> None:
         """Puts beside the weights what makes them a model, the record and the card."""
         for name, path in self.sources.first.beside().items():
-            if name != RECORD_FILE and not (self.joint and name == INDEX_FILE):
+            if not (self.joint and name == INDEX_FILE):
                 with replacing(self.folder / name) as file, path.open("rb") as content:
                     shutil.copyfileobj(content, file)
         for name, said in self.joint.beside.items() if self.joint else ():

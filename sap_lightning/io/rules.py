@@ -72,7 +72,7 @@ def object_from(content: bytes) -> dict[str, Any]:
     try:
         value = json.loads(content.decode(), object_pairs_hook=_without_repeats)
     except (ValueError, RecursionError) as error:
-        raise InputError(f"not valid JSON, {short(str(error))}; save the adapter again") from None
+        raise InputError(f"not valid JSON, {short(str(error))}; save it again") from None
     require("the file", value, OBJECT)
     return dict(value)
 

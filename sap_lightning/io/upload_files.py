@@ -92,6 +92,8 @@ def regular_file(folder: Path, name: str) -> Path:
     real = Path(os.path.realpath(path))
     if not any(map(real.is_relative_to, _own_folders(folder))):
         raise InputError(f"{path}: leads outside the folder; put the file itself there")
+    if not os.path.lexists(path):
+        raise InputError(f"{path}: no such file; put it there")
     if not path.is_file():
         raise InputError(f"{path}: not a regular file; put the file itself there")
     return path

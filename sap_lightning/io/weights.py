@@ -314,7 +314,7 @@ def _are_sizes(values: Any) -> bool:
 
 
 def _refuse(what: str) -> None:
-    raise InputError(f"not safetensors, {what}; save the adapter again")
+    raise InputError(f"not safetensors, {what}; save it again")
 
 
 def _version_of(file: BinaryIO) -> tuple[int, ...]:

@@ -295,7 +295,7 @@ def test_faulty_folders_are_refused_with_the_file(trio, tmp_path) -> None:
     shard.write_bytes(shard.read_bytes()[:-1])
     refused(str(broken), f"{shard.name}: not safetensors")
     shard.unlink()
-    refused(str(broken), f"{shard.name}: not a regular file")
+    refused(str(broken), f"{shard.name}: no such file; put it there")
     (broken / "model.safetensors.index.json").write_text('{"weight_map": {"a": "../model.safetensors"}}')
     refused(str(broken), "weight_map does not name safetensors files of this folder")
     stranger = tmp_path / "stranger"
