@@ -13,7 +13,7 @@ from torch import Tensor
 
 from sap_lightning.checkpoints.checkpoint import Checkpoint
 from sap_lightning.checkpoints.keys import matched
-from sap_lightning.errors import InputError
+from sap_lightning.errors import InputError, short
 from sap_lightning.io.peft_config import public_name
 from sap_lightning.io.weights import matrix_shape
 
@@ -79,7 +79,8 @@ class Sources:
         """Finds each weight of the first model in the others.
 
         Raises:
-            InputError: when one of them has none of these weights in these shapes, unless they may be unlike.
+            InputError: when one of them has none of these weights in these shapes, or all have none that can be fused,
+                unless they may be unlike.
         """
         first = models[0]
         found = {id(one): _keys_in(one, first) for one in (*models, base)}
@@ -90,7 +91,11 @@ class Sources:
                     f"{other.name}: has none of the weights of {first.name}, such as {next(iter(first.stated), '')!r};"
                     " fuse models of one architecture"
                 )
-        return cls(models, base, [found[id(one)] for one in models], found[id(base)])
+        sources = cls(models, base, [found[id(one)] for one in models], found[id(base)])
+        if not unlike and len(kept := sources.kept) == len(first.stated):
+            key = next(iter(kept))
+            raise InputError(f"{first.name}: none of its weights can be fused; the first, {short(key)}, is {kept[key]}")
+        return sources
 
     @property
     def first(self) -> Checkpoint:

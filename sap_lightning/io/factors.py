@@ -14,7 +14,7 @@ from sap_lightning.errors import InputError
 from sap_lightning.functional.lora import LoRALayer
 from sap_lightning.io.peft_config import Scaling, in_text_tower
 from sap_lightning.io.rules import MAX_FLOAT32, short
-from sap_lightning.io.weights import DTYPES, OpenWeights, Stated, Weights
+from sap_lightning.io.weights import DTYPES, OpenWeights, Stated, Weights, dtype_name
 
 Factors = Literal["AB", "A", "B"]
 """Both factors of an adapter, or one."""
@@ -210,7 +210,7 @@ def _readable(tensors: OpenWeights, key: str) -> Stated:
     """What is stated of a tensor, if it is of a dtype that can be read."""
     stated = tensors.stated(key)
     if stated.dtype not in DTYPES.values():
-        raise InputError(f"{key} has dtype {stated.dtype}, expected one of {', '.join(DTYPES)}")
+        raise InputError(f"{key} has dtype {dtype_name(stated.dtype)}, expected one of {', '.join(DTYPES)}")
     return stated
 
 

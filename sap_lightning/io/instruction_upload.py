@@ -19,7 +19,7 @@ from sap_lightning.io.factors import Shapes
 from sap_lightning.io.manifest import Manifest
 from sap_lightning.io.rules import errors_in, short
 from sap_lightning.io.upload_files import CONNECTOR_FILE, FilesInFolder
-from sap_lightning.io.weights import DTYPES, OpenWeights
+from sap_lightning.io.weights import DTYPES, OpenWeights, dtype_name
 
 CAUSAL_LM = {"task_type": "CAUSAL_LM"}
 
@@ -123,7 +123,7 @@ def _connector_in(stored: OpenWeights, shapes: Mapping[str, Sequence[int]]) -> d
     for name, shape in shapes.items():
         dtype, found = stored.stated(name)
         if dtype not in DTYPES.values():
-            raise InputError(f"{name} has dtype {dtype}, expected one of {', '.join(DTYPES)}")
+            raise InputError(f"{name} has dtype {dtype_name(dtype)}, expected one of {', '.join(DTYPES)}")
         if tuple(found) != tuple(shape):
             raise InputError(f"{name} has shape {tuple(found)}, expected {tuple(shape)}; train on this base")
     tensors = {name: stored.tensor(name).float() for name in shapes}

@@ -24,7 +24,7 @@ from sap_lightning.io.manifest import BaseFingerprint, Manifest, manifest_bytes,
 from sap_lightning.io.peft_config import public_name
 from sap_lightning.io.rules import MAX_FLOAT32, RANK, errors_in, require, short
 from sap_lightning.io.upload_files import MANIFEST_FILE, PROMPT_FILE, FilesInFolder, FilesInMemory, UploadFiles
-from sap_lightning.io.weights import DTYPES, OpenWeights
+from sap_lightning.io.weights import DTYPES, OpenWeights, dtype_name
 
 PARTS = ("context",)
 """What a prompt's manifest says was sent."""
@@ -122,7 +122,7 @@ def _context_in(tensors: OpenWeights, room: Room | None) -> dict[str, LoRALayer]
     key = keys[0]
     dtype, shape = tensors.stated(key)
     if dtype not in DTYPES.values():
-        raise InputError(f"{key} has dtype {dtype}, expected one of {', '.join(DTYPES)}")
+        raise InputError(f"{key} has dtype {dtype_name(dtype)}, expected one of {', '.join(DTYPES)}")
     if len(shape) == 3:
         raise InputError(
             f"{key} has shape {shape}, a context for each class; those say nothing of other classes, and are not"

@@ -23,9 +23,11 @@ from sap_lightning.io.rules import errors_in, is_integer, object_from, short
 
 MAX_HEADER_BYTES = 2**23
 DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
-_NAMES = {dtype: name for name, dtype in DTYPES.items()}
-_BYTES = {name: dtype.itemsize for name, dtype in DTYPES.items()} | {
-    "F64": 8, "I64": 8, "I32": 4, "I16": 2, "I8": 1, "U8": 1, "BOOL": 1,
+"""Of an upload's tensors."""
+_READ = DTYPES | {"F64": torch.float64}
+_NAMES = {dtype: name for name, dtype in _READ.items()}
+_BYTES = {name: dtype.itemsize for name, dtype in _READ.items()} | {
+    "I64": 8, "I32": 4, "I16": 2, "I8": 1, "U8": 1, "BOOL": 1,
 }  # fmt: skip
 _METADATA = "__metadata__"
 _CHUNK_BYTES = 2**24
@@ -250,12 +252,16 @@ def head_of(stated: Mapping[str, Stated]) -> bytes:
     at = 0
     for key, one in stated.items():
         end = at + bytes_in(one)
-        name = _NAMES[one.dtype] if isinstance(one.dtype, torch.dtype) else one.dtype
-        header[key] = {"dtype": name, "shape": list(one.shape), "data_offsets": [at, end]}
+        header[key] = {"dtype": dtype_name(one.dtype), "shape": list(one.shape), "data_offsets": [at, end]}
         at = end
     text = json.dumps(header).encode()
     text += b" " * (-len(text) % _LENGTH_BYTES)
     return len(text).to_bytes(_LENGTH_BYTES, "little") + text
+
+
+def dtype_name(dtype: torch.dtype | str) -> str:
+    """What the format calls a dtype."""
+    return _NAMES[dtype] if isinstance(dtype, torch.dtype) else dtype
 
 
 def bytes_in(stated: Stated) -> int:
@@ -264,7 +270,7 @@ def bytes_in(stated: Stated) -> int:
     Raises:
         InputError: for a dtype of unknown size.
     """
-    name = _NAMES[stated.dtype] if isinstance(stated.dtype, torch.dtype) else stated.dtype
+    name = dtype_name(stated.dtype)
     if name not in _BYTES:
         raise InputError(f"numbers are stored as {short(name)}; save the model in floating point")
     return math.prod(stated.shape) * _BYTES[name]
@@ -302,7 +308,7 @@ def _place_of(key: str, entry: Any, first: int) -> _Place:
     dtype, shape, offsets = entry["dtype"], entry["shape"], entry["data_offsets"]
     if not (isinstance(dtype, str) and _are_sizes(shape) and _are_sizes(offsets) and len(offsets) == 2):
         _refuse(f"{short(key)} is {short(entry)}")
-    known = DTYPES.get(dtype, dtype)
+    known = _READ.get(dtype, dtype)
     start, end = offsets
     if end < start or (isinstance(known, torch.dtype) and end - start != math.prod(shape) * known.itemsize):
         _refuse(f"{short(key)} of shape {short(shape)} has {end - start} bytes")

@@ -142,6 +142,16 @@ def test_the_first_model_s_dtype_is_kept_and_float32_is_what_is_counted_in(tmp_p
     assert 0 < record_of(tmp_path / "out")["findings"]["unchanged"] < 1
 
 
+def test_models_in_float64_are_fused_to_the_precision_of_float32(tmp_path) -> None:
+    base = llama()
+    folders = [str(saved(trained(base, seed), tmp_path / str(seed), torch.float64)) for seed in range(3)]
+    result = fused(folders, tmp_path / "out")
+    a, b = (weights_in(Path(folder)) for folder in folders[:2])
+    for key, weight in result.items():
+        assert weight.dtype == torch.float64
+        assert_close(weight, (a[key] + b[key]) / 2, atol=1e-7, rtol=0)
+
+
 # ATAF
 
 
@@ -302,6 +312,12 @@ def test_faulty_folders_are_refused_with_the_file(trio, tmp_path) -> None:
     stranger.mkdir()
     save_file({"x": torch.ones(2)}, stranger / "model.safetensors")
     refused(str(stranger), "has none of the weights of .*; fuse models of one architecture")
+    whole = tmp_path / "whole"
+    whole.mkdir()
+    save_file({key: tensor.int() for key, tensor in weights_in(Path(trio[1])).items()}, whole / "model.safetensors")
+    refused(
+        str(whole), r"a: none of its weights can be fused; the first, .*, is not of floating point numbers in whole"
+    )
 
 
 def test_what_is_not_finite_is_refused_and_nothing_is_left(trio, tmp_path) -> None:
