@@ -14,9 +14,9 @@ import torch
 from sap_lightning.errors import InputError
 from sap_lightning.fingerprints import file_fingerprint
 from sap_lightning.io.hub import from_hub, is_hub_id
-from sap_lightning.io.rules import errors_in, object_from, short
+from sap_lightning.io.rules import NOT_FINITE, errors_in, object_from, short
 from sap_lightning.io.upload_files import regular_file
-from sap_lightning.io.weights import OpenFile, SafetensorsFile, Stated
+from sap_lightning.io.weights import OpenFile, SafetensorsFile, Stated, is_finite
 
 WEIGHTS_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
@@ -71,9 +71,16 @@ class Checkpoint:
             yield tensors
 
     def rows(self, key: str, first: int, last: int) -> torch.Tensor:
-        """Rows of a tensor as a matrix (see `matrix_shape`), from first up to last."""
+        """Rows of a tensor as a matrix (see `matrix_shape`), from first up to last.
+
+        Raises:
+            InputError: when a number of them is not finite.
+        """
         with self.opened(self._shard_of[key]) as tensors:
-            return tensors.rows(key, first, last)
+            rows = tensors.rows(key, first, last)
+            if not is_finite(rows):
+                raise InputError(f"{short(key)} {NOT_FINITE}")
+            return rows
 
     def keys_of(self, shard: str) -> list[str]:
         """The keys of a shard in the order of its file."""

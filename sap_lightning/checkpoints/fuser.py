@@ -22,6 +22,7 @@ from sap_lightning.functional.consensus import weighted_sum
 from sap_lightning.functional.lora import Update, dense
 from sap_lightning.functional.masking import RunningThreshold, running_thresholds
 from sap_lightning.functional.spaces import Parameters
+from sap_lightning.io.weights import is_finite
 from sap_lightning.merging import MergeMethod, PruningMethod
 
 BLOCK = 2**22
@@ -165,7 +166,7 @@ class Fuser:
 
     def _checked(self, key: str, result: Tensor, dtype: torch.dtype) -> Tensor:
         result = result.to(dtype)
-        if not result.isfinite().all():
+        if not is_finite(result):
             raise InputError(
                 f"{key}: what {self.method.name} makes of it is not finite in {dtype}; check the models and the"
                 f" method's settings, {self.method.settings}"

@@ -18,7 +18,7 @@ from sap_lightning.checkpoints.sources import Rows, Sources, bytes_of
 from sap_lightning.console import track
 from sap_lightning.errors import InputError
 from sap_lightning.functional.saliency import Reduction, term
-from sap_lightning.io.weights import SafetensorsFile, Stated, head_of, matrix_shape
+from sap_lightning.io.weights import SafetensorsFile, Stated, head_of, is_finite, matrix_shape
 
 log = logging.getLogger(__name__)
 BLOCK = 2**22
@@ -60,7 +60,7 @@ def write_scores(file: BinaryIO, method: WholeSAP, sources: Sources, index: int,
         for rows in sources.blocks(key, BLOCK):
             delta = sources.change(index, key, rows).layers[key]
             (score,) = method.score((delta,), (_rows_of(gradient, rows, delta),))
-            if not score.isfinite().all():
+            if not is_finite(score):
                 raise InputError(f"{checkpoint.name}: its saliency at {key} is not finite; check the model")
             file.write(bytes_of(score))
 

@@ -14,6 +14,7 @@ import torch
 from sap_lightning.errors import InputError, short
 
 MAX_FLOAT32 = torch.finfo(torch.float32).max
+NOT_FINITE = "has numbers that are not finite, NaN or infinite; its training went wrong, or the file is damaged"
 _MAX_RANK = 4096
 
 

@@ -13,6 +13,8 @@ from transformers import AutoConfig, AutoModel
 from transformers.pytorch_utils import Conv1D
 
 from sap_lightning.errors import InputError, first_line
+from sap_lightning.io.rules import NOT_FINITE
+from sap_lightning.io.weights import is_finite
 
 
 def load_whole(model_class: Any, base: str | Path, where: str, kind: str, **options: Any) -> Any:
@@ -26,7 +28,7 @@ def load_whole(model_class: Any, base: str | Path, where: str, kind: str, **opti
         options: of ``from_pretrained``.
 
     Raises:
-        InputError: when it is not there, is of another kind, or lacks weights.
+        InputError: when it is not there, is of another kind, lacks weights, or one of them is not finite.
     """
     try:
         # On the CPU, also where Lightning builds models on the device. Weights of another shape are reported like
@@ -47,6 +49,8 @@ def load_whole(model_class: Any, base: str | Path, where: str, kind: str, **opti
             f"{where}: no whole {kind}: {len(faulty)} weights are missing or of another shape than config.json says,"
             f" the first is {faulty[0]}"
         )
+    if broken := next((name for name, weight in model.named_parameters() if not is_finite(weight)), None):
+        raise InputError(f"{where}: {broken} {NOT_FINITE}")
     return model.eval()
 
 

@@ -320,12 +320,40 @@ def test_faulty_folders_are_refused_with_the_file(trio, tmp_path) -> None:
     )
 
 
-def test_what_is_not_finite_is_refused_and_nothing_is_left(trio, tmp_path) -> None:
+@pytest.mark.parametrize("number", [torch.nan, torch.inf, -torch.inf])
+@pytest.mark.parametrize("method", ["average", "iso_c", "tsv_m", "dc_merge", "sce", "breadcrumbs", "magnitude", "cart"])
+def test_an_input_that_is_not_finite_is_refused_with_its_file(number, method, trio, tmp_path, monkeypatch) -> None:
+    monkeypatch.setattr(fuser, "BLOCK", 100)
     broken = AutoModelForCausalLM.from_pretrained(trio[1])
-    broken.model.norm.weight.data[0] = torch.inf
+    broken.model.layers[1].mlp.up_proj.weight.data[-1, -1] = number
     folder = saved(broken, tmp_path / "broken")
-    with pytest.raises(InputError, match=r"model.norm.weight: what average makes of it is not finite"):
-        fused([trio[0], str(folder), trio[2]], tmp_path / "out")
+    message = r"broken/model-0000\d-of-0000\d.safetensors: 'model.layers.1.mlp.up_proj.weight' has numbers that are not"
+    for index in (1, 2):
+        folders = [*trio[:index], str(folder), *trio[index + 1 :]]
+        with pytest.raises(InputError, match=message):
+            fused(folders, tmp_path / "out", method)
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("method", ["sap", "ataf", "safe_m", "fam", "adamms", "stats_merging"])
+def test_a_model_that_is_not_finite_is_not_shown_anything(method, speaking, texts, tmp_path) -> None:
+    broken = AutoModelForCausalLM.from_pretrained(speaking[1])
+    broken.model.layers[0].mlp.up_proj.weight.data[0, 0] = torch.nan
+    folders, base = [speaking[0], str(saved(broken, tmp_path / "broken"))], speaking[2]
+    fusion = Fusion(folders, str(tmp_path / "out"), None if method in ("fam", "adamms") else base, method, texts=texts)
+    with pytest.raises(
+        InputError, match=r"broken.*: '?model.layers.0.mlp.up_proj.weight'? has numbers that are not fi"
+    ):
+        fusion.run()
+
+
+def test_a_result_that_is_not_finite_is_refused_and_nothing_is_left(trio, tmp_path) -> None:
+    halves = [
+        str(saved(AutoModelForCausalLM.from_pretrained(folder), tmp_path / Path(folder).name, torch.float16))
+        for folder in trio
+    ]
+    with pytest.raises(InputError, match=r"what average makes of it is not finite in torch.float16; check the models"):
+        fused(halves, tmp_path / "out", weights=[1e8, 1.0])
     assert not (tmp_path / "out").exists()
 
 
