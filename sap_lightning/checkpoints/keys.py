@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import re
 from collections import defaultdict
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
+from itertools import groupby
 
 Change = tuple[str, str]
 """From one prefix to another."""
@@ -13,10 +14,12 @@ _BLOCK = re.compile(r"(?:.*?\.)??(\w+\.\d+\..+)")
 
 
 def matched(keys: Collection[str], others: Collection[str]) -> dict[str, str]:
-    """The other model's key for each of these, as far as it has one.
+    """The other model's key for each of these, as far as it has one; none of its keys stands for two.
 
     A key is itself where the other model has it. Else a prefix such as ``model.`` or ``language_model.model.`` gives
-    way to another or to none, as it does for keys of the blocks, whose names from there on tell what they are.
+    way to another or to none, as it does for keys of the blocks, whose names from there on tell what they are. A change
+    of prefix by which a key would have two counterparts, as one tower's to another's, is none; of two of which this is
+    so together, that which finds most is taken, and neither where they find as many.
 
     Args:
         keys: one model's.
@@ -28,10 +31,22 @@ def matched(keys: Collection[str], others: Collection[str]) -> dict[str, str]:
         {'model.layers.0.q.weight': 'layers.0.q.weight', 'model.norm.weight': 'norm.weight'}
     """
     theirs = set(others)
-    changes = _prefix_changes([key for key in keys if key not in theirs], theirs)
-    candidates = {key: (key, *(_changed(key, change) for change in changes)) for key in keys}
-    found = ((key, next((one for one in mine if one in theirs), None)) for key, mine in candidates.items())
-    return {key: other for key, other in found if other is not None}
+    found = {key: key for key in keys if key in theirs}
+    left = [key for key in keys if key not in theirs]
+    changes = _prefix_changes(left, theirs - found.keys())
+    claims = [{key: other for key in keys if (other := _changed(key, change)) in theirs} for change in changes]
+    for _, rivals in groupby(sorted(claims, key=len, reverse=True), key=len):
+        fitting = [claim for claim in rivals if not _collide(claim, found)]
+        for claim in fitting:
+            if not any(_collide(claim, rival) for rival in fitting):
+                found = claim | found
+    return {key: found[key] for key in keys if key in found}
+
+
+def _collide(some: Mapping[str, str], others: Mapping[str, str]) -> bool:
+    """Whether a key has one counterpart in some, and another in others, whichever of the models it is of."""
+    back = {other: key for key, other in others.items()}
+    return any(others.get(key, other) != other or back.get(other, key) != key for key, other in some.items())
 
 
 def layer_of(key: str) -> str:
@@ -46,7 +61,7 @@ def layer_of(key: str) -> str:
 
 
 def _prefix_changes(keys: Collection[str], others: Collection[str]) -> list[Change]:
-    """From each prefix the one to another that finds most keys, if it is one alone; those that find most come first."""
+    """From each prefix the one to another that finds most keys, if it is one alone."""
     of_block: dict[str, list[str]] = defaultdict(list)
     for other in others:
         if block := _BLOCK.fullmatch(other):
@@ -59,12 +74,13 @@ def _prefix_changes(keys: Collection[str], others: Collection[str]) -> list[Chan
         most = max(finds[change] for change in changes if change[0] == prefix)
         alike = [change for change in changes if change[0] == prefix and finds[change] == most]
         best += alike if len(alike) == 1 else []
-    return sorted(best, key=lambda change: (-finds[change], change))
+    return sorted(best)
 
 
-def _changed(key: str, change: Change) -> str | None:
+def _changed(key: str, change: Change) -> str:
+    """A key with another prefix, or nothing."""
     old, new = change
-    return f"{new}{key.removeprefix(old)}" if key.startswith(old) else None
+    return f"{new}{key.removeprefix(old)}" if key.startswith(old) else ""
 
 
 def _prefixes(key: str, other: str) -> Change:
