@@ -10,7 +10,7 @@ from torch import Tensor
 
 from sap_lightning.checkpoints.examples import Examples
 from sap_lightning.checkpoints.fuser import Fuser
-from sap_lightning.checkpoints.keys import matched
+from sap_lightning.checkpoints.keys import names_in
 from sap_lightning.checkpoints.sources import Sources
 from sap_lightning.console import track
 from sap_lightning.functional.agreement import divergence
@@ -27,12 +27,11 @@ def divergences(method: ATAF, shares: Sequence[float], sources: Sources, example
     would change of them, and all predictions are in memory together.
 
     Raises:
-        InputError: when a model is not of the kind that the examples are for.
+        InputError: when a model is not of the kind that the examples are for, or transformers makes weights of others.
     """
     own = [examples.predictions(examples.load(model.folder)) for model in sources.models]
     model, towards = examples.load(sources.first.folder), _towards(ATAF(side=method.side, alpha=1.0), shares, sources)
-    weights = model.state_dict()
-    names = matched(list(towards), list(weights))
+    weights, names = model.state_dict(), names_in(model, sources.first, list(towards))
     start = {key: weights[name].clone() for key, name in names.items()}
     found = {}
     for alpha in track(method.grid, f"{method.name}: alphas"):

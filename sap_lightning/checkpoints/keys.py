@@ -7,6 +7,11 @@ from collections import defaultdict
 from collections.abc import Collection, Mapping
 from itertools import groupby
 
+from torch import nn
+
+from sap_lightning.checkpoints.checkpoint import Checkpoint
+from sap_lightning.errors import InputError, short
+
 Change = tuple[str, str]
 """From one prefix to another."""
 _BLOCK = re.compile(r"(?:.*?\.)??(\w+\.\d+\..+)")
@@ -41,6 +46,30 @@ def matched(keys: Collection[str], others: Collection[str]) -> dict[str, str]:
             if not any(_collide(claim, rival) for rival in fitting):
                 found = claim | found
     return {key: found[key] for key in keys if key in found}
+
+
+def names_in(model: nn.Module, checkpoint: Checkpoint, keys: Collection[str]) -> dict[str, str]:
+    """What a model that was loaded from a checkpoint calls weights of it, as far as it uses them.
+
+    Args:
+        model: as transformers loads it.
+        checkpoint: the model's.
+        keys: weights of the checkpoint that are looked for.
+
+    Raises:
+        InputError: one of them is not there, and transformers has made weights of others, such as all experts' in one.
+    """
+    weights = model.state_dict(keep_vars=True)
+    names = matched(checkpoint.stated, list(weights))
+    there = {id(weights[name]) for name in names.values()}  # as tied weights have several names
+    made = (name for name, one in weights.items() if isinstance(one, nn.Parameter) and id(one) not in there)
+    lost = [key for key in keys if key not in names]
+    if lost and (name := next(made, None)):
+        raise InputError(
+            f"{checkpoint.name}: {short(lost[0])} is no weight of the loaded model, whose {name} transformers makes of"
+            " other weights; take a method that looks at weights alone, such as ties"
+        )
+    return {key: names[key] for key in keys if key in names}
 
 
 def _collide(some: Mapping[str, str], others: Mapping[str, str]) -> bool:

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from sap_lightning.checkpoints.examples import Examples
-from sap_lightning.checkpoints.keys import matched
+from sap_lightning.checkpoints.keys import names_in
 from sap_lightning.checkpoints.methods.sap import WholeSAP
 from sap_lightning.checkpoints.sources import Rows, Sources, bytes_of
 from sap_lightning.console import track
@@ -47,13 +47,16 @@ def write_scores(file: BinaryIO, method: WholeSAP, sources: Sources, index: int,
     The model's weights and their gradients are in memory together.
 
     Raises:
-        InputError: when the model is not of the kind that the examples are for, or a score is not finite.
+        InputError: when the model is not of the kind that the examples are for, transformers makes weights of it of
+            others, or a score is not finite.
     """
     checkpoint, own = sources.models[index], sources.keys[index]
-    gradients, loss = mean_gradients(examples.load(checkpoint.folder), examples, method.reduction)
-    log.info("%s: %s has a mean loss of %.4f", method.name, checkpoint.name, loss)
-    names = matched(list(checkpoint.stated), list(gradients))
+    model = examples.load(checkpoint.folder)
     keys = [key for key in sources.first.stated if key not in sources.kept]
+    names = names_in(model, checkpoint, [own[key] for key in keys])
+    gradients, loss = mean_gradients(model, examples, method.reduction)
+    del model
+    log.info("%s: %s has a mean loss of %.4f", method.name, checkpoint.name, loss)
     file.write(head_of({key: Stated(torch.float32, sources.first.stated[key].shape) for key in keys}))
     for key in track(keys, f"{method.name}: scores"):
         gradient = gradients.get(names.get(own[key], ""))  # a weight that the model does not use has none

@@ -9,18 +9,21 @@ from pathlib import Path
 import pytest
 import torch
 from kills import killed
-from llamas import TEXTS, contents, ids_of, llama, saved, trained, weights_in
+from llamas import SIZES, TEXTS, contents, ids_of, llama, saved, tokenizer, trained, weights_in
 from places import SHAPES_CLIP
+from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.func import functional_call
 from torch.testing import assert_close
-from transformers import AutoModelForCausalLM, AutoTokenizer, CLIPModel
+from transformers import AutoModelForCausalLM, AutoTokenizer, CLIPModel, MixtralConfig, MixtralForCausalLM
 
 from sap_lightning import commands
 from sap_lightning.checkpoints import fuser, work
+from sap_lightning.checkpoints.checkpoint import WEIGHTS_FILE
 from sap_lightning.checkpoints.fusion import Fusion
 from sap_lightning.checkpoints.methods import WholeSAP
 from sap_lightning.data.anchors import AnchorDataModule
+from sap_lightning.errors import InputError
 
 Call = Callable[..., object]
 
@@ -115,6 +118,34 @@ def test_language_models_keep_what_matters_to_their_texts(method, speaking, text
     found = [(folder, gradients(AutoModelForCausalLM.from_pretrained(folder), next_token_losses)) for folder in models]
     Fusion([*map(str, models)], str(tmp_path / "out"), str(base), method, texts=texts).run()
     check(weights_in(tmp_path / "out"), expected(method, base, found), weights_in(base))
+
+
+@pytest.mark.parametrize("method", ["sap", "ataf", "adamms", "stats_merging"])
+def test_weights_of_which_transformers_makes_others_are_refused(method, texts, tmp_path) -> None:
+    torch.manual_seed(0)
+    mixture = MixtralForCausalLM(MixtralConfig(**SIZES, num_local_experts=2))
+    folders = [str(saved(trained(mixture, seed), tmp_path / str(seed))) for seed in range(3)]
+    tokenizer().save_pretrained(folders[0])
+    base = None if method == "adamms" else folders[2]
+    fusion = Fusion(folders[:2], str(tmp_path / "out"), base, method, texts=texts)
+    with pytest.raises(
+        InputError, match=r"0: 'model.*' is no weight of the loaded model, whose .* transformers makes of"
+    ):
+        fusion.run()
+    assert not (tmp_path / "out").exists()
+
+
+def test_weights_that_the_model_does_not_use_have_no_scores(speaking, texts, tmp_path) -> None:
+    folders = [str(shutil.copytree(folder, tmp_path / Path(folder).name)) for folder in speaking]
+    for number, folder in enumerate(map(Path, folders)):
+        save_file(
+            weights_in(folder) | {"model.layers.0.own": torch.full((4,), number + 1.0)},
+            folder / WEIGHTS_FILE,
+            {"format": "pt"},
+        )
+    Fusion(folders[:2], str(tmp_path / "out"), folders[2], WholeSAP(0.5, rescale="none"), texts=texts).run()
+    # All scores are 0: the first half goes, and of changes by -2 and -1 a half each stays.
+    assert weights_in(tmp_path / "out")["model.layers.0.own"].tolist() == [3, 3, 1.5, 1.5]
 
 
 def test_clip_models_keep_what_matters_to_the_anchors_in_both_towers(clips, world, tmp_path) -> None:

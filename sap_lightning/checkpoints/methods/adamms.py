@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from sap_lightning.checkpoints.examples import Examples
-from sap_lightning.checkpoints.keys import matched
+from sap_lightning.checkpoints.keys import names_in
 from sap_lightning.checkpoints.method import Seen, WholeMethod
 from sap_lightning.checkpoints.sources import Part, Sources
 from sap_lightning.console import track
@@ -71,9 +71,8 @@ class AdaMMS(WholeMethod):
         """What the model says at every α; its weights and those that lead to B's are in memory together."""
         model = examples.load(sources.first.folder)
         keys = [key for key in sources.first.stated if key not in self._left(sources)]
+        weights, names = model.state_dict(), names_in(model, sources.first, keys)
         pairs = {key: _both(sources.whole(key)) for key in keys}
-        weights = model.state_dict()
-        names = matched(keys, list(weights))
         found: list[Sequence[Hashable]] = []
         for alpha in track(self.grid, f"{self.name}: alphas"):
             for key, name in names.items():

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
 from sap_lightning.checkpoints.examples import Examples
-from sap_lightning.checkpoints.keys import matched
+from sap_lightning.checkpoints.keys import names_in
 from sap_lightning.checkpoints.method import Seen, WholeMethod
 from sap_lightning.checkpoints.sources import Part, Sources
 from sap_lightning.console import track
@@ -54,7 +54,9 @@ class WholeStatsMerging(StatsMerging, WholeMethod):
         answers = [_answers(examples, one.folder) for one in sources.models]
         model = examples.load(sources.first.folder)
         keys = [key for key in sources.first.stated if key not in sources.kept]
-        names = matched(keys, list(dict(model.named_parameters())))
+        parameters = dict(model.named_parameters())  # of tied ones the first
+        found = names_in(model, sources.first, keys)
+        names = {key: name for key, name in found.items() if name in parameters}
         parts = {key: sources.whole(key) for key in track(list(names), f"{self.name}: weights")}
         learner = self.learner(torch.stack([_statistics(part) for part in parts.values()]))
         mixture = Mixture(model, {names[key]: part for key, part in parts.items()})
