@@ -114,9 +114,8 @@ class Checkpoint:
 
     @property
     def fingerprint(self) -> str:
-        """Tells its files from others, and changes when they do, without reading them."""
-        read = [*self.shards, *(name for name in (PREPROCESSOR_FILE,) if os.path.lexists(self.folder / name))]
-        return file_fingerprint([regular_file(self.folder, name) for name in read])
+        """Tells its files from others, config and tokenizer too, and changes when they do, without reading them."""
+        return file_fingerprint([*(regular_file(self.folder, name) for name in self.shards), *self.beside().values()])
 
     def beside(self) -> dict[str, Path]:
         """The files beside its weights that make it a model, by name."""

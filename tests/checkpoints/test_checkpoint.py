@@ -54,6 +54,14 @@ def test_an_index_that_contradicts_its_shards_is_refused_with_key_and_shard(mode
         Checkpoint(str(model))
 
 
+@pytest.mark.parametrize("name", ["config.json", "tokenizer.json", "merges.txt", "preprocessor_config.json"])
+def test_the_fingerprint_changes_with_what_a_model_is_loaded_by(name, model) -> None:
+    before = Checkpoint(str(model)).fingerprint
+    assert Checkpoint(str(model)).fingerprint == before
+    (model / name).write_text('{"vocab_size": 1}')
+    assert Checkpoint(str(model)).fingerprint != before
+
+
 def test_records_of_our_commands_are_not_taken_along(model) -> None:
     names = {*Checkpoint(str(model)).beside()}
     for name in ("merge.json", "compress.json", "plan.json"):
