@@ -275,6 +275,7 @@ def test_methods_that_need_more_than_weights_say_so_before_one_is_read(method, w
         ({"method": "ties"}, "fuse.base is not set: ties"),
         ({"models": ["a"], "method": ATAF(alpha=0.5)}, "ataf needs at least 2"),
         ({"models": ["a", "a"]}, "a is given twice"),
+        ({"output": "."}, "fuse.output '.': is no name of a new folder"),
         ({"weights": [1.0]}, r"fuse.weights \[1.0\]: 1 for 2 models"),
         ({"weights": [0.0, 0.0]}, "fuse.weights .*not all of them 0"),
         ({"weights": [2.0, 1.0]}, "fuse.base is not set"),
@@ -284,6 +285,13 @@ def test_methods_that_need_more_than_weights_say_so_before_one_is_read(method, w
 def test_settings_that_contradict_each_other_are_refused(options, message) -> None:
     with pytest.raises(InputError, match=message):
         Fusion(**{"models": ["a", "b"], "output": "out", **options})
+
+
+def test_a_model_is_given_once_however_it_is_called(trio, tmp_path) -> None:
+    (tmp_path / "link").symlink_to(trio[0])
+    for again in (str(tmp_path / "link"), f"{trio[1]}/../a"):
+        with pytest.raises(InputError, match=f"^fuse.models: {again} is given twice; give each model once"):
+            fused([trio[0], again, trio[2]], tmp_path / "out")
 
 
 def test_a_pickle_is_never_read(trio, tmp_path) -> None:
