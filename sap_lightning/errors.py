@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from reprlib import Repr
 
+SEEDS = 2**32
 WHAT_TO_CHECK = "check path, permission and room on the disk, then run the same command again"
 
 
@@ -62,12 +63,19 @@ def check_share(name: str, value: float) -> None:
 
 
 def check_at_least(name: str, value: float, least: float) -> None:
-    """Raises an InputError that names the setting when it is below the least value."""
-    if not value >= least:
-        raise InputError(f"{name} must be at least {least}, got {value}")
+    """Raises an InputError that names the setting when it is below the least value, or not finite."""
+    if not least <= value < math.inf:
+        hint = "; give a finite number" if value == math.inf else ""
+        raise InputError(f"{name} must be at least {least}, got {value}{hint}")
 
 
 def check_positive(name: str, value: float) -> None:
     """Raises an InputError that names the setting when it is not a finite number above 0."""
     if not 0 < value < math.inf:
         raise InputError(f"{name} must be above 0, got {value}")
+
+
+def check_seed(name: str, value: int) -> None:
+    """Raises an InputError that names the setting when it is no seed."""
+    if not 0 <= value < SEEDS:
+        raise InputError(f"{name}: {value} lies outside [0, {SEEDS})")

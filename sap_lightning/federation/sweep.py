@@ -9,7 +9,7 @@ from itertools import product
 from pathlib import Path
 from typing import Any
 
-from sap_lightning.errors import InputError, check_share
+from sap_lightning.errors import InputError, check_seed, check_share
 from sap_lightning.federation.one_shot import OneShotFederation
 from sap_lightning.federation.points import Plan
 from sap_lightning.federation.run_folder import CONFIG_FILE, SERVER_SETTINGS, RunFolder, belongs_to, read_settings
@@ -21,7 +21,6 @@ from sap_lightning.results import Result
 ALL = "all"
 USUAL: list[MergeMethod | str] = ["average", "sap"]
 SEED = "seed_everything"
-SEEDS = 2**32
 LONGEST_NAME = 150
 """Characters of a folder's name; file systems take 255 bytes."""
 OWN_SETTINGS = {
@@ -74,8 +73,7 @@ class Sweep:
         for sparsity in self.sparsities:
             check_share("sweep.sparsities", sparsity)
         for seed in self.seeds:
-            if not 0 <= seed < SEEDS:
-                raise InputError(f"sweep.seeds: {seed} lies outside [0, {SEEDS})")
+            check_seed("sweep.seeds", seed)
         for name in self.methods:
             if isinstance(name, str) and name not in METHODS:
                 raise InputError(f"sweep.methods: no method {name!r}; there are {', '.join(METHODS)}")
