@@ -220,5 +220,6 @@ def client_class(name: str) -> type[ClientModule]:
 
 def _class_in(config_file: str) -> str | None:
     """The class of the clients that a config file names."""
-    model = config_in(config_file).get("model")
+    with errors_in(config_file):
+        model = config_in(config_file).get("model")
     return str(model["class_path"]) if isinstance(model, dict) and "class_path" in model else None

@@ -64,9 +64,10 @@ def check_share(name: str, value: float) -> None:
 
 
 def check_at_least(name: str, value: float, least: float) -> None:
-    """Raises an InputError that names the setting when it is below the least value."""
-    if not value >= least:
-        raise InputError(f"{name} must be at least {least}, got {value}")
+    """Raises an InputError that names the setting when it is below the least value, or not finite."""
+    if not least <= value < math.inf:
+        hint = "; give a finite number" if value == math.inf else ""
+        raise InputError(f"{name} must be at least {least}, got {value}{hint}")
 
 
 def check_positive(name: str, value: float) -> None:

@@ -43,6 +43,18 @@ def refuse_existing(folder: str | Path) -> None:
         raise InputError(f"{folder}: already exists and is not overwritten; name another folder or remove it")
 
 
+def folder_named(setting: str, folder: str) -> Path:
+    """The new folder that a setting names.
+
+    Raises:
+        InputError: when that is no name of a folder, as an empty one, ``.`` and ``/`` are none.
+    """
+    path = Path(folder)
+    if path.name in ("", "..") or "\0" in folder:
+        raise InputError(f"{setting} {folder!r}: is no name of a new folder; give one, such as {setting} result")
+    return path
+
+
 @contextmanager
 def writing(path: str | Path) -> Iterator[None]:
     """What the system says against writing there becomes the one line that a person reads.

@@ -77,7 +77,7 @@ class FuseParser(ArgumentParser):
     """A parser whose errors are for people."""
 
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
-        if not self.groups:  # jsonargparse makes more of this class, of a method's settings, and says what comes of it
+        if not self.exit_on_error:  # jsonargparse makes more of this class, of a method's settings, and says the rest
             super().error(message, ex)
         raise (ex if isinstance(ex, InputError) else option_error(message, self)) from None
 

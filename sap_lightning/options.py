@@ -12,7 +12,7 @@ from typing import Any
 import yaml
 
 from sap_lightning.checkpoints.methods import FUSE_METHODS
-from sap_lightning.errors import InputError
+from sap_lightning.errors import InputError, first_line
 from sap_lightning.merging import METHODS, SAP
 
 TRAINING = ("fit", "sweep", "client")
@@ -165,9 +165,15 @@ def path_of(named: type) -> str:
 
 
 def config_in(file: str) -> dict[str, Any]:
-    """What a config file says, or the text that stands for one."""
+    """What a config file says, or the text that stands for one.
+
+    Raises:
+        InputError: when it is no text in UTF-8.
+    """
     try:
         config = yaml.safe_load(Path(file).read_text(encoding="utf-8") if os.path.isfile(file) else file)
+    except UnicodeDecodeError as error:
+        raise InputError(f"is no text in UTF-8 ({first_line(error)}); save it in UTF-8") from error
     except (OSError, ValueError, yaml.YAMLError):  # which the parser will say
         return {}
     return config if isinstance(config, dict) else {}

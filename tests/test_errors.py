@@ -9,6 +9,7 @@ from sap_lightning.errors import (
     InputError,
     check_at_least,
     check_positive,
+    check_seed,
     check_share,
     first_line,
     in_one_line,
@@ -36,11 +37,18 @@ def test_what_is_not_above_0_or_not_finite_is_refused_by_name(value):
     check_positive("merge.method.scale", 0.1)
 
 
-@pytest.mark.parametrize("value", [0, float("nan")])
+@pytest.mark.parametrize("value", [0, float("nan"), float("inf")])
 def test_what_is_below_the_least_is_refused_by_name(value):
     with pytest.raises(InputError, match=r"merge\.method\.sweeps must be at least 1"):
         check_at_least("merge.method.sweeps", value, 1)
     check_at_least("merge.method.sweeps", 1, 1)
+
+
+@pytest.mark.parametrize("value", [-1, 2**32, 99999999999999999999999])
+def test_what_is_no_seed_is_refused_by_name(value):
+    with pytest.raises(InputError, match=rf"merge\.method\.seed: {value} lies outside \[0, 4294967296\)"):
+        check_seed("merge.method.seed", value)
+    check_seed("merge.method.seed", 2**32 - 1)
 
 
 @pytest.mark.parametrize(

@@ -18,6 +18,7 @@ from sap_lightning.files import (
     as_json,
     cache_folder,
     clear_unfinished_at,
+    folder_named,
     locked,
     new_folder,
     refuse_existing,
@@ -244,3 +245,10 @@ def test_tensors_come_back_from_a_file_in_a_folder_that_was_not_there(tmp_path: 
     read = load_file(file)
     assert torch.equal(read["transposed"], matrix.T) and torch.equal(read["labels"], torch.tensor([1, 2]))
     assert list(file.parent.iterdir()) == [file]
+
+
+@pytest.mark.parametrize("name", ["", ".", "/", "..", "a/..", "a\0b"])
+def test_a_new_folder_has_a_name(name: str) -> None:
+    with pytest.raises(InputError, match=r"^fuse.output .*: is no name of a new folder; give one"):
+        folder_named("fuse.output", name)
+    assert folder_named("fuse.output", "a/b/") == Path("a/b")

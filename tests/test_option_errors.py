@@ -57,6 +57,12 @@ def told(*line: str) -> str:
         ("merge --uploads", "uploads: no value is given"),
         ("fit --federation.poison x",
          "federation.poison: takes a file or a mapping of its settings, which are federation.poison.domain, "),
+        ("fuse --fuse.method ties --fuse.method.variant foo",
+         "fuse.method.variant: takes one of authors, peft, mergekit, got 'foo'"),
+        ("fuse --fuse.method ties --fuse.method.sparsty 3", "fuse.method.sparsty: ties has no such setting; it has "),
+        ("fuse --fuse.method task_arithmetic --fuse.method.scale nan", "fuse.method.scale: takes float, got 'nan'"),
+        ("fuse --fuse.method hm3 --fuse.method.method ties --fuse.method.method.scale x",
+         "fuse.method.method.scale: takes float, got 'x'"),
         ("fit --config /nowhere.yaml", "config: File does not exist: '/nowhere.yaml'"),
     ],
 )  # fmt: skip
@@ -79,6 +85,13 @@ def test_what_is_wrong_in_a_config_file_is_said_with_its_name(tmp_path, content,
     file = tmp_path / "config.yaml"
     file.write_text(content)
     assert told("fit", "--config", str(file)).startswith(f"{file}: {said}")
+
+
+@pytest.mark.parametrize("command", ["fuse", "fit"])
+def test_a_config_file_that_is_no_text_is_refused_with_its_name(tmp_path, command):
+    file = tmp_path / "config.yaml"
+    file.write_bytes(b"model: \xff")
+    assert told(command, "--config", str(file)).startswith(f"{file}: is no text in UTF-8 (")
 
 
 @pytest.mark.parametrize(

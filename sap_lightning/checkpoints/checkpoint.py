@@ -140,8 +140,8 @@ def _shard_names(folder: Path) -> list[str]:
 
 def _placed(folder: Path) -> dict[str, str]:
     """The shard of every key, as the index says."""
+    placed = _object_in(folder, INDEX_FILE).get("weight_map")
     with errors_in(folder / INDEX_FILE):
-        placed = _object_in(folder, INDEX_FILE).get("weight_map")
         if not (isinstance(placed, dict) and placed and all(map(_is_shard, placed.values()))):
             raise InputError("weight_map does not name safetensors files of this folder; save the model again")
         series = {_NUMBER.sub("", name) for name in placed.values() if _NUMBER.search(name)}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from itertools import product
 from pathlib import Path
 
@@ -14,7 +15,7 @@ from sap_lightning.checkpoints.methods import FUSE_METHODS, WholeSAP
 from sap_lightning.checkpoints.sources import Sources
 from sap_lightning.checkpoints.work import Work
 from sap_lightning.errors import InputError
-from sap_lightning.files import locked, put_in_place, refuse_existing, writing
+from sap_lightning.files import folder_named, locked, put_in_place, refuse_existing, writing
 from sap_lightning.merging import ATAF, SAP, MergeMethod, method_named
 from sap_lightning.merging.method import check_weights
 
@@ -61,10 +62,10 @@ class Fusion:
 
     def _check_settings(self) -> None:
         method, least = self.method, max(1, self.method.least_clients)
+        folder_named("fuse.output", self.output)
         if len(self.models) < least:
             raise InputError(f"fuse.models {self.models}: {method.name} needs at least {least}")
-        if twice := [model for model in self.models if self.models.count(model) > 1]:
-            raise InputError(f"fuse.models: {twice[0]} is given twice; give each model once")
+        self._check_apart(self.models)
         if isinstance(method, JoiningMethod):
             method.check(self.models, self.texts, self.anchors is not None)
         if isinstance(method, WholeMethod):
@@ -81,6 +82,11 @@ class Fusion:
                 f"fuse.base is not set: {fuses.name} fuses what the models have changed of a base; name the model that"
                 " they were trained from"
             )
+
+    def _check_apart(self, places: Sequence[object]) -> None:
+        """Raises InputError when two models are in the same place, however they are called."""
+        if twice := [model for model, place in zip(self.models, places, strict=True) if places.count(place) > 1]:
+            raise InputError(f"fuse.models: {twice[-1]} is given twice; give each model once")
 
     def _check_data(self) -> None:
         """Data for a method that looks at any, of one kind; anchors of a config file may be there for others."""
@@ -112,6 +118,7 @@ class Fusion:
             InputError: when a model is faulty, nothing in it fits, or something of the output's name already stands.
         """
         models = [Checkpoint(model) for model in self.models]
+        self._check_apart([model.folder.resolve() for model in models])
         base = models[0] if self.base is None else Checkpoint(self.base)
         sources = Sources.of(models, base, isinstance(self.method, WholeMethod) and self.method.takes_unlike)
         output = Path(self.output)

@@ -109,7 +109,8 @@ class Work:
             looked = divergences(method, self.shares, self.sources, self.examples[0])
             found = {str(alpha): one for alpha, one in looked.items()}
             write_json(file, sealed(found))
-        return replace(method, alpha=most_consistent({float(alpha): one for alpha, one in found.items()}))
+        alpha = most_consistent({float(alpha): one for alpha, one in found.items()})
+        return replace(method, alpha=alpha, steps=ATAF.steps)  # the steps are done
 
     def _seen(self) -> Seen:
         """What a method of whole models alone sees of them; nothing where it is another."""

@@ -20,7 +20,7 @@ def read_text(file: str, option: str) -> str:
     """
     try:
         return Path(file).read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
+    except (OSError, ValueError) as error:  # one for bytes that are no UTF-8, or for a name with a null byte
         raise InputError(f"{option} {file}: cannot be read as UTF-8 text ({first_line(error)})") from error
 
 

@@ -21,7 +21,7 @@ from sap_lightning.functional.procrustes import Side, aligned
 from sap_lightning.io.adapter import Adapter
 from sap_lightning.merging.clients import Source, client_layers
 from sap_lightning.merging.distances import squared_distances
-from sap_lightning.merging.method import MergeMethod, Prepared, PreparedLayers, required
+from sap_lightning.merging.method import MergeMethod, Prepared, PreparedLayers, refuse_unused, required
 from sap_lightning.models.probe import AnchorProbe
 
 log = logging.getLogger(__name__)
@@ -67,6 +67,7 @@ class ATAF(MergeMethod):
         check_at_least("merge.method.steps", self.steps, 2)
         if self.alpha is not None:
             check_share("merge.method.alpha", self.alpha)
+            refuse_unused(self, ["steps"], "alpha")
 
     @property
     def needs_anchors(self) -> bool:  # type: ignore[override]  # to find α
@@ -152,8 +153,17 @@ class Mixture:
         return {name: self.layer(name, alpha) for name in self.layers}
 
     def layer(self, name: str, alpha: float) -> Update:
-        """One layer of it."""
-        others = sum(self.weights) - self.weights[self.reference]
+        """One layer of it.
+
+        Raises:
+            InputError: when all others have weight 0, of which there are no shares.
+        """
+        others = sum(weight for number, weight in enumerate(self.weights) if number != self.reference)
+        if not others:
+            raise InputError(
+                f"weights {list(self.weights)}: ataf mixes the others into number {self.reference + 1}, and they weigh"
+                " 0; give one of them another weight"
+            )
         shares = [alpha * weight / others for weight in self.weights]
         shares[self.reference] = 1 - alpha
         return weighted_sum(self.layers[name], shares)

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import hashlib
 import inspect
-import math
 import sys
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
@@ -24,6 +23,9 @@ from sap_lightning.functional.lora import Update
 from sap_lightning.io.adapter import Adapter
 from sap_lightning.merging.clients import Source, client_layers, client_weights
 from sap_lightning.models.probe import AnchorProbe
+
+MOST_WEIGHT = 1e30
+"""Of a client; float32, in which updates are summed, ends at 3e38."""
 
 
 class Prepared(ABC):
@@ -252,12 +254,19 @@ def _plain(value: Any) -> Any:
 
 def check_weights(method: MergeMethod, weights: Sequence[float], setting: str = "merge.weights") -> None:
     """Raises InputError when a method cannot give its clients these weights."""
-    if not (all(map(math.isfinite, weights)) and any(weights)):
-        raise InputError(f"{setting} {weights}: must be finite numbers, not all of them 0")
+    if not (all(abs(weight) <= MOST_WEIGHT for weight in weights) and any(weights)):
+        raise InputError(f"{setting} {weights}: must be finite numbers up to {MOST_WEIGHT:g}, not all of them 0")
     if not method.uses_weights:
         raise InputError(f"{setting} {weights}: clients count alike in {method.name}; leave it out")
     if min(weights) < 0 and not method.takes_any_weights:
         raise InputError(f"{setting} {weights}: {method.name} takes none below 0; average and task_arithmetic do")
+
+
+def refuse_unused(method: MergeMethod, settings: Sequence[str], given: str, group: str = "merge.method") -> None:
+    """Raises InputError when a method would ignore settings that are not its defaults, as another is given."""
+    for name in settings:
+        if (value := getattr(method, name)) != getattr(type(method), name):
+            raise InputError(f"{group}.{name} {value}: {method.name} ignores it where {given} is given; leave one out")
 
 
 def required(anchors: AnchorProbe | None, method: MergeMethod) -> AnchorProbe:

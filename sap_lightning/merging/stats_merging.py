@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from sap_lightning.console import track
-from sap_lightning.errors import check_at_least, check_positive
+from sap_lightning.errors import check_at_least, check_positive, check_seed
 from sap_lightning.functional.consensus import weighted_sum
 from sap_lightning.functional.lora import LoRALayer, Update
 from sap_lightning.functional.weight_statistics import scaled_over_all, weight_statistics
@@ -61,6 +61,7 @@ class StatsMerging(MergeMethod):
         check_at_least("merge.method.steps", self.steps, 1)
         check_at_least("merge.method.hidden", self.hidden, 1)
         check_positive("merge.method.rate", self.rate)
+        check_seed("merge.method.seed", self.seed)
 
     def prepare(
         self, adapters: Sequence[Adapter], weights: Sequence[float], anchors: AnchorProbe | None = None

@@ -18,7 +18,7 @@ from transformers import AutoModelForCausalLM, LlamaModel
 from sap_lightning import commands
 from sap_lightning.checkpoints import fuser
 from sap_lightning.checkpoints.fusion import Fusion
-from sap_lightning.checkpoints.methods import WholeSAP
+from sap_lightning.checkpoints.methods import AdaMMS, SafeM, WholeSAP, WholeStatsMerging
 from sap_lightning.errors import InputError
 from sap_lightning.functional.lora import LoRALayer, dense
 from sap_lightning.functional.procrustes import aligned
@@ -275,8 +275,10 @@ def test_methods_that_need_more_than_weights_say_so_before_one_is_read(method, w
         ({"method": "ties"}, "fuse.base is not set: ties"),
         ({"models": ["a"], "method": ATAF(alpha=0.5)}, "ataf needs at least 2"),
         ({"models": ["a", "a"]}, "a is given twice"),
+        ({"output": "."}, "fuse.output '.': is no name of a new folder"),
         ({"weights": [1.0]}, r"fuse.weights \[1.0\]: 1 for 2 models"),
         ({"weights": [0.0, 0.0]}, "fuse.weights .*not all of them 0"),
+        ({"weights": [1e300, 1e300]}, "fuse.weights .*must be finite numbers up to 1e\\+30"),
         ({"weights": [2.0, 1.0]}, "fuse.base is not set"),
         ({"weights": [0.5, 0.5], "method": "median", "base": "c"}, "clients count alike in median"),
     ],
@@ -284,6 +286,35 @@ def test_methods_that_need_more_than_weights_say_so_before_one_is_read(method, w
 def test_settings_that_contradict_each_other_are_refused(options, message) -> None:
     with pytest.raises(InputError, match=message):
         Fusion(**{"models": ["a", "b"], "output": "out", **options})
+
+
+@pytest.mark.parametrize(
+    ("method", "settings", "message"),
+    [
+        (SafeM, {"a": torch.nan}, "fuse.method.a must be at least 0, got nan"),
+        (SafeM, {"a": -10}, "fuse.method.a must be at least 0, got -10"),
+        (WholeStatsMerging, {"seed": 10**23}, "method.seed: 1.* lies outside"),
+        (ATAF, {"alpha": 0.5, "steps": 5}, "method.steps 5: ataf ignores it where alpha is given; leave one out"),
+        (AdaMMS, {"alpha": 0.5, "smooth": 1}, "fuse.method.smooth 1: adamms ignores it where alpha is given"),
+    ],
+)
+def test_settings_of_methods_that_are_none_or_ignored_are_refused(method, settings, message) -> None:
+    with pytest.raises(InputError, match=message):
+        method(**settings)
+
+
+def test_ataf_has_to_have_others_to_mix_in(trio, tmp_path) -> None:
+    with pytest.raises(
+        InputError, match=r"weights \[1.0, 0.0\]: ataf mixes the others into number 1, and they weigh 0"
+    ):
+        fused(trio, tmp_path / "out", ATAF(alpha=0.5), weights=[1.0, 0.0])
+
+
+def test_a_model_is_given_once_however_it_is_called(trio, tmp_path) -> None:
+    (tmp_path / "link").symlink_to(trio[0])
+    for again in (str(tmp_path / "link"), f"{trio[1]}/../a"):
+        with pytest.raises(InputError, match=f"^fuse.models: {again} is given twice; give each model once"):
+            fused([trio[0], again, trio[2]], tmp_path / "out")
 
 
 def test_a_pickle_is_never_read(trio, tmp_path) -> None:

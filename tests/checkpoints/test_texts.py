@@ -41,6 +41,8 @@ def test_texts_that_are_none_or_ignored_are_refused(speaking, texts, tmp_path) -
         Fusion(models, str(tmp_path / "out"), base, "ties", texts=texts)
     with pytest.raises(InputError, match=r"fuse.texts nowhere.txt: cannot be read"):
         Fusion(models, str(tmp_path / "out"), base, "ataf", texts="nowhere.txt").run()
+    with pytest.raises(InputError, match=r"fuse.texts a\\x00b: cannot be read"):
+        read_texts("a\0b")
     (tmp_path / "empty.txt").write_text("\n \n")
     with pytest.raises(InputError, match="has no text; give one a line"):
         read_texts(str(tmp_path / "empty.txt"))

@@ -13,7 +13,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load, save
 
 from sap_lightning.errors import InputError
-from sap_lightning.io.weights import MAX_HEADER_BYTES, SafetensorsFile, Stated, head_of
+from sap_lightning.io.weights import MAX_HEADER_BYTES, SafetensorsFile, Stated, head_of, is_finite
 
 TENSORS = {
     "a": torch.arange(6.0).view(2, 3),
@@ -136,3 +136,15 @@ def test_many_tensors_and_much_metadata_cost_one_look() -> None:
         with weights.opened() as opened:
             opened.tensor(key)
     assert time.process_time() - started < 10
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
+@pytest.mark.parametrize("number", [torch.nan, torch.inf, -torch.inf])
+def test_one_number_that_is_not_finite_is_found_wherever_it_is(number: float, dtype: torch.dtype) -> None:
+    tensor = torch.randn(5, 7).to(dtype)
+    tensor[0, 0], tensor[0, 1] = torch.finfo(dtype).max, torch.finfo(dtype).min
+    assert is_finite(tensor) and is_finite(tensor[:0])
+    for place in (2, 17, 34):
+        broken = tensor.clone()
+        broken.view(-1)[place] = number
+        assert not is_finite(broken)

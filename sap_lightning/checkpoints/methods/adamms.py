@@ -19,6 +19,7 @@ from sap_lightning.checkpoints.sources import Part, Sources
 from sap_lightning.console import track
 from sap_lightning.errors import check_at_least, check_share
 from sap_lightning.functional.agreement import answers_that_move
+from sap_lightning.merging.method import refuse_unused
 
 
 @dataclass(frozen=True)
@@ -53,6 +54,7 @@ class AdaMMS(WholeMethod):
         check_share("fuse.method.largest", self.largest)
         if self.alpha is not None:
             check_share("fuse.method.alpha", self.alpha)
+            refuse_unused(self, ["largest", "steps", "smooth"], "alpha", "fuse.method")
 
     @property
     def needs_anchors(self) -> bool:  # type: ignore[override]  # to find α

@@ -15,7 +15,7 @@ from sap_lightning.checkpoints.examples import Examples
 from sap_lightning.checkpoints.keys import layer_of, matched
 from sap_lightning.checkpoints.method import Seen, WholeMethod
 from sap_lightning.checkpoints.sources import Part, Sources
-from sap_lightning.errors import InputError, check_share
+from sap_lightning.errors import InputError, check_at_least, check_share
 from sap_lightning.functional.flatness import Sharpness, sharpness_aware_saliency
 from sap_lightning.functional.masking import keep_highest
 from sap_lightning.functional.projection import split_along
@@ -55,6 +55,7 @@ class SafeM(WholeMethod):
 
     def __post_init__(self) -> None:
         check_share("fuse.method.share", self.share)
+        check_at_least("fuse.method.a", self.a, 0)
 
     def look(self, sources: Sources, examples: Examples) -> Seen:
         (a, b), c = sources.models, sources.base
