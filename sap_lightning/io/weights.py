@@ -265,8 +265,8 @@ def head_of(stated: Mapping[str, Stated]) -> bytes:
 
 
 def dtype_name(dtype: torch.dtype | str) -> str:
-    """What the format calls a dtype."""
-    return _NAMES[dtype] if isinstance(dtype, torch.dtype) else dtype
+    """What the format calls a dtype, or torch where it is not read from it."""
+    return _NAMES.get(dtype, str(dtype)) if isinstance(dtype, torch.dtype) else dtype
 
 
 def bytes_in(stated: Stated) -> int:
