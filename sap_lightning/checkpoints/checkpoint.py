@@ -51,7 +51,9 @@ class Checkpoint:
     def __init__(self, model: str) -> None:
         self.name = model
         self.folder = from_hub(model, ["*.safetensors", *BESIDE_WEIGHTS]) if is_hub_id(model) else Path(model)
-        self.shards = {name: SafetensorsFile.at(regular_file(self.folder, name)) for name in _shard_names(self.folder)}
+        placed = _placed(self.folder)
+        names = sorted(set(placed.values())) if placed else [_one_file(self.folder)]
+        self.shards = {name: SafetensorsFile.at(regular_file(self.folder, name)) for name in names}
         self.stated: dict[str, Stated] = {}
         self._shard_of: dict[str, str] = {}
         for name in self.shards:
@@ -61,8 +63,8 @@ class Checkpoint:
                         raise InputError(f"{short(key)} is in {self._shard_of[key]} too; save the model again")
                     self.stated[key] = tensors.stated(key)
                     self._shard_of[key] = name
-        if WEIGHTS_FILE not in self.shards:
-            _check_index(self.folder, self._shard_of)
+        if placed:
+            _check_index(self.folder, placed, self._shard_of)
 
     @contextmanager
     def opened(self, shard: str) -> Iterator[OpenFile]:
@@ -124,12 +126,10 @@ class Checkpoint:
         return {name: regular_file(self.folder, name) for name in sorted(found - left) if not name.startswith(".")}
 
 
-def _shard_names(folder: Path) -> list[str]:
-    """Names of the files that hold a model's tensors; one file goes before shards, as it does for transformers."""
+def _one_file(folder: Path) -> str:
+    """Name of the file that holds all tensors of a model without shards."""
     if os.path.lexists(folder / WEIGHTS_FILE):
-        return [WEIGHTS_FILE]
-    if os.path.lexists(folder / INDEX_FILE):
-        return sorted(set(_placed(folder).values()))
+        return WEIGHTS_FILE
     if not folder.is_dir():
         raise InputError(f"{folder}: no such folder; expected a model as save_pretrained writes it")
     pickles = sorted(path.name for pattern in PICKLES for path in folder.glob(pattern))
@@ -139,7 +139,9 @@ def _shard_names(folder: Path) -> list[str]:
 
 
 def _placed(folder: Path) -> dict[str, str]:
-    """The shard of every key, as the index says."""
+    """The shard of every key, as the index says; nothing where one file has all, which transformers looks for first."""
+    if os.path.lexists(folder / WEIGHTS_FILE) or not os.path.lexists(folder / INDEX_FILE):
+        return {}
     placed = _object_in(folder, INDEX_FILE).get("weight_map")
     with errors_in(folder / INDEX_FILE):
         if not (isinstance(placed, dict) and placed and all(map(_is_shard, placed.values()))):
@@ -151,9 +153,8 @@ def _placed(folder: Path) -> dict[str, str]:
     return placed
 
 
-def _check_index(folder: Path, found: Mapping[str, str]) -> None:
+def _check_index(folder: Path, placed: Mapping[str, str], found: Mapping[str, str]) -> None:
     """Raises InputError when the index does not say of every key in which shard it was found."""
-    placed = _placed(folder)
     for key in sorted(placed.keys() | found.keys()):
         if (said := placed.get(key)) != (shard := found.get(key)):
             where = f"has {short(key)} in {said}" if said else f"has no {short(key)}"

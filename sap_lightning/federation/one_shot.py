@@ -249,7 +249,7 @@ class OneShotFederation:
             clients -= (clients - 1) // 2  # fewer than half can stand out
             left = "an unseen domain and the rejection of outliers can leave"
         for name, method in self.merging.items():
-            if clients < max(method.least_clients, 1):
+            if clients < method.least_clients:
                 raise InputError(
                     f"merge.method {name} needs at least {method.least_clients} clients at these settings, {left}"
                     f" {clients}; change its settings or the method"

@@ -14,7 +14,7 @@ from sap_lightning.errors import InputError
 from sap_lightning.functional.lora import LoRALayer
 from sap_lightning.io.peft_config import Scaling, in_text_tower
 from sap_lightning.io.rules import MAX_FLOAT32, short
-from sap_lightning.io.weights import DTYPES, OpenWeights, Stated, Weights, dtype_name
+from sap_lightning.io.weights import OpenWeights, Weights, readable
 
 Factors = Literal["AB", "A", "B"]
 """Both factors of an adapter, or one."""
@@ -144,7 +144,7 @@ def _dropped(tensors: OpenWeights, whole: Mapping[str, re.Match[str]], beside: B
 
 
 def _is_copy(tensors: OpenWeights, key: str, own: Tensor | None) -> bool:
-    if own is None or _readable(tensors, key).shape != own.shape:
+    if own is None or readable(tensors, key).shape != own.shape:
         return False
     weight = tensors.tensor(key)
     return torch.equal(weight, own.to(weight.dtype))
@@ -206,16 +206,8 @@ def _stated(tensors: OpenWeights, keys: dict[str, str]) -> _StatedShapes:
     return shapes
 
 
-def _readable(tensors: OpenWeights, key: str) -> Stated:
-    """What is stated of a tensor, if it is of a dtype that can be read."""
-    stated = tensors.stated(key)
-    if stated.dtype not in DTYPES.values():
-        raise InputError(f"{key} has dtype {dtype_name(stated.dtype)}, expected one of {', '.join(DTYPES)}")
-    return stated
-
-
 def _read_factor(tensors: OpenWeights, key: str, shape: tuple[int, int]) -> Tensor:
-    stated = _readable(tensors, key)
+    stated = readable(tensors, key)
     if stated.shape != shape:
         raise InputError(
             f"{key} has shape {stated.shape}, expected {shape} by the base and the adapter's rank; train the adapter on"

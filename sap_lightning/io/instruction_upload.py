@@ -19,7 +19,7 @@ from sap_lightning.io.factors import Shapes
 from sap_lightning.io.manifest import Manifest
 from sap_lightning.io.rules import errors_in, short
 from sap_lightning.io.upload_files import CONNECTOR_FILE, FilesInFolder
-from sap_lightning.io.weights import DTYPES, OpenWeights, dtype_name
+from sap_lightning.io.weights import OpenWeights, readable
 
 CAUSAL_LM = {"task_type": "CAUSAL_LM"}
 
@@ -121,9 +121,7 @@ def _connector_in(stored: OpenWeights, shapes: Mapping[str, Sequence[int]]) -> d
         words = "is missing" if name in shapes else "is no part of the connector"
         raise InputError(f"{short(name)} {words}; a client sends the parameters of its task's connector and no others")
     for name, shape in shapes.items():
-        dtype, found = stored.stated(name)
-        if dtype not in DTYPES.values():
-            raise InputError(f"{name} has dtype {dtype_name(dtype)}, expected one of {', '.join(DTYPES)}")
+        found = readable(stored, name).shape
         if tuple(found) != tuple(shape):
             raise InputError(f"{name} has shape {tuple(found)}, expected {tuple(shape)}; train on this base")
     tensors = {name: stored.tensor(name).float() for name in shapes}

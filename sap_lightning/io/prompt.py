@@ -24,7 +24,7 @@ from sap_lightning.io.manifest import BaseFingerprint, Manifest, manifest_bytes,
 from sap_lightning.io.peft_config import public_name
 from sap_lightning.io.rules import MAX_FLOAT32, RANK, errors_in, require, short
 from sap_lightning.io.upload_files import MANIFEST_FILE, PROMPT_FILE, FilesInFolder, FilesInMemory, UploadFiles
-from sap_lightning.io.weights import DTYPES, OpenWeights, dtype_name
+from sap_lightning.io.weights import OpenWeights, readable
 
 PARTS = ("context",)
 """What a prompt's manifest says was sent."""
@@ -120,9 +120,7 @@ def _context_in(tensors: OpenWeights, room: Room | None) -> dict[str, LoRALayer]
     if len(keys) != 1:
         raise InputError(f"holds {len(keys)} contexts, expected one; send one prompt a folder")
     key = keys[0]
-    dtype, shape = tensors.stated(key)
-    if dtype not in DTYPES.values():
-        raise InputError(f"{key} has dtype {dtype_name(dtype)}, expected one of {', '.join(DTYPES)}")
+    shape = readable(tensors, key).shape
     if len(shape) == 3:
         raise InputError(
             f"{key} has shape {shape}, a context for each class; those say nothing of other classes, and are not"

@@ -269,6 +269,18 @@ def dtype_name(dtype: torch.dtype | str) -> str:
     return _NAMES.get(dtype, str(dtype)) if isinstance(dtype, torch.dtype) else dtype
 
 
+def readable(tensors: OpenWeights, key: str) -> Stated:
+    """What is stated of a tensor of an upload.
+
+    Raises:
+        InputError: when it is of none of the dtypes that uploads have.
+    """
+    stated = tensors.stated(key)
+    if stated.dtype not in DTYPES.values():
+        raise InputError(f"{key} has dtype {dtype_name(stated.dtype)}, expected one of {', '.join(DTYPES)}")
+    return stated
+
+
 def bytes_in(stated: Stated) -> int:
     """How many bytes a tensor takes.
 
