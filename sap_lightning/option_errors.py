@@ -102,5 +102,8 @@ def _wrong_type(name: str, hint: Any, message: str) -> InputError:
             method_named(named[1], name, FUSE_METHODS if name.startswith("fuse.") else METHODS)
         except InputError as error:
             return error
+    setting = re.search(r"value: NestedArg\(key='([^']+)'", message)
+    if setting and MergeMethod in get_args(hint):
+        return InputError(f"{name}.{setting[1]}: a setting of no method; name its method before it, with --{name}")
     given = re.search(r"(?:Got|Given) value: (?!NestedArg)(.*)", message)
     return InputError(f"{name}: takes {in_words(hint)}{f', got {short(given[1])}' if given else ''}")

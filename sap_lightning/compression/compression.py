@@ -192,7 +192,12 @@ class Compression:
                 _begin(workplace, plan)
                 clear_unfinished_at(output)
                 with new_folder(output) as folder:
-                    self._check(folder, *self._fill(folder, checkpoint, data, workplace))
+                    written = self._fill(folder, checkpoint, data, workplace)
+                    try:
+                        self._check(folder, *written)
+                    except InputError:  # which it would raise again
+                        shutil.rmtree(workplace)
+                        raise
                     write_text(folder / PLAN_FILE, plan)
         shutil.rmtree(workplace, ignore_errors=True)
         (output / PLAN_FILE).unlink(missing_ok=True)

@@ -284,7 +284,7 @@ def test_blocks_that_do_another_thing_in_another_place_are_refused(compressed, t
     )
     with pytest.raises(InputError, match=said):
         compressed(model=model, method="drop", layers=[0], **UNSHOWN)
-    assert not (tmp_path / "out").exists()
+    assert not [path for path in tmp_path.iterdir() if "out" in path.name]
     assert compressed(model=model, method="drop", layers=[2], **UNSHOWN).is_dir()
 
 
@@ -296,7 +296,7 @@ def test_what_would_not_load_without_a_block_is_refused(compressed, tmp_path) ->
     said = r"llama4: drop makes what does not load: the result: no whole causal language model: \d+ weights are missing"
     with pytest.raises(InputError, match=said):
         compressed(model=model, method="drop", layers=[0], **UNSHOWN)
-    assert not (tmp_path / "out").exists()
+    assert not [path for path in tmp_path.iterdir() if "out" in path.name]
     assert compressed(model=model, method="drop", layers=[2], **UNSHOWN).is_dir()
 
 
