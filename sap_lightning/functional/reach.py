@@ -17,6 +17,8 @@ MEASURED = ("plain", *STYLES)
 """What a reach measures."""
 KEPT = 0.25
 """Of what is won at home, what the style that wins the least must win for the adapters to hold beyond it."""
+WORTH = 0.05
+"""What must be won at home for a share of it to say anything."""
 
 
 def carried_over(reaches: Sequence[Reach]) -> Tensor:
@@ -39,11 +41,11 @@ def carried_over(reaches: Sequence[Reach]) -> Tensor:
 
 
 def transfers(reaches: Sequence[Reach]) -> bool:
-    """Whether whole adapters, at λ = 1, win in every changed style at least `KEPT` of what they win as images are.
+    """Whether whole adapters, at λ = 1, win `WORTH` as images are, and in every changed style at least `KEPT` of it.
 
     What was learned of one's own domain alone is lost where the style changes: where shortcuts were to be learned, the
-    worst style won at most a tenth of what was won at home, and mostly lost; elsewhere four tenths or more
-    (docs/results/which.md).
+    worst style won at most a tenth of what was won at home, and mostly lost; elsewhere four tenths or more. And of a
+    base that hardly gets better at home nobody can tell whether it gets better elsewhere (docs/results/which.md).
 
     Args:
         reaches: of the clients, at least one.
@@ -56,7 +58,7 @@ def transfers(reaches: Sequence[Reach]) -> bool:
         False
     """
     home = _won(reaches, ["plain"])[0, -1]
-    return bool(carried_over(reaches)[:, -1].min() >= KEPT * home.clamp(min=0))
+    return bool(home >= WORTH and carried_over(reaches)[:, -1].min() >= KEPT * home)
 
 
 def _won(reaches: Sequence[Reach], styles: Sequence[str]) -> Tensor:

@@ -22,9 +22,9 @@ class AtReach(OnTop):
 
     They say how images are read with their adapters when the style is changed. Where each style wins a good part of
     what is won at home, the merge is halfway between their average and a client, in Frobenius norm; where one does not,
-    it is half of the average. Where nothing carries over to the styles together the merge is the base itself, and the
-    log says so. The length of the other method does not matter, so methods can be compared at one that no label of the
-    unseen domain has chosen.
+    or next to nothing is won at home, it is half of the average. Where nothing carries over to the styles together the
+    merge is the base itself, and the log says so. The length of the other method does not matter, so methods can be
+    compared at one that no label of the unseen domain has chosen.
 
     Args:
         method: a method, or the name of one at its default settings.
@@ -49,6 +49,7 @@ class AtReach(OnTop):
         if reach.length == 0:
             log.warning("nothing that the clients learned carries over to other styles; the merge is the base")
         else:
-            log.info("what the clients learned %s in every style", "holds" if reach.transfers else "does not hold")
+            said = "holds in every style" if reach.transfers else "is next to nothing, or does not hold in every style"
+            log.info("what the clients learned %s", said)
         prepared = self.inner.prepare(adapters, weights, anchors)
         return Changed(prepared, lambda merged: at_length(merged, reach.length), reach.findings)

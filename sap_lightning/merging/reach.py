@@ -20,7 +20,7 @@ class ReachOfClients:
     """What clients say of how far their adapters reach, and what follows for a merge of them.
 
     Attributes:
-        transfers: whether what they learned holds in every style.
+        transfers: whether they learned something that holds in every style.
         length: Frobenius norm that their merge should have. Where it holds, halfway between those of their average and
             of a client, as a mean of several that point apart is shorter than each; else that of half of the average,
             as where nothing can be tuned (``wise_ft``). 0 where no length wins anything in the mean over the styles.

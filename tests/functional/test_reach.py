@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from sap_lightning.functional.reach import KEPT, LENGTHS, MEASURED, carried_over, transfers
+from sap_lightning.functional.reach import KEPT, LENGTHS, MEASURED, WORTH, carried_over, transfers
 
 RISING = [0.2, 0.3, 0.4, 0.6, 0.5]
 FALLING = [0.8, 0.7, 0.6, 0.5, 0.4]
@@ -31,9 +31,16 @@ def test_what_images_win_as_they_are_is_what_the_styles_are_compared_with():
         assert transfers([reach(plain=home, edges=[0.3, 0.3, 0.3, 0.3, 0.3 + won])]) == expected
 
 
-def test_where_nothing_is_won_at_home_no_style_may_lose():
-    assert transfers([reach(plain=FALLING)])
-    assert not transfers([reach(plain=FALLING, grey=FALLING)])
+@pytest.mark.parametrize(
+    ("won", "expected"), [(WORTH + 0.001, True), (WORTH - 0.001, False), (0, False), (-0.4, False)], ids=str
+)
+def test_of_next_to_nothing_won_at_home_the_styles_say_nothing(won, expected):
+    assert transfers([reach(plain=[0.4, 0.4, 0.4, 0.4, 0.4 + won])]) == expected
+
+
+def test_what_must_be_won_at_home_is_won_by_the_mean_of_the_clients():
+    little, much = ([0.4, 0.4, 0.4, 0.4, 0.4 + won] for won in (0, 2 * WORTH + 0.002))
+    assert transfers([reach(plain=little), reach(plain=much)])
 
 
 def test_clients_count_alike_and_what_one_loses_another_may_win():
