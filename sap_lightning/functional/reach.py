@@ -17,7 +17,7 @@ MEASURED = ("plain", *STYLES)
 """What a reach measures."""
 KEPT = 0.25
 """Of what is won at home, what the style that wins the least must win for the adapters to hold beyond it."""
-WORTH = 0.05
+WORTH = 0.1
 """What must be won at home for a share of it to say anything."""
 
 

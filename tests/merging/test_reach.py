@@ -16,7 +16,7 @@ from sap_lightning.merging.magnitude import Magnitude
 from sap_lightning.merging.reach import at_length, reach_of
 
 WEIGHTS = [0.5, 0.3, 0.2]
-LOST, HELD = [0.2, 0.3, 0.4, 0.21, 0.21], [0.2, 0.3, 0.4, 0.3, 0.3]
+LOST, HELD = [0.2, 0.3, 0.4, 0.21, 0.21], [0.2, 0.3, 0.4, 0.4, 0.35]
 
 
 def norms_of(adapters: list[Adapter]) -> tuple[float, float]:
