@@ -40,6 +40,20 @@ def carried_over(reaches: Sequence[Reach]) -> Tensor:
     return _won(reaches, [style for style in reaches[0] if style != "plain"])
 
 
+def won_at_home(reaches: Sequence[Reach]) -> float:
+    """What whole adapters, at λ = 1, win over λ = 0 of images as they are, mean over clients.
+
+    Args:
+        reaches: of the clients, at least one.
+
+    Example:
+        >>> from sap_lightning.functional.reach import won_at_home
+        >>> round(won_at_home([{"plain": [0.5, 0.6, 0.7, 0.8, 0.9], "grey": [0.5, 0.4, 0.3, 0.2, 0.1]}]), 3)
+        0.4
+    """
+    return float(_won(reaches, ["plain"])[0, -1])
+
+
 def transfers(reaches: Sequence[Reach]) -> bool:
     """Whether whole adapters, at λ = 1, win `WORTH` as images are, and in every changed style at least `KEPT` of it.
 
@@ -57,7 +71,7 @@ def transfers(reaches: Sequence[Reach]) -> bool:
         >>> transfers([{"plain": everywhere, "grey": hardly, "edges": everywhere}])
         False
     """
-    home = _won(reaches, ["plain"])[0, -1]
+    home = won_at_home(reaches)
     return bool(home >= WORTH and carried_over(reaches)[:, -1].min() >= KEPT * home)
 
 

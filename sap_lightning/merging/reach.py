@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any
 
 from sap_lightning.functional.consensus import weighted_sum
 from sap_lightning.functional.lora import Update, no_change, times
-from sap_lightning.functional.reach import LENGTHS, carried_over, transfers
+from sap_lightning.functional.reach import LENGTHS, carried_over, transfers, won_at_home
 from sap_lightning.functional.rescaling import length_of, norm
 from sap_lightning.io.adapter import Adapter
 from sap_lightning.merging.clients import client_layers
@@ -24,17 +24,19 @@ class ReachOfClients:
         length: Frobenius norm that their merge should have. Where it holds, halfway between those of their average and
             of a client, as a mean of several that point apart is shorter than each; else that of half of the average,
             as where nothing can be tuned (``wise_ft``). 0 where no length wins anything in the mean over the styles.
+        won_at_home: what whole adapters win over λ = 0 of images as they are.
         carried_over: what is won over λ = 0 in the style that wins the least, by λ.
     """
 
     transfers: bool
     length: float
+    won_at_home: float
     carried_over: Mapping[float, float]
 
     @property
     def findings(self) -> dict[str, Any]:
         """For the merge's record."""
-        return {"transfers": self.transfers, "length": self.length, "carried_over": dict(self.carried_over)}
+        return asdict(self)
 
 
 def say_how_far(adapters: Sequence[Adapter]) -> bool:
@@ -58,7 +60,8 @@ def reach_of(adapters: Sequence[Adapter], weights: Sequence[float]) -> ReachOfCl
     length = 0.0
     if won.mean(0).max() > 0:
         length = (average + client) / 2 if holds else average / 2
-    return ReachOfClients(holds, length, dict(zip(LENGTHS, won.min(0).values.tolist(), strict=True)))
+    worst = dict(zip(LENGTHS, won.min(0).values.tolist(), strict=True))
+    return ReachOfClients(holds, length, won_at_home(reaches), worst)
 
 
 def at_length(merged: Mapping[str, Update], length: float) -> dict[str, Update]:

@@ -35,6 +35,7 @@ def test_where_what_was_learned_holds_in_every_style_the_length_is_halfway_betwe
     assert reach.length == pytest.approx((average + client) / 2)
     assert list(reach.carried_over) == list(LENGTHS)
     assert reach.findings["carried_over"][0.5] == pytest.approx(0.2)
+    assert reach.findings["won_at_home"] == pytest.approx(0.15)
 
 
 @pytest.mark.parametrize("edges", [LOST, [0.5, 0.4, 0.3, 0.2, 0.1]], ids=["at the end", "at once"])
