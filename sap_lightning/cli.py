@@ -140,6 +140,8 @@ class SapCLI(CommandCLI):
             parser.add_argument("--uploads", nargs="+", default=[], help=UPLOADS)
 
     def put_together(self) -> None:
+        if isinstance(self.model, CLIPPromptModule) and (option := self.given("federation.aggregation")):
+            raise InputError(f"{option}: is for adapters, and a round of prompts starts from their merge; leave it out")
         self.merge = self._merge_module()
         if self.command in TRAINING:
             self.check_that_it_trains()
