@@ -140,9 +140,11 @@ class SapCLI(CommandCLI):
             parser.add_argument("--uploads", nargs="+", default=[], help=UPLOADS)
 
     def put_together(self) -> None:
+        if isinstance(self.model, CLIPPromptModule) and (option := self.given("federation.aggregation")):
+            raise InputError(f"{option}: is for adapters, and a round of prompts starts from their merge; leave it out")
         self.merge = self._merge_module()
         if self.command in TRAINING:
-            self._check_that_it_trains()
+            self.check_that_it_trains()
         given = self.config.get("uploads") or []
         self.uploads: list[str] = [given] if isinstance(given, str) else list(given)
 
@@ -170,14 +172,6 @@ class SapCLI(CommandCLI):
         if self.command == "merge" and merge.weights == "samples" and not merge.merge_method.uses_weights:
             raise InputError(f"merge.weights samples: clients count alike in {merge.merge_method.name}; leave it out")
         return merge
-
-    def _check_that_it_trains(self) -> None:
-        """An adapter that was not trained is no upload."""
-        for name in ("max_epochs", "max_steps", "limit_train_batches"):
-            if self.config_init.trainer[name] == 0:
-                raise InputError(
-                    f"trainer.{name} is 0, at which nothing is trained; set it to 1 or more, or leave it out"
-                )
 
     def given(self, group: str) -> str | None:
         """The first option of a group that stands on the command line."""

@@ -39,6 +39,8 @@ CLIENTS: dict[str, type[ClientModule]] = {made.__name__: made for made in (CLIPL
 """The classes of clients, the usual one first."""
 OF_ALL_CLIENTS = {"base", "templates", "seed"}
 """Settings in the group model that clients of every class have."""
+PLACES = {"base", "images", "output", "root", "run_dir", "uploads"}
+"""Settings that name a folder or a file; an empty one would be this folder."""
 CLASS_PATH = re.compile(r"[A-Za-z_][\w.]*(?<!\.yaml)(?<!\.yml)")
 """What ``--model`` names a class by, and not a file of its settings."""
 
@@ -115,8 +117,8 @@ class CommandCLI(LightningCLI):
         for name, value in flat(self.config.as_dict()):
             if isinstance(value, str) and "\0" in value:
                 raise InputError(f"{name}: has a NUL character, which is part of no name; take it out")
-        if self.config.get("federation.run_dir") == "":
-            raise InputError("federation.run_dir is empty; name a folder, or . for this one")
+            if value in ("", [""]) and name.rsplit(".", 1)[-1] in PLACES and not name.startswith("trainer."):
+                raise InputError(f"{name} is empty; give it a value (of a folder, . is this one), or leave it out")
         if isinstance(seed := self.config.seed_everything, int):
             check_seed("seed_everything", seed)
         precision = self.config.trainer.precision
@@ -137,6 +139,14 @@ class CommandCLI(LightningCLI):
 
     def put_together(self) -> None:
         """Makes what the parser does not, and looks at whether settings go together."""
+
+    def check_that_it_trains(self) -> None:
+        """Raises InputError where nothing would be: what was not trained is no upload."""
+        for name in ("max_epochs", "max_steps", "limit_train_batches"):
+            if self.config_init.trainer[name] == 0:
+                raise InputError(
+                    f"trainer.{name} is 0, at which nothing is trained; set it to 1 or more, or leave it out"
+                )
 
     def settings(self) -> dict[str, Any]:
         """Everything that was configured, as plain values."""
@@ -213,7 +223,8 @@ def client_class(name: str) -> type[ClientModule]:
         raise InputError(f"model {name}: cannot be imported: {first_line(error)}") from error
     if not (isinstance(found, type) and issubclass(found, ClientModule)):
         raise InputError(
-            f"model {name}: no such class of clients; there are {', '.join(CLIENTS)}, or name your own by its path"
+            f"model {name}: no such class of clients; there are {', '.join(CLIENTS)}, or name your own by its path;"
+            " VLMLoRAModule is for fit alone"
         )
     return found
 

@@ -203,6 +203,8 @@ def _model(cli: SapCLI) -> MergeModule:
     module = MergeModule(base, templates)
     if uploads:
         (adapter,) = module.read_uploads(uploads)
+        if adapter.kind == "prompt" and (given := cli.given("model.templates")):
+            raise InputError(f"{given}: {uploads[0]} is a prompt, which stands in their place; leave it out")
         module.set_update(adapter.layers)
     return module
 

@@ -58,6 +58,7 @@ class InstructionCLI(CommandCLI):
     def put_together(self) -> None:
         if self.config_init.trainer.max_epochs is not None:
             raise InputError("trainer.max_epochs: federation.epochs_per_round says how long; leave it out")
+        self.check_that_it_trains()
 
     def federation(self) -> InstructionFederation:
         """The federation as configured."""

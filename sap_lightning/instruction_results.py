@@ -98,6 +98,11 @@ class InstructionResults:
         file = self.folder / "answers" / result.system / str(result.turn) / f"{result.client}.json"
         file.parent.mkdir(parents=True, exist_ok=True)
         write_json(file, sealed(asdict(result)))
+        self.write_csv()
+
+    @rank_zero_only
+    def write_csv(self) -> None:
+        """Writes the table."""
         write_csv(self.csv, [CSV_FIELDS, *([getattr(one, name) for name in CSV_FIELDS] for one in self.all)])
 
     def of(self, system: str, turn: int) -> list[InstructionResult]:

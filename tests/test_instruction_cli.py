@@ -146,6 +146,11 @@ def test_the_class_is_found_in_a_config_or_on_the_command_line(tmp_path):
         ("--data.longest_answer=0", "data.longest_answer must be at least 1"),
         ("--data.batch_size=0", "data.batch_size must be at least 1"),
         ("--model.rank=0", "model.rank must be at least 1"),
+        ("--model.rank=4097", "model.rank 4097: the server takes adapters of rank 4096 at most"),
+        ("--model.dropout=1", "model.dropout is 1"),
+        ("--model.losses.balance=-1", "model.losses.balance must be at least 0"),
+        ("--trainer.max_steps=0", "trainer.max_steps is 0, at which nothing is trained"),
+        ("--data.root=", "data.root is empty"),
         ("--federation.systems=[none]", "federation.systems"),
         ("--federation.methods=[none]", "federation.methods none: no such method"),
         ("--trainer.precision=bf16-true", "what is trained stays in float32"),
@@ -158,7 +163,7 @@ def test_a_faulty_option_is_named(options, tmp_path, option, message):
 
 
 def test_other_commands_do_not_know_these_clients():
-    with pytest.raises(InputError, match="no such class of clients"):
+    with pytest.raises(InputError, match=r"no such class of clients; .* VLMLoRAModule is for fit alone"):
         COMMANDS["client"]([f"--config={CONFIG}"])
 
 

@@ -17,6 +17,8 @@ from transformers import AutoImageProcessor, AutoTokenizer, CLIPModel
 
 from sap_lightning.data.folder import ImageFolderDataModule
 from sap_lightning.errors import InputError
+from sap_lightning.io.context import as_layer, context_layer
+from sap_lightning.io.prompt import write_prompt
 from sap_lightning.modules.evaluator import CLIPEvaluator
 
 NAMES = ["boat", "car", "cup"]
@@ -103,6 +105,39 @@ def test_fewer_than_two_different_classes_are_refused(run, photos, tmp_path, nam
     with pytest.raises(InputError, match="at least two classes, each once"):
         output = f"--predict.output={tmp_path / 'out.csv'}"
         run("predict", f"--predict.images={photos}", f"--data.class_names={names}", output)
+
+
+def test_a_folder_that_is_not_there_is_named(run, tmp_path):
+    with pytest.raises(InputError, match="nowhere: no such folder; give one with images"):
+        predicted(run, tmp_path / "nowhere", tmp_path / "out.csv")
+
+
+@pytest.mark.parametrize("option", ["--predict.images=", "--predict.output=", "--uploads="])
+def test_a_variable_of_the_shell_that_is_not_set_does_not_stand_for_this_folder(run, photos, tmp_path, option):
+    with pytest.raises(InputError, match=f"{option[2:-1]} is empty; give it a value"):
+        predicted(run, photos, tmp_path / "out.csv", option)
+
+
+def test_classes_that_the_text_tower_cannot_tell_apart_are_refused(run, photos, tmp_path):
+    long = "dog " * 40
+    with pytest.raises(InputError, match=r"classes 'dog .*' and 'dog .*' are one to the text tower"):
+        predicted(run, photos, tmp_path / "out.csv", names=[f"{long}x", f"{long}y"])
+    assert not (tmp_path / "out.csv").exists()
+
+
+def test_one_name_is_no_list_of_letters(photos):
+    with pytest.raises(InputError, match="class_names 'dog': is one name; give a list of them"):
+        ImageFolderDataModule(photos, "dog", SHAPES_CLIP)
+
+
+@pytest.mark.parametrize("command", ["predict", "test"])
+def test_templates_beside_a_prompt_are_not_ignored(run, photos, tmp_path, command):
+    write_prompt(tmp_path / "prompt", {context_layer("end"): as_layer(torch.zeros(2, 64))})
+    classes, output = f"--data.class_names=[{','.join(NAMES)}]", f"--predict.output={tmp_path / 'out.csv'}"
+    own = {"predict": [f"--predict.images={photos}", classes, output], "test": ["--data.domain=photo"]}[command]
+    with pytest.raises(InputError, match=r"--model.templates: .*prompt is a prompt, which stands in their place"):
+        run(command, *own, PROMPT, f"--uploads={tmp_path / 'prompt'}")
+    run(command, *own, f"--uploads={tmp_path / 'prompt'}")
 
 
 def test_a_standing_file_is_not_overwritten(run, photos, tmp_path):

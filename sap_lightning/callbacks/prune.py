@@ -39,11 +39,11 @@ class SaliencyPruneCallback(L.Callback):
     def on_validation_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         if not isinstance(pl_module, MergeModule):
             return
-        if self._has_settings and pl_module.method not in (None, self.method):
-            raise InputError(
-                f"the module merges by {pl_module.method.name}, this callback by sap at other settings; leave one out"
-            )
         pl_module.offer(self.method)
+        if self._has_settings and (method := pl_module.merge_method) != self.method:
+            raise InputError(
+                f"the module merges by {method.name}, this callback by sap at other settings; leave one out"
+            )
 
     def on_validation_epoch_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         if not isinstance(pl_module, MergeModule) or not pl_module.adapters:

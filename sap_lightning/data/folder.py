@@ -46,6 +46,8 @@ class ImageFolderDataModule(PixelDataModule):
         class_groups: Mapping[str, Sequence[str]] | None = None,
     ) -> None:
         super().__init__(base, batch_size)
+        if isinstance(class_names, str):
+            raise InputError(f"class_names {short(class_names)}: is one name; give a list of them")
         if len(class_names) < 2 or len(set(map(spelling, class_names))) < len(class_names):
             raise InputError(f"class_names must name at least two classes, each once, got {list(class_names)}")
         check_names("data.class_names", "class", class_names)
@@ -55,6 +57,8 @@ class ImageFolderDataModule(PixelDataModule):
 
     def setup(self, stage: str | None = None) -> None:
         """Decodes the images."""
+        if not self.folder.is_dir():
+            raise InputError(f"{self.folder}: no such folder; give one with images, at any depth")
         files = sorted(filter(is_image, self.folder.rglob("*")))
         if not files:
             raise InputError(f"{self.folder}: no images; give a folder with files of {FORMATS_IN_WORDS}")

@@ -43,6 +43,7 @@ TODAY = "26 Jul 2024"
 """What templates that name the date are told, as Llama 3's are without a clock, so that a run is the same tomorrow."""
 Score = Literal["exact", "f1", "iou"]
 SCORES: tuple[Score, ...] = get_args(Score)
+SCORES_OF_TASKS: dict[str, Score] = {"caption": "f1", "vqa": "exact", "grounding": "iou"}
 
 
 class Sample(NamedTuple):
@@ -270,7 +271,7 @@ class InstructionDataModule(L.LightningDataModule):
         check_at_least("data.longest_answer", longest_answer, 1)
         self.longest = longest
         self.longest_answer = longest_answer
-        self.scores: dict[str, Score] = {"caption": "f1", "vqa": "exact", "grounding": "iou", **(scores or {})}
+        self.scores: dict[str, Score] = {**SCORES_OF_TASKS, **(scores or {})}
         self.seed = seed
         self._client: str | None = None
         self._encoder: Encoder | None = None
@@ -300,10 +301,14 @@ class InstructionDataModule(L.LightningDataModule):
         Raises:
             InputError: there is none, or a name that no upload can have.
         """
-        found = sorted(path.parent.name for path in self.root.glob(f"*/{TRAIN}"))
+        found = sorted(path.parent.name for path in self.root.glob(f"[!.]*/{TRAIN}"))
         if not found:
             raise InputError(f"data.root {self.root}: holds no <client>/{TRAIN}; see docs/pilot.md for the layout")
         check_names(f"data.root {self.root}", "client", found)
+        if odd := next((name for name in found if not re.fullmatch(FOLDER_NAME, name, re.ASCII)), None):
+            raise InputError(
+                f"data.root {self.root}: client {short(odd)}: its name must be {FOLDER_NAME_WORDS}; rename the folder"
+            )
         return tuple(found)
 
     @cached_property

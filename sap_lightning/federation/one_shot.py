@@ -230,6 +230,10 @@ class OneShotFederation:
             self.merge.encode_captions(self.anchors.captions)
 
     def _check_prompts(self) -> None:
+        if not self.data.val_fraction:
+            raise InputError(
+                "data.val_fraction 0: prompts are measured on images that their clients hold back, too; set it above 0"
+            )
         for method in self.merging.values():
             self.merge.check_prompts(method)
         if self.poison and not self.poison.poisons_labels:

@@ -30,6 +30,11 @@ BATCH = 8
 def check_methods(methods: Sequence[MergeMethod]) -> None:
     """Raises InputError for methods that cannot be asked here, or one that is named twice."""
     for method in methods:
+        if method.needs_reach:
+            raise InputError(
+                f"federation.methods: {method.name} needs to know how far adapters reach, and clients that are tuned on"
+                " instructions do not say; take another"
+            )
         if method.needs_anchors and type(method) is not SAP:
             raise InputError(
                 f"federation.methods: {method.name} looks at images and captions through CLIP; take sap, or a method"

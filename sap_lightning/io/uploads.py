@@ -128,12 +128,23 @@ def _read_prompt(path: Path, base_fingerprint: BaseFingerprint, room: Room | Non
 
 
 def _require_one_kind(adapters: Sequence[Adapter]) -> None:
-    """Adapters and prompts change different parts of the base; so do prompts with the class's name elsewhere."""
+    """Adapters and prompts change different parts of the base; so do prompts with the class's name elsewhere.
+
+    Nor do prompts of more tokens and fewer go together.
+    """
     for adapter in adapters:
         first = adapters[0]
-        if "prompt" in (adapter.kind, first.kind) and {*adapter.layers} != {*first.layers}:
+        if "prompt" not in (adapter.kind, first.kind):
+            continue
+        if {*adapter.layers} != {*first.layers}:
             said = ", ".join(f"{one.name!r} of {min(one.layers)}" for one in (first, adapter))
             raise InputError(f"uploads are {said}; merge adapters alone, or prompts with the class's name at one place")
+        (length,), (other,) = ([layer.shape[0] for layer in one.layers.values()] for one in (first, adapter))
+        if length != other:
+            raise InputError(
+                f"uploads are prompts of {length} tokens ({first.name!r}) and of {other} ({adapter.name!r}); merge"
+                " prompts of one length"
+            )
 
 
 def _read_checkpoint(path: Path, shapes: Shapes | None, base_fingerprint: BaseFingerprint) -> Adapter:

@@ -16,7 +16,7 @@ from transformers import (
     CLIPVisionModelWithProjection,
 )
 
-from sap_lightning.errors import InputError, first_line
+from sap_lightning.errors import InputError, first_line, short
 from sap_lightning.fingerprints import fingerprint
 from sap_lightning.io.peft_config import in_text_tower
 from sap_lightning.models.base import load_whole
@@ -78,13 +78,35 @@ class TextEncoder:
             with_gradients: whether the tower is trained through them.
 
         Raises:
-            InputError: when there is no template or one has no place for the class name.
+            InputError: when there is no template, one has no place for the class name, or two classes are one to the
+                tower.
         """
         if not templates or any("{}" not in template for template in templates):
             raise InputError(f"model.templates must be prompts with {{}} for the class name, got {list(templates)}")
         prompts = [template.replace("{}", name) for name in class_names for template in templates]
+        if not with_gradients:  # at every step of which the classes are the same
+            read = self.tokenizer(prompts, truncation=True, max_length=self.max_length).input_ids
+            each = len(templates)
+            require_told_apart(class_names, [read[at : at + each] for at in range(0, len(read), each)])
         features = self.features(prompts) if with_gradients else self(prompts)
         return normalize(features.view(len(class_names), len(templates), -1).mean(1), dim=-1)
+
+
+def require_told_apart(class_names: Sequence[str], read: Sequence[object]) -> None:
+    """Raises InputError when the text tower reads the same of two classes, and every image would be of the first.
+
+    Args:
+        class_names: in label order.
+        read: of each class, the ids of its prompts, up to the last that the tower reads.
+    """
+    found: dict[str, str] = {}
+    for name, ids in zip(class_names, map(str, read), strict=True):
+        if ids in found:
+            raise InputError(
+                f"classes {short(found[ids])} and {short(name)} are one to the text tower, whose tokenizer gives the"
+                " same for both, or which does not read so far; name them otherwise in data.class_names"
+            )
+        found[ids] = name
 
 
 class Base(NamedTuple):

@@ -58,7 +58,7 @@ class FrozenVision:
         """
         self._tower.to(device)
         new = [image for image in dict.fromkeys(images) if image not in self._seen]
-        found = dict(zip(new, self._look([self._pixels(image) for image in new]).cpu(), strict=True)) if new else {}
+        found = dict(zip(new, self._look([self.pixels(image) for image in new]).cpu(), strict=True)) if new else {}
         of = [self._seen.get(image, found.get(image)) for image in images]
         for image, features in found.items():
             if (size := features.numel() * features.element_size()) + self._bytes <= MAX_REMEMBERED:
@@ -75,7 +75,12 @@ class FrozenVision:
         hidden = self._tower(images, output_hidden_states=True).hidden_states[self._layer]
         return cast(Tensor, hidden[:, self._first :].float())
 
-    def _pixels(self, image: Path) -> np.ndarray:
+    def pixels(self, image: Path) -> np.ndarray:
+        """An image as the tower's checkpoint preprocesses it, uint8 (3, H, W).
+
+        Raises:
+            InputError: the file is no image.
+        """
         try:
             return self._preprocess.pixels(decode(read_encoded(image)))
         except Exception as error:  # PIL's decoders share no base class

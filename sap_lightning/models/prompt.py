@@ -15,7 +15,7 @@ from sap_lightning.errors import InputError
 from sap_lightning.functional.lora import Update, dense
 from sap_lightning.io.context import ClassPosition, class_position_of
 from sap_lightning.io.prompt import Room
-from sap_lightning.models.clip import TextEncoder
+from sap_lightning.models.clip import TextEncoder, require_told_apart
 
 
 def room_in(texts: TextEncoder) -> Room:
@@ -44,7 +44,7 @@ class ClassPrompts:
             which an odd M has the longer half after the name.
 
     Raises:
-        InputError: when a prompt is longer than the tower can read.
+        InputError: when a prompt is longer than the tower can read, or that of two classes is one.
     """
 
     def __init__(
@@ -65,6 +65,7 @@ class ClassPrompts:
                 )
             prompts.append(torch.tensor(prompt))
             places.append([1 + place + (size if place >= before else 0) for place in range(length)])
+        require_told_apart(class_names, [prompt.tolist() for prompt in prompts])
         self.ids = nn.utils.rnn.pad_sequence(prompts, batch_first=True, padding_value=end)
         self.places = torch.tensor(places, dtype=torch.int64)
 

@@ -13,16 +13,35 @@ from torchmetrics import MetricCollection
 from torchmetrics.classification import MulticlassAccuracy, MulticlassCalibrationError
 
 from sap_lightning.data.domains import DomainDataModule
+from sap_lightning.data.pixels import PixelDataModule
+from sap_lightning.data.preprocess import Preprocess
+from sap_lightning.errors import InputError
 
 
 def data_of(trainer: L.Trainer) -> Any:
-    """The data module that a trainer runs on."""
-    return trainer.datamodule  # type: ignore[attr-defined]
+    """The data module that a trainer runs on.
+
+    Raises:
+        InputError: there is none.
+    """
+    data = trainer.datamodule  # type: ignore[attr-defined]
+    if data is None:
+        raise InputError("the trainer has no data module, which knows classes and captions; give it one as datamodule")
+    return data
+
+
+def require_end(trainer: L.Trainer) -> None:
+    """Raises InputError for a trainer that does not say how long it trains, as a learning rate that falls needs."""
+    if trainer.max_epochs in (None, -1) and trainer.max_steps == -1:
+        raise InputError(
+            f"trainer.max_epochs {trainer.max_epochs}: the learning rate falls until training ends; give a number of"
+            " epochs, or trainer.max_steps"
+        )
 
 
 def training_steps(trainer: L.Trainer) -> int | float:
     """Steps of the optimizer in a fit; Lightning's own estimate takes every epoch for one as long as the present."""
-    data = data_of(trainer)
+    data = trainer.datamodule  # type: ignore[attr-defined]
     if isinstance(data, DomainDataModule) and data.curriculum.narrows:
         return int(data.steps(data.epochs))
     return trainer.estimated_stepping_batches
@@ -47,9 +66,10 @@ def accuracy_metrics(class_names: Sequence[str]) -> MetricCollection:
 class CLIPClassifier(L.LightningModule):
     """Zero-shot classification by the cosine of image features and class-prompt features.
 
-    Subclasses set ``tower`` and ``logit_scale`` in ``configure_model`` and the classes with ``use_classes``.
+    Subclasses set ``base``, in ``configure_model`` ``tower`` and ``logit_scale``, and the classes with ``use_classes``.
     """
 
+    base: str
     class_features: Tensor
 
     def __init__(self) -> None:
@@ -57,6 +77,17 @@ class CLIPClassifier(L.LightningModule):
         self.tower: nn.Module | None = None
         self.logit_scale = 1.0
         self.class_names: list[str] = []
+
+    def require_its_images(self) -> None:
+        """Raises InputError when the trainer's data preprocesses images as another base asks."""
+        data = data_of(self.trainer)
+        if not isinstance(data, PixelDataModule) or data.base == self.base:
+            return
+        if data.preprocessing != Preprocess(self.base).settings:
+            raise InputError(
+                f"{type(data).__name__} makes images for {data.base}, and {self.base} asks for others; give it"
+                f" base={self.base!r}"
+            )
 
     def use_classes(self, class_names: Sequence[str], features: Tensor) -> None:
         """Classify into these from now on; features have shape (classes, d)."""

@@ -24,7 +24,7 @@ from sap_lightning.io.rules import MAX_RANK
 from sap_lightning.models.clip import Base, TextEncoder, load_base
 from sap_lightning.models.layers import block_of, blocks_of, layer_shapes, linear_weight
 from sap_lightning.models.lora import adapted_layers, lora_layers, with_lora
-from sap_lightning.modules.classifier import data_of
+from sap_lightning.modules.classifier import data_of, require_end
 from sap_lightning.modules.client import ClientModule
 from sap_lightning.modules.schedule import Schedule, rates
 from sap_lightning.modules.turn import Turn
@@ -206,6 +206,7 @@ class CLIPLoRAModule(ClientModule):
         torch.manual_seed(self.seed + self._first_step + self.global_step)
 
     def configure_optimizers(self) -> OptimizerLRSchedulerConfig:
+        require_end(self.trainer)
         trainable = [parameter for parameter in self.parameters() if parameter.requires_grad]
         # With its initial rate, as a schedule that does not begin here needs it.
         groups = [{"params": trainable, "initial_lr": self.learning_rate}]

@@ -23,7 +23,7 @@ from sap_lightning.io.manifest import Manifest
 from sap_lightning.io.prompt import PARTS, read_prompt, write_prompt
 from sap_lightning.models.clip import TextEncoder, load_base
 from sap_lightning.models.prompt import ClassPrompts, room_in
-from sap_lightning.modules.classifier import data_of
+from sap_lightning.modules.classifier import data_of, require_end
 from sap_lightning.modules.client import ClientModule
 from sap_lightning.modules.feature_memory import FeatureMemory
 from sap_lightning.modules.features import domain_features
@@ -125,7 +125,10 @@ class CLIPPromptModule(ClientModule):
         if self.init is not None:
             words = texts.token_embedding.weight[texts.tokens(self.init)]
             return self._counted(words.detach(), f"model.init {self.init!r}")
-        shape = self.tokens or TOKENS, texts.token_embedding.embedding_dim
+        room = room_in(texts)
+        if (tokens := self.tokens or TOKENS) > room.longest:
+            raise InputError(f"model.tokens {tokens}: the text tower has room for {room.longest} beside a class's name")
+        shape = tokens, room.width
         return SPREAD * torch.randn(shape, generator=torch.Generator().manual_seed(self.seed))
 
     def _read(self, folder: str, texts: TextEncoder) -> Tensor:
@@ -184,11 +187,13 @@ class CLIPPromptModule(ClientModule):
         self.personal.reset()
 
     def configure_optimizers(self) -> OptimizerLRSchedulerConfig:
+        require_end(self.trainer)
         optimizer = torch.optim.SGD(
             [self.context], self.learning_rate, momentum=self.momentum, weight_decay=self.weight_decay
         )
         if self._turn.optimizer:
             optimizer.load_state_dict(optimizer.state_dict() | {"state": self._turn.optimizer})
+        self.trainer.fit_loop.setup_data()  # before which nobody knows how many batches an epoch has
         epochs = math.ceil(self.trainer.estimated_stepping_batches / self.trainer.num_training_batches)
         first, end = self._turn.scheduled
         before = (self._turn.number - first) * epochs

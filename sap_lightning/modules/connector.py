@@ -10,6 +10,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from sap_lightning.errors import check_at_least
 from sap_lightning.functional.mixture import Difference, balance_loss, difference_loss, router_z_loss
 
 
@@ -22,12 +23,19 @@ class LossWeights:
         balance: λ1 of a router that uses all tasks' adapters alike; ours, as in Switch Transformer.
         router_z: λ2 of small logits of the router; ours, as in ST-MoE.
         form: of the difference loss.
+
+    Raises:
+        InputError: one of them is below 0.
     """
 
     difference: float = 0.1
     balance: float = 0.01
     router_z: float = 0.001
     form: Difference = "normalized"
+
+    def __post_init__(self) -> None:
+        for name in ("difference", "balance", "router_z"):
+            check_at_least(f"model.losses.{name}", getattr(self, name), 0)
 
 
 class Connector(nn.Module, ABC):

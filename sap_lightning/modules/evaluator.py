@@ -61,13 +61,19 @@ class CLIPEvaluator(CLIPClassifier):
         self._patched.set_update(update)
 
     def on_test_start(self) -> None:
-        self._use_classes_of_the_data()
+        self.use_classes_of_the_data()
         self._tested = [CatMetric(nan_strategy="disable").to(self.device) for _ in (*Predictions._fields, "features")]
 
     def on_predict_start(self) -> None:
-        self._use_classes_of_the_data()
+        self.use_classes_of_the_data()
 
-    def _use_classes_of_the_data(self) -> None:
+    def use_classes_of_the_data(self) -> None:
+        """Classify into the classes of the data that the trainer runs on.
+
+        Raises:
+            InputError: when its images are made for another base.
+        """
+        self.require_its_images()
         names = data_of(self.trainer).class_names
         if (self.class_names, self._classes_by) != (names, self._patched.text_version):
             self._classes_by = self._patched.text_version

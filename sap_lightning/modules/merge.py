@@ -8,13 +8,14 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from functools import cached_property, partial
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import torch
 from torch import Tensor
 
 from sap_lightning.data.anchors import AnchorBatch
-from sap_lightning.errors import InputError, check_positive
+from sap_lightning.errors import InputError, check_positive, check_share, short
+from sap_lightning.functional.lora import Update
 from sap_lightning.functional.outliers import LEAST_VALUES
 from sap_lightning.functional.saliency import alignment_loss
 from sap_lightning.io.adapter import WHOLE, Adapter, Expected, adapter_from_bytes
@@ -24,7 +25,7 @@ from sap_lightning.io.uploads import read_uploads
 from sap_lightning.merging import METHODS, MergeMethod, method_named
 from sap_lightning.merging.clients import Weights, client_weights, doubts_about
 from sap_lightning.merging.merged import Format, Merged
-from sap_lightning.merging.method import check_weights, required
+from sap_lightning.merging.method import check_choices, check_weights, required
 from sap_lightning.merging.selection import Selection, doubts_on_anchors, without_outliers
 from sap_lightning.models.base import base_weight, linear_shapes, model_type
 from sap_lightning.models.layers import layer_shapes
@@ -64,8 +65,8 @@ class MergeModule(CLIPEvaluator):
         merged: what was made of them; None before the first merge.
 
     Raises:
-        InputError: when the rank is below 1, or given for a full model, no method has that name, or weights are not
-            what the method takes.
+        InputError: when the rank is below 1, or given for a full model, no method has that name, or weights or format
+            are none of those above; where it classifies, when the adapters in use are not merged.
     """
 
     caption_features: Tensor
@@ -83,6 +84,9 @@ class MergeModule(CLIPEvaluator):
         rank: int | None = None,
     ) -> None:
         super().__init__(base, templates)
+        for setting, value, choices in (("weights", weights, Weights), ("format", format, Format)):
+            if isinstance(value, str) and value not in get_args(choices):
+                raise InputError(f"merge.{setting} {short(value)}: it takes one of {', '.join(get_args(choices))}")
         if rank is not None and (rank < 1 or format == "model"):
             raise InputError(f"merge.rank {rank}: must be at least 1, and is for merge.format adapter or auto only")
         if max_share is not None:
@@ -99,6 +103,7 @@ class MergeModule(CLIPEvaluator):
         self.adapters: list[Adapter] = []
         self.merged: Merged | None = None
         self._used: MergeMethod | None = None
+        self._wears_another = False
         self._offered: MergeMethod | None = None
         self._sparsity: float | None = None
         self._anchor_images = ""
@@ -126,6 +131,8 @@ class MergeModule(CLIPEvaluator):
         Raises:
             InputError: when one is faulty or two are the same.
         """
+        if isinstance(uploads, str | Path):
+            raise InputError(f"{short(str(uploads))}: is one upload; give a list of them")
         adapters = self._read(uploads, expected)
         if not isinstance(self.weights, str):
             if len(self.weights) != len(adapters):
@@ -161,9 +168,9 @@ class MergeModule(CLIPEvaluator):
     @cached_property
     def _both_fingerprint(self) -> str:
         update = self._patched.update
-        self.set_update({})
+        self._patched.set_update({})
         fingerprint = self._loaded.fingerprint(layer_shapes(self.texts.tower))
-        self.set_update(update)
+        self._patched.set_update(update)
         return fingerprint
 
     def use(
@@ -175,8 +182,16 @@ class MergeModule(CLIPEvaluator):
             adapters: in an order that depends on their content only.
             method: merges them in place of the module's own.
             sparsity: ρ in place of the method's own.
+
+        Raises:
+            InputError: when one is no adapter, or ρ lies outside [0, 1].
         """
+        if sparsity is not None:
+            check_share("sparsity", sparsity)
         self.adapters = list(adapters)
+        if others := [one for one in self.adapters if not isinstance(one, Adapter)]:
+            raise InputError(f"{short(others[0])}: is no adapter; use takes what read_uploads gives for folders")
+        self._wears_another = True
         self.merged = None
         self._used = method
         self._sparsity = sparsity
@@ -224,6 +239,10 @@ class MergeModule(CLIPEvaluator):
         if not isinstance(self.weights, str) and not math.isclose(sum(self.weights), 1):
             raise InputError(f"merge.weights {self.weights}: those of prompts must add up to 1")
 
+    def set_update(self, update: Mapping[str, Update]) -> None:
+        super().set_update(update)
+        self._wears_another = False
+
     def merge(self, anchors: AnchorProbe | None = None) -> Merged:
         """Merges the adapters and, of a CLIP base, wears the result.
 
@@ -237,6 +256,7 @@ class MergeModule(CLIPEvaluator):
             self.check_prompts(method)
         if not isinstance(self.weights, str):
             check_weights(method, self.weights)
+        check_choices(method)
         doubts = doubts_about(self.adapters)
         adapters, rejected = Selection(self.adapters, [])
         if self.reject_outliers:
@@ -281,9 +301,17 @@ class MergeModule(CLIPEvaluator):
             raise InputError("nothing was merged yet; merge first")
         return self.merged.save(folder, metrics, self.format, self.rank)
 
+    def use_classes_of_the_data(self) -> None:
+        if self._wears_another and self.adapters:
+            raise InputError("the adapters in use are not merged yet; merge them, or validate on anchors, first")
+        if self._wears_another:
+            self.set_update({})
+        super().use_classes_of_the_data()
+
     # Anchors are what validates
 
     def on_validation_start(self) -> None:
+        self.require_its_images()
         self.encode_captions(data_of(self.trainer).captions)
         self._anchor_images = data_of(self.trainer).fingerprint
         if self.adapters:

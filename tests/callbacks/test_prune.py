@@ -256,6 +256,9 @@ def test_settings_beside_another_method_of_the_module_s_own_are_refused(uploads,
             validate(module, anchors, SaliencyPruneCallback(sparsity=0.7))
     validate(module, anchors, SaliencyPruneCallback(sparsity=0.5))
     assert module.merged.method == SAP(sparsity=0.5)
+    module.use(module.adapters, Average())
+    with pytest.raises(InputError, match="the module merges by average, this callback by sap at other settings"):
+        validate(module, anchors, SaliencyPruneCallback(sparsity=0.5))
 
 
 def test_every_validation_follows_its_own_callback(validated, anchors):

@@ -152,7 +152,9 @@ def test_uploads_of_prompts_are_merged_and_measured_by_the_other_commands(joint,
         (["--merge.method=ties"], "merge.method ties does not merge prompts, only adapters"),
         (["--federation.poison.domain=photo", "--federation.poison.kind=noise"], "poison.kind noise is for adapters"),
         (["--federation.ranks={photo: 4}"], r"federation\.ranks is for clients that train LoRA"),
-        (["--model.tokens=40"], "its prompt is .* tokens long with a context of 40"),
+        (["--federation.aggregation=flora", "--federation.rounds=2"], "aggregation: is for adapters, and a round of"),
+        (["--data.val_fraction=0"], r"data\.val_fraction 0: prompts are measured on images that their clients hold"),
+        (["--model.tokens=40"], r"model\.tokens 40: the text tower has room for 28 beside a class's name"),
     ],
 )
 def test_what_prompts_cannot_is_refused_before_any_upload_is_written(run, tmp_path, line, reason):

@@ -156,6 +156,14 @@ def test_prompts_do_not_mix_with_adapters_nor_with_names_elsewhere(uploads, fini
                 server.read_uploads(order)
 
 
+def test_prompts_of_other_lengths_do_not_mix(uploads, tmp_path):
+    write_prompt(tmp_path / "short", {LAYER: as_layer(CONTEXTS[0][:2])})
+    with pytest.raises(
+        InputError, match=r"prompts of 3 tokens \('client 0'\) and of 2 \('short'\); merge prompts of one"
+    ):
+        MergeModule(SHAPES_CLIP).read_uploads([*uploads, tmp_path / "short"])
+
+
 def test_a_prompt_of_another_base_or_beside_an_adapter_is_refused(uploads, finished, tmp_path):
     server = MergeModule(SHAPES_CLIP)
     with pytest.raises(InputError, match="base_fingerprint is abab"):

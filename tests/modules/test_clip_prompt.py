@@ -207,6 +207,26 @@ def test_a_precision_in_which_steps_are_lost_is_refused(data):
         quiet_trainer(max_epochs=1, precision="bf16-true").fit(prompt(), datamodule=data)
 
 
+def test_more_tokens_than_the_tower_reads_are_refused_before_they_are_drawn(data):
+    with pytest.raises(
+        InputError, match=r"model.tokens 1000000000: the text tower has room for 28 beside a class's name"
+    ):
+        untrained(data, tokens=10**9)
+
+
+def test_without_epochs_the_rate_falls_over_the_steps(data):
+    module = prompt(warmup_epochs=0)
+    trainer = quiet_trainer(max_epochs=-1, max_steps=3, limit_val_batches=0)
+    trainer.fit(module, datamodule=data)
+    rates = [trainer.lr_scheduler_configs[0].scheduler.lr_lambdas[0](epoch) for epoch in range(2)]
+    assert trainer.global_step == 3 and rates == pytest.approx([1, 0.5]), "a cosine of two epochs of two steps"
+
+
+def test_training_without_an_end_is_refused(data):
+    with pytest.raises(InputError, match=r"trainer.max_epochs -1: the learning rate falls until training ends"):
+        trained(data, epochs=-1)
+
+
 def test_a_context_can_start_from_a_prompt_in_a_folder_or_in_memory(data, tmp_path):
     first = untrained(data, tokens=4, class_position="middle", seed=5)
     folder = first.write_upload(tmp_path / "upload", "photo", data.num_samples)
@@ -299,7 +319,7 @@ def test_without_alpha_the_memory_changes_nothing_and_with_much_it_decides(data)
     ("settings", "named"),
     [
         ({"tokens": 0}, r"model\.tokens must be at least 1, got 0"),
-        ({"tokens": 30}, r"class 'boat': its prompt is .* tokens long with a context of 30"),
+        ({"tokens": 30}, r"model\.tokens 30: the text tower has room for 28 beside a class's name"),
         ({"init": WORDS, "start": "x"}, r"model\.init and model\.start both say where the context starts"),
         ({"init": WORDS, "tokens": 3}, r"model\.init 'a photo of a' has 4 tokens; model\.tokens is 3; leave it out"),
         ({"init": " "}, r"model\.init ' ' has 0 tokens; give at least one word"),

@@ -6,6 +6,7 @@ import json
 import re
 import shutil
 from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 
@@ -17,7 +18,7 @@ from references import quiet_trainer, randn
 from safetensors.torch import load_file
 from transformers import CLIPModel, CLIPVisionModelWithProjection
 
-from sap_lightning.data import AnchorDataModule
+from sap_lightning.data import AnchorDataModule, DomainDataModule
 from sap_lightning.errors import InputError
 from sap_lightning.federation import poison
 from sap_lightning.federation.poison import Poison
@@ -28,6 +29,7 @@ from sap_lightning.merging import SAP, TIES, Average, Krum, LiNeS, Median, RegMe
 from sap_lightning.merging.selection import losses_alone
 from sap_lightning.models.clip import load_base
 from sap_lightning.models.layers import layer_shapes, linear_weight
+from sap_lightning.modules.clip_lora import CLIPLoRAModule
 from sap_lightning.modules.merge import MergeModule
 
 UNPRUNED = ["--prune.sparsity=0", "--prune.rescale=none"]
@@ -282,6 +284,75 @@ def test_what_is_used_may_bring_its_method_which_goes_before_the_module_s_own(mo
     assert module.merged is None, "what was merged before is not taken for a merge of these"
     assert (module.merge().method, len(module.merged.adapters)) == (Average(), 3)
     assert (first.method, len(first.adapters)) == (Average(), 3), "an earlier merge stays as it was"
+
+
+def test_nothing_is_classified_by_an_earlier_merge_nor_before_the_first(module, world):
+    """It would be told as the accuracy of a model that it is not."""
+    data = DomainDataModule(str(world / "domains"), "photo", base=SHAPES_CLIP, cache=False)
+    base = quiet_trainer().test(MergeModule(SHAPES_CLIP), data, verbose=False)
+    for again in (False, True):
+        with pytest.raises(InputError, match="the adapters in use are not merged yet; merge them, or validate on anch"):
+            quiet_trainer().test(module, data, verbose=False)
+        module.merge()
+        assert quiet_trainer().test(module, data, verbose=False) != base
+        module.use(() if again else module.adapters[:1])
+    assert quiet_trainer().test(module, data, verbose=False) == base, "without adapters it is zero-shot"
+
+
+@pytest.mark.parametrize(
+    ("used", "said"),
+    [
+        ((["uploads/photo"],), "'uploads/photo': is no adapter; use takes what read_uploads gives"),
+        (((), None, 3.0), r"sparsity must lie in \[0, 1\], got 3.0"),
+    ],
+)
+def test_what_cannot_be_merged_is_not_taken(module, used, said):
+    with pytest.raises(InputError, match=said):
+        module.use(*used)
+
+
+@pytest.mark.parametrize("kind", [str, Path])
+def test_one_folder_in_place_of_a_list_is_not_read_letter_by_letter(module, uploads, kind):
+    with pytest.raises(InputError, match="is one upload; give a list of them"):
+        module.read_uploads(kind(uploads[0]))
+
+
+@pytest.mark.parametrize("settings", [{"weights": "sample"}, {"format": "peft"}])
+def test_a_setting_that_is_none_of_the_choices_is_refused(settings):
+    ((name, value),) = settings.items()
+    with pytest.raises(InputError, match=f"merge.{name} '{value}': it takes one of"):
+        MergeModule(SHAPES_CLIP, **settings)
+
+
+def test_a_method_s_setting_that_is_none_of_the_choices_is_refused(module):
+    module.use(module.adapters, SAP(consensus="men"))  # type: ignore[arg-type]  # which no parser has seen
+    with pytest.raises(InputError, match="sap: consensus is 'men'; it takes one of mean, elected, median"):
+        module.merge()
+
+
+def test_images_that_are_made_for_another_base_are_refused(module, world, tmp_path):
+    other = Path(shutil.copytree(SHAPES_CLIP, tmp_path / "other"))
+    config = json.loads((other / "preprocessor_config.json").read_text())
+    (other / "preprocessor_config.json").write_text(json.dumps(config | {"image_mean": [0.9, 0.1, 0.9]}))
+    copy = shutil.copytree(SHAPES_CLIP, tmp_path / "copy")
+    module.merge()
+    for base, refused in ((other, True), (copy, False)):
+        anchors = AnchorDataModule(str(world / "anchors"), 4, str(base), cache=False)
+        domain = DomainDataModule(str(world / "domains"), "photo", base=str(base), cache=False)
+        trainer = quiet_trainer(max_epochs=1, limit_train_batches=1)
+        for ask, asked, data in (
+            (trainer.validate, module, anchors),
+            (trainer.test, module, domain),
+            (trainer.fit, CLIPLoRAModule(SHAPES_CLIP), domain),
+        ):
+            said = f"makes images for {other}, and .* asks for others; give it base="
+            with pytest.raises(InputError, match=said) if refused else nullcontext():
+                ask(asked, datamodule=data)
+
+
+def test_a_trainer_without_a_data_module_is_told_to_have_one(module):
+    with pytest.raises(InputError, match="the trainer has no data module"):
+        quiet_trainer().validate(module, dataloaders=torch.utils.data.DataLoader([1]), verbose=False)
 
 
 def test_a_module_without_a_method_merges_by_what_is_offered_last(module):
