@@ -46,6 +46,7 @@ MERGE_COMMAND: dict[str, dict[str, Any]] = {
     "push_to_hub": {"type": str | None, "default": None, "help": "id of a repository on the hub to upload it to"},
 }
 REPORT: dict[str, Any] = {"type": bool, "default": True, "help": "write report.html and figures; else the table alone"}
+AGGREGATION = "federation.aggregation"
 UPLOADS = "PEFT folders, hub ids or our own checkpoints; for test and predict one, or a folder that merge wrote"
 
 
@@ -140,8 +141,7 @@ class SapCLI(CommandCLI):
             parser.add_argument("--uploads", nargs="+", default=[], help=UPLOADS)
 
     def put_together(self) -> None:
-        if isinstance(self.model, CLIPPromptModule) and (option := self.given("federation.aggregation")):
-            raise InputError(f"{option}: is for adapters, and a round of prompts starts from their merge; leave it out")
+        self._refuse_of_prompts(self.given(AGGREGATION))
         self.merge = self._merge_module()
         if self.command in TRAINING:
             self.check_that_it_trains()
@@ -173,6 +173,10 @@ class SapCLI(CommandCLI):
             raise InputError(f"merge.weights samples: clients count alike in {merge.merge_method.name}; leave it out")
         return merge
 
+    def _refuse_of_prompts(self, aggregation: str | None) -> None:
+        if aggregation and isinstance(self.model, CLIPPromptModule):
+            raise InputError(f"{aggregation}: is for adapters; rounds of prompts start from their merge; leave it out")
+
     def given(self, group: str) -> str | None:
         """The first option of a group that stands on the command line."""
         return next((arg.partition("=")[0] for arg in self.line if re.match(rf"--{group}[.=]|--{group}$", arg)), None)
@@ -190,6 +194,8 @@ class SapCLI(CommandCLI):
                 f"sweep.over.{unknown[0]}: no setting of its own; name one such as model.rank, not a group of them and"
                 " not what follows from another"
             )
+        if AGGREGATION in sweep.over:
+            self._refuse_of_prompts(f"sweep.over.{AGGREGATION}")
         varied = next((f"sweep.over.{name}" for name in sweep.over if name.split(".")[0] == "prune"), None)
         if SAP.name not in sweep.methods and (given := self.given("prune") or varied):
             raise InputError(

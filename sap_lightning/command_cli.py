@@ -39,8 +39,11 @@ CLIENTS: dict[str, type[ClientModule]] = {made.__name__: made for made in (CLIPL
 """The classes of clients, the usual one first."""
 OF_ALL_CLIENTS = {"base", "templates", "seed"}
 """Settings in the group model that clients of every class have."""
-PLACES = {"base", "images", "output", "root", "run_dir", "uploads"}
-"""Settings that name a folder or a file; an empty one would be this folder."""
+PLACES = {
+    *("anchors.root", "compress.model", "compress.texts", "data.root", "federation.run_dir", "merge.output"),
+    *("merge.push_to_hub", "model.base", "model.start", "predict.images", "predict.output", "uploads"),
+}
+"""Settings that name a folder, a file or a repository; an empty one would be this folder, or pass for none."""
 CLASS_PATH = re.compile(r"[A-Za-z_][\w.]*(?<!\.yaml)(?<!\.yml)")
 """What ``--model`` names a class by, and not a file of its settings."""
 
@@ -117,7 +120,7 @@ class CommandCLI(LightningCLI):
         for name, value in flat(self.config.as_dict()):
             if isinstance(value, str) and "\0" in value:
                 raise InputError(f"{name}: has a NUL character, which is part of no name; take it out")
-            if value in ("", [""]) and name.rsplit(".", 1)[-1] in PLACES and not name.startswith("trainer."):
+            if name in PLACES and "" in (value if isinstance(value, list) else [value]):
                 raise InputError(f"{name} is empty; give it a value (of a folder, . is this one), or leave it out")
         if isinstance(seed := self.config.seed_everything, int):
             check_seed("seed_everything", seed)
@@ -223,8 +226,8 @@ def client_class(name: str) -> type[ClientModule]:
         raise InputError(f"model {name}: cannot be imported: {first_line(error)}") from error
     if not (isinstance(found, type) and issubclass(found, ClientModule)):
         raise InputError(
-            f"model {name}: no such class of clients; there are {', '.join(CLIENTS)}, or name your own by its path;"
-            " VLMLoRAModule is for fit alone"
+            f"model {name}: no such class of clients; there are {', '.join(CLIENTS)}, or name your own by its path"
+            + "; VLMLoRAModule is for fit alone" * name.endswith("VLMLoRAModule")
         )
     return found
 

@@ -140,7 +140,7 @@ def test_a_faulty_setting_ends_in_one_line(main, options):
         ("--federation.run_dir=", "federation.run_dir is empty"),
         ("--data.root=", "data.root is empty"),
         ("--anchors.root=", "anchors.root is empty"),
-        ("--trainer.max_epochs=-1", "trainer.max_epochs -1: the learning rate falls until training ends"),
+        ("--trainer.max_epochs=-1", "training has no end in steps, by which the learning rate"),
         ("--federation.poison.kind=noise", "federation.poison noise to 1: of which client?"),
         ("--anchors.batch_size=0", "anchors.batch_size must be at least 1, got 0"),
         ("--data.batch_size=0", "data.batch_size must be at least 1, got 0"),
@@ -373,7 +373,7 @@ def test_an_unknown_class_of_clients_is_refused_with_those_there_are(main, optio
     said = (
         f"error: model {name}: no such class of clients; there are CLIPLoRAModule, CLIPPromptModule, or name your own"
     )
-    assert main("fit", *options, f"--model={name}") == f"{said} by its path; VLMLoRAModule is for fit alone"
+    assert main("fit", *options, f"--model={name}") == f"{said} by its path"
 
 
 def test_settings_of_other_clients_are_checked_as_theirs(main, options):

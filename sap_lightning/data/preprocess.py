@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from typing import Any
+
 import numpy as np
 import torch
 from PIL import Image
@@ -11,6 +14,7 @@ from transformers import AutoImageProcessor
 from sap_lightning.errors import InputError, first_line
 
 _NORMALISATION = ("do_rescale", "rescale_factor", "do_normalize", "image_mean", "image_std")
+_DECIDE = ("do_resize", "size", "resample", "do_center_crop", "crop_size", *_NORMALISATION)
 
 
 class Preprocess:
@@ -69,3 +73,8 @@ class Preprocess:
                 " crop); batches need one size: set do_center_crop, or size with height and width"
             )
         return tall
+
+
+def same_input(one: Mapping[str, Any], other: Mapping[str, Any]) -> bool:
+    """Whether the settings of two checkpoints make the same of an image, whatever else they say."""
+    return all(one.get(name) == other.get(name) for name in _DECIDE)

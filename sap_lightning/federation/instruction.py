@@ -179,10 +179,14 @@ class InstructionFederation:
                     )
         if self.methods:
             self._check_one_shot(tasks)
-        if not self.results.all:  # which were made of the same conversations
-            for client in self.data.clients:
-                self._check_conversations(self.data.samples(client, TRAIN))
-                self._check_conversations(self.data.samples(client, TEST), self.data.longest_answer)
+        if not (self.config and self.results.all):  # which were made of the same conversations
+            self._check_all_conversations()
+
+    @rank_zero_only
+    def _check_all_conversations(self) -> None:
+        for client in self.data.clients:
+            self._check_conversations(self.data.samples(client, TRAIN))
+            self._check_conversations(self.data.samples(client, TEST), self.data.longest_answer)
 
     def _check_one_shot(self, tasks: Sequence[str]) -> None:
         if len(tasks) < 2:

@@ -262,6 +262,8 @@ def check_choices(method: MergeMethod) -> None:
         if get_origin(hint) is Literal and getattr(method, name, None) not in get_args(hint):
             choices = ", ".join(map(str, get_args(hint)))
             raise InputError(f"{method.name}: {name} is {short(getattr(method, name))}; it takes one of {choices}")
+    if isinstance(under := getattr(method, "inner", None), MergeMethod):
+        check_choices(under)
 
 
 def check_weights(method: MergeMethod, weights: Sequence[float], setting: str = "merge.weights") -> None:

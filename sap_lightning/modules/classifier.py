@@ -14,7 +14,7 @@ from torchmetrics.classification import MulticlassAccuracy, MulticlassCalibratio
 
 from sap_lightning.data.domains import DomainDataModule
 from sap_lightning.data.pixels import PixelDataModule
-from sap_lightning.data.preprocess import Preprocess
+from sap_lightning.data.preprocess import Preprocess, same_input
 from sap_lightning.errors import InputError
 
 
@@ -31,11 +31,11 @@ def data_of(trainer: L.Trainer) -> Any:
 
 
 def require_end(trainer: L.Trainer) -> None:
-    """Raises InputError for a trainer that does not say how long it trains, as a learning rate that falls needs."""
+    """Raises InputError for a trainer that does not say how many steps it trains, as rates' schedules need."""
     if trainer.max_epochs in (None, -1) and trainer.max_steps == -1:
         raise InputError(
-            f"trainer.max_epochs {trainer.max_epochs}: the learning rate falls until training ends; give a number of"
-            " epochs, or trainer.max_steps"
+            "training has no end in steps, by which the learning rate's schedule goes; give trainer.max_epochs or"
+            " trainer.max_steps (a time alone is not enough)"
         )
 
 
@@ -83,7 +83,7 @@ class CLIPClassifier(L.LightningModule):
         data = data_of(self.trainer)
         if not isinstance(data, PixelDataModule) or data.base == self.base:
             return
-        if data.preprocessing != Preprocess(self.base).settings:
+        if not same_input(data.preprocessing, Preprocess(self.base).settings):
             raise InputError(
                 f"{type(data).__name__} makes images for {data.base}, and {self.base} asks for others; give it"
                 f" base={self.base!r}"

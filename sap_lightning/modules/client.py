@@ -141,7 +141,7 @@ class ClientModule(CLIPClassifier, ABC):
             losses = self.sample_losses(data.unchanged(data.batch_size, self.device))
             return torch.stack([fisher_trace(squares).cpu() for squares in sample_squares(losses, trained)])
 
-    def on_fit_start(self) -> None:
+    def setup(self, stage: str) -> None:
         self.require_its_images()
 
     def batch_features(self, batch: Batch) -> Tensor:

@@ -194,7 +194,8 @@ class CLIPPromptModule(ClientModule):
         if self._turn.optimizer:
             optimizer.load_state_dict(optimizer.state_dict() | {"state": self._turn.optimizer})
         self.trainer.fit_loop.setup_data()  # before which nobody knows how many batches an epoch has
-        epochs = math.ceil(self.trainer.estimated_stepping_batches / self.trainer.num_training_batches)
+        steps = math.ceil(self.trainer.num_training_batches / self.trainer.accumulate_grad_batches)
+        epochs = math.ceil(self.trainer.estimated_stepping_batches / steps)
         first, end = self._turn.scheduled
         before = (self._turn.number - first) * epochs
         rates = LambdaLR(optimizer, lambda epoch: self._rate(before + epoch, (end - first) * epochs))

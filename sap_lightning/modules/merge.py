@@ -103,7 +103,7 @@ class MergeModule(CLIPEvaluator):
         self.adapters: list[Adapter] = []
         self.merged: Merged | None = None
         self._used: MergeMethod | None = None
-        self._wears_another = False
+        self._outdated = False  # what it wears is of other adapters than those in use
         self._offered: MergeMethod | None = None
         self._sparsity: float | None = None
         self._anchor_images = ""
@@ -188,10 +188,11 @@ class MergeModule(CLIPEvaluator):
         """
         if sparsity is not None:
             check_share("sparsity", sparsity)
-        self.adapters = list(adapters)
-        if others := [one for one in self.adapters if not isinstance(one, Adapter)]:
+        given = list(adapters)
+        if others := [one for one in given if not isinstance(one, Adapter)]:
             raise InputError(f"{short(others[0])}: is no adapter; use takes what read_uploads gives for folders")
-        self._wears_another = True
+        self.adapters = given
+        self._outdated = True
         self.merged = None
         self._used = method
         self._sparsity = sparsity
@@ -241,7 +242,7 @@ class MergeModule(CLIPEvaluator):
 
     def set_update(self, update: Mapping[str, Update]) -> None:
         super().set_update(update)
-        self._wears_another = False
+        self._outdated = False
 
     def merge(self, anchors: AnchorProbe | None = None) -> Merged:
         """Merges the adapters and, of a CLIP base, wears the result.
@@ -302,11 +303,14 @@ class MergeModule(CLIPEvaluator):
         return self.merged.save(folder, metrics, self.format, self.rank)
 
     def use_classes_of_the_data(self) -> None:
-        if self._wears_another and self.adapters:
+        if self._outdated and self.adapters:
             raise InputError("the adapters in use are not merged yet; merge them, or validate on anchors, first")
-        if self._wears_another:
-            self.set_update({})
+        self._be_the_base_without_adapters()
         super().use_classes_of_the_data()
+
+    def _be_the_base_without_adapters(self) -> None:
+        if self._outdated and not self.adapters:
+            self.set_update({})
 
     # Anchors are what validates
 
@@ -314,6 +318,7 @@ class MergeModule(CLIPEvaluator):
         self.require_its_images()
         self.encode_captions(data_of(self.trainer).captions)
         self._anchor_images = data_of(self.trainer).fingerprint
+        self._be_the_base_without_adapters()
         if self.adapters:
             self.merge(self.probe())
 

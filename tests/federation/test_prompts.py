@@ -152,7 +152,7 @@ def test_uploads_of_prompts_are_merged_and_measured_by_the_other_commands(joint,
         (["--merge.method=ties"], "merge.method ties does not merge prompts, only adapters"),
         (["--federation.poison.domain=photo", "--federation.poison.kind=noise"], "poison.kind noise is for adapters"),
         (["--federation.ranks={photo: 4}"], r"federation\.ranks is for clients that train LoRA"),
-        (["--federation.aggregation=flora", "--federation.rounds=2"], "aggregation: is for adapters, and a round of"),
+        (["--federation.aggregation=flora", "--federation.rounds=2"], "aggregation: is for adapters; rounds of"),
         (["--data.val_fraction=0"], r"data\.val_fraction 0: prompts are measured on images that their clients hold"),
         (["--model.tokens=40"], r"model\.tokens 40: the text tower has room for 28 beside a class's name"),
     ],
@@ -161,6 +161,12 @@ def test_what_prompts_cannot_is_refused_before_any_upload_is_written(run, tmp_pa
     with pytest.raises(InputError, match=reason):
         run("fit", *PROMPTS, *line, f"--federation.run_dir={tmp_path}")
     assert not list(tmp_path.glob("prompts/uploads/*"))
+
+
+def test_ways_of_aggregating_prompts_are_not_swept(run, tmp_path):
+    over = "--sweep.over={federation.aggregation: [fedit, flora]}"
+    with pytest.raises(InputError, match=r"sweep\.over\.federation\.aggregation: is for adapters"):
+        run("sweep", *PROMPTS, over, "--federation.rounds=2", f"--federation.run_dir={tmp_path}")
 
 
 def test_prompts_that_come_from_elsewhere_are_refused_as_their_clients_are_not_here(options, joint):

@@ -222,8 +222,17 @@ def test_without_epochs_the_rate_falls_over_the_steps(data):
     assert trainer.global_step == 3 and rates == pytest.approx([1, 0.5]), "a cosine of two epochs of two steps"
 
 
+def test_the_rate_falls_over_the_epochs_where_batches_are_taken_together(data):
+    module = prompt(warmup_epochs=0)
+    trainer = quiet_trainer(max_epochs=4, limit_val_batches=0, accumulate_grad_batches=2)
+    trainer.fit(module, datamodule=data)
+    rates = [trainer.lr_scheduler_configs[0].scheduler.lr_lambdas[0](epoch) for epoch in range(4)]
+    assert trainer.num_training_batches == 2 and trainer.global_step == 4
+    assert rates == pytest.approx([1, 0.854, 0.5, 0.146], abs=1e-3)
+
+
 def test_training_without_an_end_is_refused(data):
-    with pytest.raises(InputError, match=r"trainer.max_epochs -1: the learning rate falls until training ends"):
+    with pytest.raises(InputError, match=r"training has no end in steps, .*; give trainer.max_epochs or"):
         trained(data, epochs=-1)
 
 

@@ -299,6 +299,21 @@ def test_nothing_is_classified_by_an_earlier_merge_nor_before_the_first(module, 
     assert quiet_trainer().test(module, data, verbose=False) == base, "without adapters it is zero-shot"
 
 
+def test_without_adapters_anchors_are_shown_to_the_base(module, world):
+    anchors = AnchorDataModule(str(world / "anchors"), 8, SHAPES_CLIP, cache=False)
+    base = quiet_trainer().validate(MergeModule(SHAPES_CLIP), anchors, verbose=False)
+    module.merge()
+    module.use(())
+    assert quiet_trainer().validate(module, anchors, verbose=False) == base
+
+
+def test_what_cannot_be_used_changes_nothing(module):
+    merged, adapters = module.merge(), module.adapters
+    with pytest.raises(InputError, match="is no adapter"):
+        module.use([*adapters, "uploads/photo"])
+    assert module.adapters == adapters and module.merged is merged
+
+
 @pytest.mark.parametrize(
     ("used", "said"),
     [
@@ -324,8 +339,10 @@ def test_a_setting_that_is_none_of_the_choices_is_refused(settings):
         MergeModule(SHAPES_CLIP, **settings)
 
 
-def test_a_method_s_setting_that_is_none_of_the_choices_is_refused(module):
-    module.use(module.adapters, SAP(consensus="men"))  # type: ignore[arg-type]  # which no parser has seen
+@pytest.mark.parametrize("under", [False, True], ids=["itself", "under another"])
+def test_a_method_s_setting_that_is_none_of_the_choices_is_refused(module, under):
+    sap = SAP(consensus="men")  # type: ignore[arg-type]  # which no parser has seen
+    module.use(module.adapters, LiNeS(sap) if under else sap)
     with pytest.raises(InputError, match="sap: consensus is 'men'; it takes one of mean, elected, median"):
         module.merge()
 
@@ -334,7 +351,9 @@ def test_images_that_are_made_for_another_base_are_refused(module, world, tmp_pa
     other = Path(shutil.copytree(SHAPES_CLIP, tmp_path / "other"))
     config = json.loads((other / "preprocessor_config.json").read_text())
     (other / "preprocessor_config.json").write_text(json.dumps(config | {"image_mean": [0.9, 0.1, 0.9]}))
-    copy = shutil.copytree(SHAPES_CLIP, tmp_path / "copy")
+    copy = Path(shutil.copytree(SHAPES_CLIP, tmp_path / "copy"))
+    saved = config | {"image_processor_type": "CLIPImageProcessorFast", "default_to_square": False}
+    (copy / "preprocessor_config.json").write_text(json.dumps(saved))
     module.merge()
     for base, refused in ((other, True), (copy, False)):
         anchors = AnchorDataModule(str(world / "anchors"), 4, str(base), cache=False)
@@ -344,6 +363,7 @@ def test_images_that_are_made_for_another_base_are_refused(module, world, tmp_pa
             (trainer.validate, module, anchors),
             (trainer.test, module, domain),
             (trainer.fit, CLIPLoRAModule(SHAPES_CLIP), domain),
+            (trainer.validate, CLIPLoRAModule(SHAPES_CLIP), domain),
         ):
             said = f"makes images for {other}, and .* asks for others; give it base="
             with pytest.raises(InputError, match=said) if refused else nullcontext():
