@@ -63,7 +63,7 @@ ONE_SHOT = "one shot"
 SCORES = {"exact": answers.exact, "f1": answers.f1, "iou": answers.iou}
 
 
-class Base(NamedTuple):
+class BaseFacts(NamedTuple):
     """What uploads and conversations are checked against.
 
     Attributes:
@@ -228,11 +228,11 @@ class InstructionFederation:
         return encoder_of(self.client.base, self.data.longest)
 
     @cached_property
-    def _base(self) -> Base:
+    def _base(self) -> BaseFacts:
         base = load_language_base(self.client.base)
         connector = base.connector.state_dict() if base.connector is not None else {}
         shapes = {name: tuple(tensor.shape) for name, tensor in connector.items()}
-        return Base(layer_shapes(base.language), shapes, base.fingerprint, base.language.config, base.vision)
+        return BaseFacts(layer_shapes(base.language), shapes, base.fingerprint, base.language.config, base.vision)
 
     # Turns
 
