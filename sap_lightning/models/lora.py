@@ -9,10 +9,24 @@ from peft import LoraConfig, get_peft_model
 from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 
+from sap_lightning.errors import InputError, check_at_least, check_share
 from sap_lightning.functional.lora import LoRALayer
+from sap_lightning.io.rules import MAX_RANK
 
 PREFIX = "base_model.model."
 """What PEFT puts before the names of a model's layers."""
+
+
+def check_lora(rank: int, dropout: float, targets: Sequence[str]) -> None:
+    """Raises InputError that names the setting of a client with which no adapter could be trained, or sent."""
+    check_at_least("model.rank", rank, 1)
+    if rank > MAX_RANK:
+        raise InputError(f"model.rank {rank}: the server takes adapters of rank {MAX_RANK} at most")
+    check_share("model.dropout", dropout)
+    if dropout == 1:
+        raise InputError("model.dropout is 1, at which nothing is trained; set it below")
+    if not targets:
+        raise InputError("model.targets is empty; name the linear layers that get an adapter")
 
 
 def with_lora(

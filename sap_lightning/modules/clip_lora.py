@@ -14,16 +14,15 @@ from torch import Tensor, nn
 from torch.nn.functional import normalize
 
 from sap_lightning.data.loaders import Batch
-from sap_lightning.errors import InputError, check_at_least, check_positive, check_share
+from sap_lightning.errors import InputError, check_positive, check_share
 from sap_lightning.functional.lora import LoRALayer
 from sap_lightning.functional.reach import Reach
 from sap_lightning.io.adapter import Expected, write_adapter
 from sap_lightning.io.manifest import Manifest, base_with
 from sap_lightning.io.peft_config import in_text_tower
-from sap_lightning.io.rules import MAX_RANK
 from sap_lightning.models.clip import Base, TextEncoder, load_base
 from sap_lightning.models.layers import block_of, blocks_of, layer_shapes, linear_weight
-from sap_lightning.models.lora import adapted_layers, lora_layers, with_lora
+from sap_lightning.models.lora import adapted_layers, check_lora, lora_layers, with_lora
 from sap_lightning.modules.classifier import data_of, require_end
 from sap_lightning.modules.client import ClientModule
 from sap_lightning.modules.schedule import Schedule, rates
@@ -101,21 +100,15 @@ class CLIPLoRAModule(ClientModule):
         self._check_settings()
 
     def _check_settings(self) -> None:
-        check_at_least("model.rank", self.rank, 1)
-        if self.rank > MAX_RANK:
-            raise InputError(f"model.rank {self.rank}: the server takes adapters of rank {MAX_RANK} at most")
-        if not self.targets:
-            raise InputError("model.targets is empty; name the linear layers that get an adapter")
+        check_lora(self.rank, self.dropout, self.targets)
         if not self.towers or len(set(self.towers)) < len(self.towers) or not set(self.towers) <= set(get_args(Tower)):
             raise InputError(f"model.towers must name vision, text or both, once, got {list(self.towers)}")
         for name in ("alpha", "learning_rate"):
             check_positive(f"model.{name}", getattr(self, name))
         if not 0 <= self.weight_decay < math.inf:
             raise InputError(f"model.weight_decay must be a finite number from 0 on, got {self.weight_decay}")
-        for name in ("dropout", "warmup", "label_smoothing"):
+        for name in ("warmup", "label_smoothing"):
             check_share(f"model.{name}", getattr(self, name))
-        if self.dropout == 1:
-            raise InputError("model.dropout is 1, at which nothing is trained; set it below")
         if not 0 < self.trained_rows <= 1:
             raise InputError(f"model.trained_rows must lie in (0, 1], got {self.trained_rows}")
         self._check_sent_blocks()

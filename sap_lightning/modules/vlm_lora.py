@@ -23,11 +23,10 @@ from sap_lightning.io.adapter import sha256_of
 from sap_lightning.io.instruction_upload import InstructionUpload, write_instruction_upload
 from sap_lightning.io.manifest import Manifest
 from sap_lightning.io.peft_config import public_name
-from sap_lightning.io.rules import MAX_RANK
 from sap_lightning.models.language import answer_losses
 from sap_lightning.models.layers import layer_shapes
 from sap_lightning.models.llava import LanguageBase, embedded, load_language_base
-from sap_lightning.models.lora import lora_layers, with_lora
+from sap_lightning.models.lora import check_lora, lora_layers, with_lora
 from sap_lightning.models.patched import Patched
 from sap_lightning.modules.connector import (
     Connector,
@@ -104,18 +103,11 @@ class VLMLoRAModule(L.LightningModule):
         seed: int = 0,
     ) -> None:
         super().__init__()
-        check_at_least("model.rank", rank, 1)
-        if rank > MAX_RANK:
-            raise InputError(f"model.rank {rank}: the server takes adapters of rank {MAX_RANK} at most")
+        check_lora(rank, dropout, targets)
         check_positive("model.alpha", alpha)
         check_positive("model.learning_rate", learning_rate)
         check_at_least("model.weight_decay", weight_decay, 0)
-        for name, share in (("dropout", dropout), ("warmup", warmup)):
-            check_share(f"model.{name}", share)
-        if dropout == 1:
-            raise InputError("model.dropout is 1, at which nothing is trained; set it below")
-        if not targets:
-            raise InputError("model.targets is empty; name the linear layers that get an adapter")
+        check_share("model.warmup", warmup)
         self.base = base
         self.rank = rank
         self.alpha = alpha
