@@ -8,39 +8,29 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import lightning as L
-import torch
 from lightning.pytorch.utilities import rank_zero_only
 from torch import Tensor
 
 from sap_lightning.callbacks.progress import training_progress
 from sap_lightning.callbacks.tensorboard import EventLogger, tensorboards
-from sap_lightning.console import track
-from sap_lightning.data.instructions import (
-    SCORES_OF_TASKS,
-    TEST,
-    TRAIN,
-    InstructionDataModule,
-    Sample,
-    read_samples,
-)
-from sap_lightning.data.texts import check_tokens
-from sap_lightning.errors import InputError, check_at_least, check_share, short
+from sap_lightning.data.instructions import InstructionDataModule
+from sap_lightning.errors import InputError, check_at_least, check_share
 from sap_lightning.federation.client import UNTRAINED, TrainerFactory, fit_at_home
+from sap_lightning.federation.instruction_checks import BaseFacts, InstructionChecks, base_facts
 from sap_lightning.federation.provenance import provenance
 from sap_lightning.federation.run_folder import RunFolder, config_file, require_settings, write_settings
 from sap_lightning.federation.systems import ALL, SYSTEMS, Server, System, aggregated
 from sap_lightning.federation.turns import taking_part
-from sap_lightning.federation.unseen_task import ANCHORS, check_methods, one_shot
+from sap_lightning.federation.unseen_task import check_methods, one_shot
 from sap_lightning.files import as_json, clear_unfinished_at, locked, read_tensors, sha256_of_file, write_tensors
 from sap_lightning.fingerprints import digest
 from sap_lightning.functional import answers
 from sap_lightning.functional.lora import LoRALayer
 from sap_lightning.functional.rounds import mean_factors
 from sap_lightning.instruction_results import InstructionResult, InstructionResults
-from sap_lightning.io.factors import Shapes
 from sap_lightning.io.instruction_upload import (
     InstructionUpload,
     ReadUpload,
@@ -49,8 +39,7 @@ from sap_lightning.io.instruction_upload import (
 )
 from sap_lightning.merging import MergeMethod
 from sap_lightning.merging.registry import method_named
-from sap_lightning.models.layers import layer_shapes
-from sap_lightning.models.llava import FrozenVision, encoder_of, load_language_base
+from sap_lightning.models.llava import encoder_of
 from sap_lightning.modules.vlm_lora import Start, VLMLoRAModule
 
 log = logging.getLogger(__name__)
@@ -61,24 +50,6 @@ KEPT = "kept.safetensors"
 ONE_SHOT = "one shot"
 """What the log calls the one turn whose uploads are merged."""
 SCORES = {"exact": answers.exact, "f1": answers.f1, "iou": answers.iou}
-
-
-class BaseFacts(NamedTuple):
-    """What uploads and conversations are checked against.
-
-    Attributes:
-        layers: of the language model's linear layers, by name.
-        connector: of the connector's parameters, by name.
-        fingerprint: of the base.
-        config: of the language model.
-        vision: what its tower makes of images; None of a language model alone.
-    """
-
-    layers: Shapes
-    connector: dict[str, tuple[int, ...]]
-    fingerprint: str
-    config: Any
-    vision: FrozenVision | None
 
 
 class InstructionFederation:
@@ -159,65 +130,16 @@ class InstructionFederation:
 
     def _check(self) -> None:
         """Raises InputError for what cannot work, before anything is trained."""
-        tasks = sorted({*self.data.tasks.values()})  # before the base, which may be long in coming
-        if unknown := self.data.scores.keys() - SCORES_OF_TASKS.keys() - {*tasks}:
-            raise InputError(f"data.scores: no client is of the task {min(unknown)}; there are {', '.join(tasks)}")
-        if not self._base.connector and any(SYSTEMS[name].by_task for name in self.systems):
-            raise InputError(
-                f"federation.systems: pilot mixes connectors of images, and {self.client.base} is a language model that"
-                " sees none; name local or fedit"
-            )
-        for client in self.data.clients:
-            for file in (TRAIN, TEST):
-                if self.data.samples(client, file)[0].image is not None and not self._base.connector:
-                    raise InputError(f"{self.data.root / client / file}: has images, and {self.client.base} sees none")
-            for sample in self.data.samples(client, TEST):
-                if self.data.score_of(sample.task) == "iou" and answers.box_in(sample.answer) is None:
-                    raise InputError(
-                        f"{sample.place}: {short(sample.answer)} holds no box [x1, y1, x2, y2], by which answers of"
-                        f" {sample.task} are judged; or judge them otherwise, --data.scores '{{{sample.task}: f1}}'"
-                    )
+        checks = InstructionChecks(self.client.base, self.data)
+        checks.scores()  # before the base, which may be long in coming
+        checks.images(self._base, self.systems)
+        checks.boxes()
         if self.methods:
-            self._check_one_shot(tasks)
-        if not (self.config and self.results.all):  # which were made of the same conversations
-            self._check_all_conversations()
-
-    @rank_zero_only
-    def _check_all_conversations(self) -> None:
-        for client in self.data.clients:
-            self._check_conversations(self.data.samples(client, TRAIN))
-            self._check_conversations(self.data.samples(client, TEST), self.data.longest_answer)
-
-    def _check_one_shot(self, tasks: Sequence[str]) -> None:
-        if len(tasks) < 2:
-            raise InputError("federation.methods: all clients are of one task, so that none is unseen; leave it out")
-        of_turn = [self.data.tasks[client] for client in self.chosen(0)]
-        for task in tasks:
-            others = sum(one != task for one in of_turn)
-            for method in self.methods:
-                if others < method.least_clients:
-                    raise InputError(
-                        f"federation.methods: {method.name} needs clients of other tasks than {task}, at least"
-                        f" {method.least_clients}, and the first turn has {others}; see federation.share or take others"
-                    )
+            checks.one_shot(self.methods, self.chosen(0))
         if any(method.needs_anchors for method in self.methods):
-            self._check_conversations(read_samples(self.data.anchors)[:ANCHORS])
-
-    def _check_conversations(self, samples: Sequence[Sample], answered: int = 0) -> None:
-        """Raises InputError for one that the base cannot read, with so many tokens of an answer of its own, or see."""
-        seen: set[Path] = set()
-        for sample in track(samples, f"checking {samples[0].place.partition(': ')[0]}"):
-            self._check_length(sample, self._encoder.encode(sample).ids, f"data.longest {self.data.longest}")
-            if answered:
-                ids = [*self._encoder.prompt(sample), *[0] * answered]
-                self._check_length(sample, ids, f"data.longest_answer {answered}")
-            if self._base.vision is not None and sample.image is not None and sample.image not in seen:
-                self._base.vision.pixels(sample.image)
-                seen.add(sample.image)
-
-    def _check_length(self, sample: Sample, ids: Sequence[int], setting: str) -> None:
-        place = f"{sample.place} with {setting}"
-        check_tokens([torch.tensor(ids)], self._base.config, self.client.base, place, "set it lower")
+            checks.anchors(self._base, self._encoder)
+        if not (self.config and self.results.all):  # which were made of the same conversations
+            checks.conversations(self._base, self._encoder)
 
     @cached_property
     def _provenance(self) -> dict[str, str]:
@@ -229,10 +151,7 @@ class InstructionFederation:
 
     @cached_property
     def _base(self) -> BaseFacts:
-        base = load_language_base(self.client.base)
-        connector = base.connector.state_dict() if base.connector is not None else {}
-        shapes = {name: tuple(tensor.shape) for name, tensor in connector.items()}
-        return BaseFacts(layer_shapes(base.language), shapes, base.fingerprint, base.language.config, base.vision)
+        return base_facts(self.client.base)
 
     # Turns
 
