@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from reprlib import Repr
+from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 WHAT_TO_CHECK = "check path, permission and room on the disk, then run the same command again"
 SEEDS = 2**32
@@ -80,3 +82,27 @@ def check_seed(name: str, value: int) -> None:
     """Raises an InputError that names the setting when numpy takes no such seed."""
     if not 0 <= value < SEEDS:
         raise InputError(f"{name}: {value} lies outside [0, {SEEDS})")
+
+
+def check_choice(name: str, value: object, choices: Any) -> None:
+    """Raises an InputError that names the setting when it is none of those of a ``Literal``."""
+    if value not in get_args(choices):
+        raise InputError(f"{name} {short(value)}: it takes one of {', '.join(map(str, get_args(choices)))}")
+
+
+def check_choices(name: str, settings: object) -> None:
+    """Checks the choices of an object's fields, whose types are a ``Literal`` or sequences of one.
+
+    Parsers of the command line find the same earlier.
+    """
+    try:
+        hints = get_type_hints(type(settings))
+    except NameError:  # a class of one's own may name types that it imports for type checkers alone
+        return
+    for field, hint in hints.items():
+        several = get_origin(hint) is Sequence
+        choices = get_args(hint)[0] if several else hint
+        if get_origin(choices) is Literal:
+            value = getattr(settings, field)
+            for one in value if several else [value]:
+                check_choice(f"{name}.{field}", one, choices)

@@ -25,7 +25,7 @@ from sap_lightning.files import as_json
 from sap_lightning.io.adapter import WHOLE, Adapter, Expected
 from sap_lightning.io.manifest import check_domain
 from sap_lightning.merging import SAP, Average, MergeMethod
-from sap_lightning.merging.method import check_choices
+from sap_lightning.merging.method import check_method
 from sap_lightning.merging.selection import check_rejection
 from sap_lightning.modules.client import ClientModule
 from sap_lightning.modules.clip_prompt import CLIPPromptModule
@@ -225,7 +225,7 @@ class OneShotFederation:
             self._keep_from_anchors(unseen)
             check_domain(unseen)
         for method in self.merging.values():
-            check_choices(method)
+            check_method(method)
         self.merge.configure_model()
         if self.client.kind == "prompt":
             self._check_prompts()

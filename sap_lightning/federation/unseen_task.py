@@ -16,7 +16,7 @@ from sap_lightning.fingerprints import digest
 from sap_lightning.io.instruction_upload import ReadUpload
 from sap_lightning.merging import SAP
 from sap_lightning.merging.clients import client_weights
-from sap_lightning.merging.method import MergeMethod, check_choices
+from sap_lightning.merging.method import MergeMethod, check_method
 from sap_lightning.models.instruction_probe import Embedded, InstructionProbe
 from sap_lightning.models.llava import embedded, load_language_base
 from sap_lightning.models.patched import Patched
@@ -30,7 +30,7 @@ BATCH = 8
 def check_methods(methods: Sequence[MergeMethod]) -> None:
     """Raises InputError for methods that cannot be asked here, or one that is named twice."""
     for method in methods:
-        check_choices(method)
+        check_method(method)
         if method.needs_reach:
             raise InputError(
                 f"federation.methods: {method.name} needs to know how far adapters reach, and clients that are tuned on"

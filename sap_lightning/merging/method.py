@@ -15,10 +15,10 @@ import sys
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Literal, get_args, get_origin, get_type_hints
+from typing import Any
 
 from sap_lightning.console import track
-from sap_lightning.errors import InputError, short
+from sap_lightning.errors import InputError, check_choices
 from sap_lightning.functional.lora import Update
 from sap_lightning.io.adapter import Adapter
 from sap_lightning.merging.clients import Source, client_layers, client_weights
@@ -252,18 +252,11 @@ def _plain(value: Any) -> Any:
     return list(value) if isinstance(value, tuple) else value
 
 
-def check_choices(method: MergeMethod) -> None:
-    """Raises InputError that names a setting whose value is none of those that there are; parsers find it earlier."""
-    try:
-        hints = get_type_hints(type(method))
-    except NameError:  # a class of one's own may name types that it imports for type checkers alone
-        return
-    for name, hint in hints.items():
-        if get_origin(hint) is Literal and getattr(method, name, None) not in get_args(hint):
-            choices = ", ".join(map(str, get_args(hint)))
-            raise InputError(f"{method.name}: {name} is {short(getattr(method, name))}; it takes one of {choices}")
+def check_method(method: MergeMethod) -> None:
+    """Raises InputError for a setting of a method, or of that under it, whose value is none of those that there are."""
+    check_choices(method.name, method)
     if isinstance(under := getattr(method, "inner", None), MergeMethod):
-        check_choices(under)
+        check_method(under)
 
 
 def check_weights(method: MergeMethod, weights: Sequence[float], setting: str = "merge.weights") -> None:

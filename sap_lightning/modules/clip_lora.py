@@ -221,8 +221,13 @@ class CLIPLoRAModule(ClientModule):
         return int(data.steps(range(first * epochs, end * epochs)))
 
     def layers(self) -> dict[str, LoRALayer]:
-        """The trained adapter by layer name in CLIPModel, float32 on the CPU."""
-        assert self.tower is not None
+        """The trained adapter by layer name in CLIPModel, float32 on the CPU.
+
+        Raises:
+            InputError: there is none yet.
+        """
+        if self.tower is None:
+            raise InputError("model: has no adapter yet; fit a Trainer to it first")
         return lora_layers(self.tower)
 
     def blocks(self) -> dict[int, nn.Module]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import math
 from collections.abc import Collection, Sequence
 from pathlib import Path
@@ -31,6 +32,8 @@ from sap_lightning.modules.features import domain_features
 TOKENS = 16
 SPREAD = 0.02
 """Standard deviation of a context's first values."""
+
+log = logging.getLogger(__name__)
 
 
 class CLIPPromptModule(ClientModule):
@@ -197,8 +200,13 @@ class CLIPPromptModule(ClientModule):
         steps = math.ceil(self.trainer.num_training_batches / self.trainer.accumulate_grad_batches)
         epochs = math.ceil(self.trainer.estimated_stepping_batches / steps)
         first, end = self._turn.scheduled
-        before = (self._turn.number - first) * epochs
-        rates = LambdaLR(optimizer, lambda epoch: self._rate(before + epoch, (end - first) * epochs))
+        before, all_epochs = (self._turn.number - first) * epochs, (end - first) * epochs
+        if all_epochs <= self.warmup_epochs:
+            log.warning(
+                "model.warmup_epochs %d: the prompt trains for %d, all at the rate of warm-up, %g; train longer,"
+                " or set it lower", self.warmup_epochs, all_epochs, self.warmup_rate,
+            )  # fmt: skip
+        rates = LambdaLR(optimizer, lambda epoch: self._rate(before + epoch, all_epochs))
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": rates, "interval": "epoch"}}
 
     def _rate(self, epoch: int, epochs: int) -> float:

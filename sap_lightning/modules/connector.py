@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from sap_lightning.errors import check_at_least
+from sap_lightning.errors import check_at_least, check_choices
 from sap_lightning.functional.mixture import Difference, balance_loss, difference_loss, router_z_loss
 
 
@@ -25,7 +25,7 @@ class LossWeights:
         form: of the difference loss.
 
     Raises:
-        InputError: one of them is below 0.
+        InputError: a weight is below 0, or there is no such form.
     """
 
     difference: float = 0.1
@@ -36,6 +36,7 @@ class LossWeights:
     def __post_init__(self) -> None:
         for name in ("difference", "balance", "router_z"):
             check_at_least(f"model.losses.{name}", getattr(self, name), 0)
+        check_choices("model.losses", self)
 
 
 class Connector(nn.Module, ABC):

@@ -8,13 +8,13 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from functools import cached_property, partial
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from sap_lightning.data.anchors import AnchorBatch
-from sap_lightning.errors import InputError, check_positive, check_share, short
+from sap_lightning.errors import InputError, check_choice, check_positive, check_share, short
 from sap_lightning.functional.lora import Update
 from sap_lightning.functional.outliers import LEAST_VALUES
 from sap_lightning.functional.saliency import alignment_loss
@@ -25,7 +25,7 @@ from sap_lightning.io.uploads import read_uploads
 from sap_lightning.merging import METHODS, MergeMethod, method_named
 from sap_lightning.merging.clients import Weights, client_weights, doubts_about
 from sap_lightning.merging.merged import Format, Merged
-from sap_lightning.merging.method import check_choices, check_weights, required
+from sap_lightning.merging.method import check_method, check_weights, required
 from sap_lightning.merging.selection import Selection, doubts_on_anchors, without_outliers
 from sap_lightning.models.base import base_weight, linear_shapes, model_type
 from sap_lightning.models.layers import layer_shapes
@@ -84,9 +84,9 @@ class MergeModule(CLIPEvaluator):
         rank: int | None = None,
     ) -> None:
         super().__init__(base, templates)
-        for setting, value, choices in (("weights", weights, Weights), ("format", format, Format)):
-            if isinstance(value, str) and value not in get_args(choices):
-                raise InputError(f"merge.{setting} {short(value)}: it takes one of {', '.join(get_args(choices))}")
+        if isinstance(weights, str):
+            check_choice("merge.weights", weights, Weights)
+        check_choice("merge.format", format, Format)
         if rank is not None and (rank < 1 or format == "model"):
             raise InputError(f"merge.rank {rank}: must be at least 1, and is for merge.format adapter or auto only")
         if max_share is not None:
@@ -257,7 +257,7 @@ class MergeModule(CLIPEvaluator):
             self.check_prompts(method)
         if not isinstance(self.weights, str):
             check_weights(method, self.weights)
-        check_choices(method)
+        check_method(method)
         doubts = doubts_about(self.adapters)
         adapters, rejected = Selection(self.adapters, [])
         if self.reject_outliers:

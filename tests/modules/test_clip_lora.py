@@ -273,6 +273,12 @@ def test_an_upload_says_what_it_was_made_from(finished, world):
     }
 
 
+def test_before_training_there_is_nothing_to_send(tmp_path):
+    with pytest.raises(InputError, match="has no adapter yet; fit"):
+        CLIPLoRAModule(SHAPES_CLIP).write_upload(tmp_path / "upload", "photo", 1)
+    assert not (tmp_path / "upload").exists()
+
+
 def test_an_upload_holds_the_trained_adapter(data, tmp_path):
     module = trained(data)
     module.write_upload(tmp_path / "upload", "photo", data.num_samples)

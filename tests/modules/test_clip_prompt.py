@@ -132,6 +132,12 @@ def test_the_learning_rate_is_low_for_an_epoch_then_falls_as_a_cosine_by_epochs(
     assert (group["momentum"], group["weight_decay"]) == (0.9, 5e-4)
 
 
+@pytest.mark.parametrize(("epochs", "said"), [(1, True), (2, False)])
+def test_a_prompt_that_only_warms_up_is_said(data, caplog, epochs, said):
+    quiet_trainer(max_epochs=epochs, limit_val_batches=0).fit(prompt(warmup_epochs=1), datamodule=data)
+    assert ("model.warmup_epochs 1: the prompt trains for 1, all at" in caplog.text) == said
+
+
 def test_the_steps_are_those_of_sgd_on_cross_entropy_written_out(data):
     """Two full batches of all 38 images, whose order does not count."""
     data = DomainDataModule(data.root, "photo", base=SHAPES_CLIP, batch_size=64, augment=False, cache=False)

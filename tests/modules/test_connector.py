@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch import nn
 
+from sap_lightning.errors import InputError
 from sap_lightning.functional.mixture import difference_loss
 from sap_lightning.modules.connector import (
     LossWeights,
@@ -31,6 +32,11 @@ def features() -> torch.Tensor:
 
 def trained(connector: nn.Module) -> set[str]:
     return {name for name, parameter in connector.named_parameters() if parameter.requires_grad}
+
+
+def test_a_form_that_there_is_not_is_refused():
+    with pytest.raises(InputError, match=r"model.losses.form 'normalised': it takes one of"):
+        LossWeights(form="normalised")
 
 
 def test_a_shared_connector_is_a_copy_of_the_base_s(features):

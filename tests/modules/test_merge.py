@@ -25,7 +25,7 @@ from sap_lightning.federation.poison import Poison
 from sap_lightning.functional.lora import dense
 from sap_lightning.io.adapter import Adapter, read_adapter, sha256_of
 from sap_lightning.io.manifest import DIGEST
-from sap_lightning.merging import SAP, TIES, Average, Krum, LiNeS, Median, RegMean
+from sap_lightning.merging import SAP, TIES, Average, Krum, LiNeS, Median, RegMean, SAPAuto
 from sap_lightning.merging.selection import losses_alone
 from sap_lightning.models.clip import load_base
 from sap_lightning.models.layers import layer_shapes, linear_weight
@@ -339,11 +339,19 @@ def test_a_setting_that_is_none_of_the_choices_is_refused(settings):
         MergeModule(SHAPES_CLIP, **settings)
 
 
-@pytest.mark.parametrize("under", [False, True], ids=["itself", "under another"])
-def test_a_method_s_setting_that_is_none_of_the_choices_is_refused(module, under):
-    sap = SAP(consensus="men")  # type: ignore[arg-type]  # which no parser has seen
-    module.use(module.adapters, LiNeS(sap) if under else sap)
-    with pytest.raises(InputError, match="sap: consensus is 'men'; it takes one of mean, elected, median"):
+@pytest.mark.parametrize(
+    ("method", "message"),
+    [
+        (SAP(consensus="men"), r"sap.consensus 'men': it takes one of mean, elected, median"),
+        (LiNeS(SAP(consensus="men")), "sap.consensus 'men'"),
+        (SAPAuto(spaces=("delta", "delt")), "sap_auto.spaces 'delt': it takes one of factor, delta, singular"),
+    ],
+    ids=["itself", "under another", "among others"],
+)
+def test_a_method_s_setting_that_is_none_of_the_choices_is_refused(module, method, message):
+    """Which no parser has seen."""
+    module.use(module.adapters, method)
+    with pytest.raises(InputError, match=message):
         module.merge()
 
 
