@@ -50,6 +50,7 @@ OURS: dict[str, list[str]] = {
     "dare": [],
     "ataf, α 0.2": ["--fuse.method.alpha=0.2"],
     "ataf, α by texts": [],
+    "safe_m, by texts": [],
     "sap, by texts": [],
     "sap, one threshold, by texts": ["--fuse.method.scope=global"],
     "sap, one threshold, not rescaled, by texts": ["--fuse.method.scope=global", "--fuse.method.rescale=none"],
