@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import json
+from functools import partial
 from pathlib import Path
 from typing import Any
 
+import lightning as L
 import torch
 from PIL import Image
 from tokenizers import Tokenizer, models, pre_tokenizers
@@ -19,6 +21,9 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
+CLIENTS = {"vqa_a": "vqa", "vqa_b": "vqa", "caption_a": "caption"}
+"""The task of each client."""
+TRAINER = partial(L.Trainer, accelerator="cpu", devices=1, enable_model_summary=False, log_every_n_steps=1)
 WORDS = ["red", "green", "blue", "yes", "no", "what", "colour", "is", "it", "?", "a", "picture", "of", "where", "."]
 SIDE, PATCH = 16, 8
 FEATURES = (SIDE // PATCH) ** 2

@@ -1,4 +1,4 @@
-"""A finished run to be continued, shared by the tests of the federation."""
+"""What the tests of the federation share: a finished run to be continued; a LLaVA and its clients' conversations."""
 
 from __future__ import annotations
 
@@ -6,9 +6,20 @@ import shutil
 from pathlib import Path
 
 import pytest
+from llava import CLIENTS, conversations, tiny_llava
 
 
 @pytest.fixture
 def copy(finished, tmp_path) -> Path:
     """The finished run in another place, to be continued."""
     return Path(shutil.copytree(finished, tmp_path / "copy"))
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory: pytest.TempPathFactory) -> str:
+    return str(tiny_llava(tmp_path_factory.mktemp("llava") / "base"))
+
+
+@pytest.fixture(scope="module")
+def root(tmp_path_factory: pytest.TempPathFactory) -> str:
+    return str(conversations(tmp_path_factory.mktemp("conversations"), CLIENTS, count=3))

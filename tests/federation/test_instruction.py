@@ -9,12 +9,11 @@ from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
-import lightning as L
 import pytest
 import safetensors.torch
 import torch
 from kills import killed
-from llava import conversations, tiny_llava
+from llava import CLIENTS, TRAINER
 from transformers import LlavaForConditionalGeneration
 
 from sap_lightning.data.instructions import InstructionDataModule
@@ -27,19 +26,6 @@ from sap_lightning.io.instruction_upload import ReadUpload, read_instruction_upl
 from sap_lightning.models.layers import layer_shapes
 from sap_lightning.models.llava import load_language_base, tuned_llava
 from sap_lightning.modules.vlm_lora import Start, VLMLoRAModule
-
-CLIENTS = {"vqa_a": "vqa", "vqa_b": "vqa", "caption_a": "caption"}
-TRAINER = partial(L.Trainer, accelerator="cpu", devices=1, enable_model_summary=False, log_every_n_steps=1)
-
-
-@pytest.fixture(scope="module")
-def base(tmp_path_factory: pytest.TempPathFactory) -> str:
-    return str(tiny_llava(tmp_path_factory.mktemp("llava") / "base"))
-
-
-@pytest.fixture(scope="module")
-def root(tmp_path_factory: pytest.TempPathFactory) -> str:
-    return str(conversations(tmp_path_factory.mktemp("conversations"), CLIENTS, count=3))
 
 
 def federation(base: str, root: str, folder: Path, **settings: Any) -> InstructionFederation:

@@ -4,30 +4,15 @@ from __future__ import annotations
 
 import json
 import shutil
-from functools import partial
 from pathlib import Path
 
-import lightning as L
 import pytest
-from llava import conversations, tiny_language_model, tiny_llava
+from llava import CLIENTS, TRAINER, conversations, tiny_language_model
 
 from sap_lightning.data.instructions import InstructionDataModule
 from sap_lightning.errors import InputError
 from sap_lightning.federation.instruction import InstructionFederation
 from sap_lightning.modules.vlm_lora import VLMLoRAModule
-
-CLIENTS = {"vqa_a": "vqa", "vqa_b": "vqa", "caption_a": "caption"}
-TRAINER = partial(L.Trainer, accelerator="cpu", devices=1, enable_model_summary=False, log_every_n_steps=1)
-
-
-@pytest.fixture(scope="module")
-def base(tmp_path_factory: pytest.TempPathFactory) -> str:
-    return str(tiny_llava(tmp_path_factory.mktemp("llava") / "base"))
-
-
-@pytest.fixture(scope="module")
-def root(tmp_path_factory: pytest.TempPathFactory) -> str:
-    return str(conversations(tmp_path_factory.mktemp("conversations"), CLIENTS, count=3))
 
 
 def federation(base: str, root: str, folder: Path, system: str = "pilot") -> InstructionFederation:

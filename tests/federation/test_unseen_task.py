@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import json
-from functools import partial
 from pathlib import Path
 from typing import Any
 
-import lightning as L
 import pytest
 import torch
-from llava import conversations, tiny_llava
+from llava import CLIENTS, TRAINER, conversations, tiny_llava
 
 from sap_lightning.data.instructions import InstructionDataModule
 from sap_lightning.errors import InputError
@@ -22,9 +20,6 @@ from sap_lightning.merging import ATAF, SAP, TIES, Average
 from sap_lightning.models.layers import layer_shapes
 from sap_lightning.models.llava import load_language_base
 from sap_lightning.modules.vlm_lora import VLMLoRAModule
-
-CLIENTS = {"vqa_a": "vqa", "vqa_b": "vqa", "caption_a": "caption"}
-TRAINER = partial(L.Trainer, accelerator="cpu", devices=1, enable_model_summary=False, log_every_n_steps=1)
 
 
 @pytest.fixture(scope="module")

@@ -11,7 +11,7 @@ from statistics import fmean
 from typing import Any
 
 import pytest
-from llava import conversations, tiny_llava
+from llava import CLIENTS, conversations, tiny_llava
 from reporting.pages import HOSTILE, Page, assert_every_link_leads_somewhere, assert_it_needs_nothing
 
 from sap_lightning.data.instructions import InstructionDataModule
@@ -23,7 +23,6 @@ from sap_lightning.reporting.instruction_page import ANSWERS, LONGEST, MOST_DRAW
 from sap_lightning.reporting.instruction_table import rows_of
 from sap_lightning.reporting.sentences import image_sentence, tuning_summary
 
-CLIENTS = {"vqa_a": "vqa", "vqa_b": "vqa", "caption_a": "caption"}
 COUNT = 6
 RIGHT = {BASE: 1, "local": 2, "fedit": 3, "pilot": 5}
 """How many of a client's answers each system has right after its last turn."""
