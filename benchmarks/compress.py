@@ -22,17 +22,16 @@ from typing import Any, NamedTuple
 import torch
 from jsonargparse import auto_cli
 from torch import nn
-from transformers import AutoTokenizer, CLIPModel
+from transformers import AutoTokenizer
 
 from sap_lightning.checkpoints.checkpoint import Checkpoint
 from sap_lightning.compression.calibration import Batch, Calibration, caption_losses, next_token_losses
 from sap_lightning.compression.compression import Compression
-from sap_lightning.compression.loading import IMAGES, RANKS_FILE, ROWS, load_compressed
+from sap_lightning.compression.loading import IMAGES, ROWS, reopened
 from sap_lightning.console import quieten
 from sap_lightning.data.anchors import AnchorDataModule
 from sap_lightning.data.texts import TokenRows
-from sap_lightning.models.clip import load_base, vision_tower
-from sap_lightning.models.language import load_language_model
+from sap_lightning.models.clip import load_base
 
 Losses = Callable[[nn.Module, Batch], torch.Tensor]
 
@@ -154,19 +153,9 @@ def split_pairs(model: Path, anchors: str, pairs: int) -> tuple[AnchorDataModule
     return AnchorDataModule(anchors, pairs // 2, str(model)), Held(batches, caption_losses, len(images))
 
 
-def loaded(folder: Path) -> nn.Module:
-    """What of a model is compressed, from factors or dense."""
-    if (folder / RANKS_FILE).is_file():
-        model = load_compressed(folder)
-        return vision_tower(model) if isinstance(model, CLIPModel) else model
-    if Checkpoint(str(folder)).config["model_type"] == "clip":
-        return load_base(str(folder)).tower
-    return load_language_model(folder)
-
-
 def show(name: str, record: dict[str, Any], when: int, folder: Path, held: Held) -> None:
     """A row of a model as the record has it before (0) or after (1)."""
-    calibration = Calibration(loaded(folder), held.batches, held.losses)
+    calibration = Calibration(reopened(folder), held.batches, held.losses)
     loss, speed = calibration.loss(), held.size / min(timed(calibration) for _ in range(3))
     size = f"{record['parameters'][when] / 1e6:.1f} M | {record['bytes'][when] / 1e6:.1f}"
     print(f"| {name} | {record['findings']['loss'][when]:.3f} | {loss:.3f} | {size} | {speed:.0f} |", flush=True)

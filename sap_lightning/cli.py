@@ -99,15 +99,10 @@ class SapCLI(CommandCLI):
         super().__init__(
             ClientModule if self.client else CLIPLoRAModule,
             DomainDataModule,
+            with_class_paths(config_files_first(args)),
+            description,
             subclass_mode_model=self.client is not None,
-            save_config_callback=None,
-            seed_everything_default=0,
             trainer_defaults=TRAINER_DEFAULTS,
-            parser_kwargs={"prog": f"python -m sap_lightning {command}", "description": description},
-            args=with_class_paths(config_files_first(args)),
-            run=False,
-            auto_configure_optimizers=False,
-            load_from_checkpoint_support=False,
         )
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:

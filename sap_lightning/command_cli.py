@@ -114,6 +114,27 @@ class CommandCLI(LightningCLI):
     command: str
     client: type[L.LightningModule] | None
 
+    def __init__(
+        self,
+        model: type[L.LightningModule],
+        data: type[L.LightningDataModule],
+        args: Sequence[str],
+        description: str | None,
+        **options: Any,
+    ) -> None:
+        super().__init__(
+            model,
+            data,
+            save_config_callback=None,
+            seed_everything_default=0,
+            parser_kwargs={"prog": f"python -m sap_lightning {self.command}", "description": description},
+            args=list(args),
+            run=False,
+            auto_configure_optimizers=False,
+            load_from_checkpoint_support=False,
+            **options,
+        )
+
     def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
         """Parses, and looks at what Python or Lightning would stumble over later."""
         super().parse_arguments(parser, args)

@@ -33,8 +33,8 @@ FOLDER_NAME_WORDS = "at most 64 letters, digits, spaces and _ - . (not first)"
 
 
 def cache_folder() -> Path:
-    """What can be made or fetched anew: `$SAP_LIGHTNING_CACHE`, or `~/.cache/sap_lightning/images`. Safe to delete."""
-    return Path(os.environ.get("SAP_LIGHTNING_CACHE") or os.path.expanduser("~/.cache/sap_lightning/images"))
+    """What can be made or fetched anew: `$SAP_LIGHTNING_CACHE`, or `~/.cache/sap_lightning`. Safe to delete."""
+    return Path(os.environ.get("SAP_LIGHTNING_CACHE") or os.path.expanduser("~/.cache/sap_lightning"))
 
 
 def refuse_existing(folder: str | Path) -> None:

@@ -38,15 +38,10 @@ class InstructionCLI(CommandCLI):
         super().__init__(
             VLMLoRAModule,
             InstructionDataModule,
+            config_files_first(args),
+            description,
             subclass_mode_model=True,
-            save_config_callback=None,
-            seed_everything_default=0,
             trainer_defaults={**TRAINER_DEFAULTS, "max_epochs": None},
-            parser_kwargs={"prog": f"python -m sap_lightning {self.command}", "description": description},
-            args=config_files_first(args),
-            run=False,
-            auto_configure_optimizers=False,
-            load_from_checkpoint_support=False,
         )
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:

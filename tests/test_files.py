@@ -236,7 +236,7 @@ def test_the_cache_is_where_the_environment_says_or_in_the_home_folder(monkeypat
     assert cache_folder() == Path("/somewhere")
     monkeypatch.setenv("SAP_LIGHTNING_CACHE", "")
     monkeypatch.setenv("HOME", "/home/someone")
-    assert cache_folder() == Path("/home/someone/.cache/sap_lightning/images")
+    assert cache_folder() == Path("/home/someone/.cache/sap_lightning")
 
 
 def test_tensors_come_back_from_a_file_in_a_folder_that_was_not_there(tmp_path: Path) -> None:

@@ -5,7 +5,8 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import lightning as L
@@ -15,6 +16,7 @@ from torch.nn.functional import cross_entropy
 
 from sap_lightning.data.loaders import Batch
 from sap_lightning.functional.sensitivity import most_sensitive, relative_change, steepest
+from sap_lightning.models.layers import hooked
 from sap_lightning.modules.classifier import data_of
 from sap_lightning.modules.client import undisturbed
 from sap_lightning.modules.clip_lora import CLIPLoRAModule
@@ -102,11 +104,8 @@ def _outputs(blocks: dict[int, nn.Module]) -> Iterator[dict[int, Tensor]]:
     """The last output of each of these blocks, shape (n, T, d), float32."""
     latest: dict[int, Tensor] = {}
 
-    def keep(block: int, output: Any) -> None:
-        latest[block] = (output[0] if isinstance(output, tuple) else output).detach().float()
+    def keep(number: int, block: nn.Module, inputs: Any, output: Any) -> None:
+        latest[number] = (output[0] if isinstance(output, tuple) else output).detach().float()
 
-    with ExitStack() as hooks:
-        for number, block in blocks.items():
-            hook = block.register_forward_hook(lambda _, __, output, number=number: keep(number, output))
-            hooks.callback(hook.remove)
+    with hooked((block, partial(keep, number)) for number, block in blocks.items()):
         yield latest

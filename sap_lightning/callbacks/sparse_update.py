@@ -86,11 +86,11 @@ class SparseUpdate(L.Callback):
 
     def _sparse(self, module: CLIPLoRAModule) -> dict[str, nn.Parameter]:
         """The parameters of which a part is trained on."""
-        home = self.sent.blocks
+        sent = self.sent.blocks
         return {
             name: parameter
             for name, parameter in module.trained_parameters().items()
-            if home is None or block_of(name) not in (None, *home)
+            if sent is None or block_of(name) not in (None, *sent)
         }
 
     @torch.enable_grad()

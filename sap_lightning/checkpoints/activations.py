@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from sap_lightning.functional.matching import in_fields
-from sap_lightning.models.probe import hooked
+from sap_lightning.models.layers import hooked
 
 Look = Callable[[str, Tensor, Tensor], None]
 """Is told a layer's name, its inputs (n, d_in) and its outputs (n, d_out), n positions at a time."""

@@ -15,7 +15,7 @@ from sap_lightning.checkpoints.checkpoint import Checkpoint
 from sap_lightning.checkpoints.layout import Layout
 from sap_lightning.checkpoints.method import Seen, WholeMethod
 from sap_lightning.checkpoints.scores import Scores
-from sap_lightning.checkpoints.sources import Part, Rows, Sources, bytes_of
+from sap_lightning.checkpoints.sources import BLOCK, Part, Rows, Sources, bytes_of
 from sap_lightning.console import track
 from sap_lightning.errors import InputError
 from sap_lightning.functional.consensus import weighted_sum
@@ -24,9 +24,6 @@ from sap_lightning.functional.masking import RunningThreshold, running_threshold
 from sap_lightning.functional.spaces import Parameters
 from sap_lightning.io.weights import is_finite
 from sap_lightning.merging import MergeMethod, PruningMethod
-
-BLOCK = 2**22
-"""Elements that are fused at a time where each depends on itself alone."""
 
 
 class Tally:

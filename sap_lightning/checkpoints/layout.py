@@ -9,11 +9,8 @@ from typing import Any, NamedTuple
 import torch
 
 from sap_lightning.checkpoints.checkpoint import CONFIG_FILE, INDEX_FILE
-from sap_lightning.checkpoints.sources import Rows, Sources
+from sap_lightning.checkpoints.sources import BLOCK, Rows, Sources
 from sap_lightning.io.weights import Stated, bytes_in, head_of, matrix_shape
-
-BLOCK = 2**22
-"""Elements that are copied at a time."""
 
 
 class Piece(NamedTuple):

@@ -14,15 +14,13 @@ from torch import Tensor, nn
 from sap_lightning.checkpoints.examples import Examples
 from sap_lightning.checkpoints.keys import names_in
 from sap_lightning.checkpoints.methods.sap import WholeSAP
-from sap_lightning.checkpoints.sources import Rows, Sources, bytes_of
+from sap_lightning.checkpoints.sources import BLOCK, Rows, Sources, bytes_of
 from sap_lightning.console import track
 from sap_lightning.errors import InputError
 from sap_lightning.functional.saliency import Reduction, term
 from sap_lightning.io.weights import SafetensorsFile, Stated, head_of, is_finite, matrix_shape
 
 log = logging.getLogger(__name__)
-BLOCK = 2**22
-"""Elements that are scored at a time."""
 
 
 class Scores:

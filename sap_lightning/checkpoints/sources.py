@@ -20,6 +20,8 @@ from sap_lightning.io.weights import matrix_shape
 EMBEDDINGS = ("embed_tokens.weight", "wte.weight", "embed_in.weight")
 HEADS = ("lm_head.weight", "embed_out.weight")
 """How keys of embeddings end, and of heads that may be tied to them."""
+BLOCK = 2**22
+"""Elements of a weight that are looked at, scored or copied at a time."""
 
 
 class Rows(NamedTuple):

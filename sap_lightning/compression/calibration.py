@@ -17,7 +17,8 @@ from sap_lightning.errors import InputError
 from sap_lightning.functional.saliency import GradientSum, alignment_loss
 from sap_lightning.functional.spaces import DeltaSpace
 from sap_lightning.functional.triplets import angular_distances, token_cosines
-from sap_lightning.models.probe import hooked, on_gradient
+from sap_lightning.models.layers import Hook, hooked
+from sap_lightning.models.probe import on_gradient
 
 Batch = tuple[Tensor, ...]
 
@@ -58,11 +59,8 @@ class Calibration:
     def answers(self) -> Tensor:
         """What the model says of the first batch: logits of the next token (n, vocabulary) or features (n, d)."""
         said: list[Any] = []
-        handle = self.tower.register_forward_hook(lambda module, args, output: said.append(output))
-        try:
+        with hooked([(self.tower, lambda module, args, output: said.append(output))]):
             self.losses(self.tower, self.batches[0])
-        finally:
-            handle.remove()
         answers: Tensor = said[0].logits[:, -1] if "logits" in said[0] else said[0].image_embeds
         return answers
 
@@ -99,7 +97,7 @@ class Calibration:
     def _watch(self, blocks: Blocks, see: Callable[[int, Tensor, Tensor], None]) -> None:
         """Shows the model all, and of every block by its place what enters and what leaves it, (n, tokens, d) each."""
 
-        def watch(number: int) -> Callable[..., None]:
+        def watch(number: int) -> Hook:
             def on_forward(module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
                 entering = args[0] if args else kwargs["hidden_states"]
                 leaving = output[0] if isinstance(output, tuple) else output
@@ -107,13 +105,9 @@ class Calibration:
 
             return on_forward
 
-        handles = [block.register_forward_hook(watch(i), with_kwargs=True) for i, block in enumerate(blocks)]
-        try:
+        with hooked(((block, watch(number)) for number, block in enumerate(blocks)), with_kwargs=True):
             for batch in self.batches:
                 self.losses(self.tower, batch)
-        finally:
-            for handle in handles:
-                handle.remove()
 
 
 def next_token_losses(model: nn.Module, batch: Batch) -> Tensor:

@@ -29,7 +29,7 @@ from sap_lightning.errors import InputError, first_line
 from sap_lightning.files import cache_folder, replacing
 from sap_lightning.fingerprints import digest
 
-logger = logging.getLogger(__name__)
+log = logging.getLogger(__name__)
 
 FORMAT = 3
 """Part of every cache key: raise it when the same inputs are to give other pixels."""
@@ -68,12 +68,12 @@ def load_pixels(pictures: Sequence[Picture], fingerprint: str, preprocess: Prepr
     """
     if not cache:
         return _decode_to_memory(pictures, preprocess)
-    path = cache_folder() / digest(FORMAT, fingerprint, preprocess.geometry)
+    path = cache_folder() / "images" / digest(FORMAT, fingerprint, preprocess.geometry)
     shape = (len(pictures), *preprocess.shape)
     try:
         return _open(path, shape) or _build(path, shape, pictures, preprocess)
     except OSError as error:
-        logger.warning("cannot keep decoded images in %s (%s): decoding to memory", path.parent, error)
+        log.warning("cannot keep decoded images in %s (%s): decoding to memory", path.parent, error)
         return _decode_to_memory(pictures, preprocess)
 
 
@@ -95,7 +95,7 @@ def report_corrupt(pictures: Sequence[Picture], pixels: Pixels, where: str) -> N
 
 @rank_zero_only
 def _log_skipped(message: str) -> None:
-    logger.warning("%s; skipped", message)
+    log.warning("%s; skipped", message)
 
 
 def _decode_to_memory(pictures: Sequence[Picture], preprocess: Preprocess) -> Pixels:
@@ -120,7 +120,7 @@ def _open(path: Path, shape: tuple[int, ...]) -> Pixels | None:
     except (ValueError, EOFError, KeyError, TypeError, AttributeError):
         intact = False
     if not intact:
-        logger.warning("%s is damaged: decoding its images again", path.with_suffix(".npy"))
+        log.warning("%s is damaged: decoding its images again", path.with_suffix(".npy"))
         return None
     return Pixels(images, corrupt)
 

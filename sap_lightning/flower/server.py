@@ -160,7 +160,7 @@ class Sites:
         known: Sequence[Adapter],
         later: Mapping[str, RecordDict] | None = None,
     ) -> Collection:
-        read = partial(self.cli.merge.read_upload, expected=expected)
+        read = partial(self.cli.merge.adapter_from_bytes, expected=expected)
         return Collection(self.grid, self.register, question, read, folder, known, later)
 
 

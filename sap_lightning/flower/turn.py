@@ -115,7 +115,7 @@ class SiteTurn:
     def _read(self, files: Mapping[str, bytes], name: str, expected: Expected = WHOLE) -> Adapter:
         if {*files} != {*_HANDED_FILES}:
             raise InputError(f"{name}: the server hands over {sorted(files)}, expected {', '.join(_HANDED_FILES)}")
-        return self.cli.merge.read_upload(files, name, expected)
+        return self.cli.merge.adapter_from_bytes(files, name, expected)
 
     def _folded(self) -> list[Adapter]:
         """All that was added to the base; what came just now is kept, once it could be read."""

@@ -1,7 +1,6 @@
 """Learned prompts in and out of files: what a prompt client uploads, and what the server dares to average.
 
-An upload is a folder with `prompt.safetensors`, which holds the context alone, and an optional `manifest.json`, or the
-bytes of these files.
+An upload is a folder with `prompt.safetensors`, which holds the context alone, and an optional `manifest.json`.
 """
 
 from __future__ import annotations
@@ -23,7 +22,7 @@ from sap_lightning.io.context import as_layer, class_position_of
 from sap_lightning.io.manifest import BaseFingerprint, Manifest, manifest_bytes, require_base
 from sap_lightning.io.peft_config import public_name
 from sap_lightning.io.rules import MAX_FLOAT32, RANK, errors_in, require, short
-from sap_lightning.io.upload_files import MANIFEST_FILE, PROMPT_FILE, FilesInFolder, FilesInMemory, UploadFiles
+from sap_lightning.io.upload_files import MANIFEST_FILE, PROMPT_FILE, FilesInFolder
 from sap_lightning.io.weights import OpenWeights, readable
 
 PARTS = ("context",)
@@ -67,24 +66,7 @@ def read_prompt(
         raise InputError(f"{folder}: cannot be read ({error.strerror}); check the files") from None
 
 
-def prompt_from_bytes(
-    files: Mapping[str, bytes], sender: str, room: Room | None = None, base_fingerprint: BaseFingerprint = None
-) -> Adapter:
-    """Read an upload of a prompt from the bytes of its files, as `prompt_files` gives them. Nothing is unpickled.
-
-    Args:
-        files: by name; others than the two of an upload are not looked at.
-        sender: names the prompt where no manifest does, and is what messages call it.
-        room: as for `read_prompt`.
-        base_fingerprint: as for `read_prompt`.
-
-    Raises:
-        InputError: as `read_prompt` does.
-    """
-    return _read(FilesInMemory(files, sender), sender, room, base_fingerprint)
-
-
-def _read(files: UploadFiles, name: str, room: Room | None, base_fingerprint: BaseFingerprint) -> Adapter:
+def _read(files: FilesInFolder, name: str, room: Room | None, base_fingerprint: BaseFingerprint) -> Adapter:
     manifest = manifest_in(files)
     with files.weights(PROMPT_FILE).opened() as tensors:
         layers = _context_in(tensors, room)

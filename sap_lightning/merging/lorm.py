@@ -13,7 +13,8 @@ import torch
 from torch import Tensor
 
 from sap_lightning.errors import check_at_least, check_share
-from sap_lightning.functional.lora import LoRALayer, Update, singular_triplets
+from sap_lightning.functional.lora import LoRALayer
+from sap_lightning.functional.rounds import brought_down
 from sap_lightning.io.adapter import Adapter
 from sap_lightning.merging.method import MergeMethod, Prepared, PreparedLayers, required
 from sap_lightning.merging.regmean import NOISE, STEPS, Regression, Solver, regressions
@@ -60,7 +61,8 @@ class LoRM(MergeMethod):
 
     def _merge_layer(self, problem: Regression) -> LoRALayer:
         rank = self.rank or max(layer.rank for layer in problem.clients)
-        return alternate(_split(problem.average, rank), problem.product, problem.gram, self.sweeps)
+        # Its rows of A are orthonormal, also where ΔW = 0 is ΔW₁ − ΔW₁.
+        return alternate(brought_down(problem.average, rank), problem.product, problem.gram, self.sweeps)
 
 
 def alternate(start: LoRALayer, product: Tensor, gram: Tensor, sweeps: int) -> LoRALayer:
@@ -90,9 +92,3 @@ def _inverse(gram: Tensor) -> Tensor:
     sizes = sizes + (sizes == 0).double()
     outer = sizes.outer(sizes)
     return torch.linalg.pinv(gram / outer, rtol=NOISE, hermitian=True) / outer
-
-
-def _split(update: Update, rank: int) -> LoRALayer:
-    """The best approximation of at most this rank, with orthonormal rows in A: also where ΔW = 0 is ΔW₁ − ΔW₁."""
-    U, sigma, V = singular_triplets(update)
-    return LoRALayer(V[:rank], U[:, :rank] * sigma[:rank])

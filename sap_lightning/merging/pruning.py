@@ -194,11 +194,9 @@ class Pruning(Prepared):
         scores = self.method.scores(source, spaces, self.answer(source))
         return {name: scores[name] for name in spaces}
 
-    def pruned(
-        self, source: Source, sparsity: float | None = None, names: Iterable[str] | None = None
-    ) -> dict[str, Update]:
-        """One client's update, or its layers of these names, pruned but not yet rescaled."""
-        spaces = self.spaces(source, names)
+    def pruned(self, source: Source, sparsity: float | None = None) -> dict[str, Update]:
+        """One client's update, pruned but not yet rescaled."""
+        spaces = self.spaces(source)
         return masked_layers(spaces, self.method.masks(self._scored(source, spaces), self._sparsity(sparsity)))
 
     def apply(self, sparsity: float | None = None) -> dict[str, Update]:

@@ -14,8 +14,9 @@ from sap_lightning.functional.lora import Update
 from sap_lightning.functional.saliency import AnchorLoss, GradientSum, Reduction
 from sap_lightning.functional.spaces import Space
 from sap_lightning.models.language import answer_losses
+from sap_lightning.models.layers import hooked
 from sap_lightning.models.patched import Patched
-from sap_lightning.models.probe import Answer, Memory, Recalling, hooked, on_gradient
+from sap_lightning.models.probe import Answer, Memory, Recalling, on_gradient
 
 
 class Embedded(NamedTuple):

@@ -1,12 +1,15 @@
-"""The linear layers of a model, by name."""
+"""The layers of a model, by name, and what is told of what passes through them."""
 
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
+from contextlib import ExitStack
 
 from torch import Tensor, nn
 
+Hook = Callable[..., None]
+"""Of a module, its inputs, those by name where they are asked for, and its output."""
 _BLOCK = re.compile(r"(.+\.layers\.(\d+))\.")
 
 
@@ -32,3 +35,11 @@ def linear_weight(model: nn.Module, layer: str) -> Tensor:
     weight = model.get_submodule(layer).weight
     assert isinstance(weight, Tensor)
     return weight.data
+
+
+def hooked(hooks: Iterable[tuple[nn.Module, Hook]], with_kwargs: bool = False) -> ExitStack:
+    """Forward hooks on modules, until it is left."""
+    handles = ExitStack()
+    for module, hook in hooks:
+        handles.callback(module.register_forward_hook(hook, with_kwargs=with_kwargs).remove)
+    return handles

@@ -126,7 +126,7 @@ def tuned_llava(base: str, folder: str | Path) -> LlavaForConditionalGeneration:
 
     Args:
         base: hub id or folder of the checkpoint that was tuned.
-        folder: of the run's ``<way>/models/<task>``, or a client's upload.
+        folder: of the run's ``<system>/models/<task>``, or a client's upload.
 
     Raises:
         InputError: the base is no LLaVA checkpoint, or the folder holds no model tuned on it.

@@ -29,6 +29,24 @@ def check_lora(rank: int, dropout: float, targets: Sequence[str]) -> None:
         raise InputError("model.targets is empty; name the linear layers that get an adapter")
 
 
+def layers_named_by(targets: Sequence[str], linear: Sequence[str], where: str) -> list[str]:
+    """The linear layers that targets name by the ends of their names.
+
+    Args:
+        targets: of a client.
+        linear: names of all linear layers that there are.
+        where: what they are of, in words.
+
+    Raises:
+        InputError: a target names none of them.
+    """
+    for target in targets:
+        if not any(f".{name}".endswith(f".{target}") for name in linear):
+            names = ", ".join(sorted({name.rsplit(".", 1)[-1] for name in linear}))
+            raise InputError(f"model.targets: {where} has no linear layer {target!r}; it has {names}")
+    return [name for name in linear if any(f".{name}".endswith(f".{target}") for target in targets)]
+
+
 def with_lora(
     model: nn.Module,
     layers: Sequence[str],

@@ -18,8 +18,8 @@ class Patched:
     """A model whose linear layers can be base + ΔW.
 
     Args:
-        model: CLIP's vision tower, in the base's state; changed in place.
-        text: its text tower, likewise; without it no update may change that.
+        model: CLIP's vision tower or a language model, in the base's state; changed in place.
+        text: CLIP's text tower, likewise; without it no update may change that.
 
     Attributes:
         update: what it wears; empty for the bare base.
@@ -70,7 +70,7 @@ class Patched:
             self.set_update(update)
 
     def layer(self, name: str) -> nn.Module:
-        """The linear layer of that name in CLIPModel."""
+        """The linear layer of that name."""
         return self._tower(name).get_submodule(name)
 
     def weight(self, name: str) -> Tensor:

@@ -27,13 +27,13 @@ from sap_lightning.functional.saliency import (
 )
 from sap_lightning.functional.spaces import Parameters, Space
 from sap_lightning.io.peft_config import in_text_tower
+from sap_lightning.models.layers import Hook, hooked
 from sap_lightning.models.patched import Patched
 
 Batches = Callable[[], Iterable[tuple[Tensor, Tensor]]]
 T = TypeVar("T")
 Memory = dict[tuple[str, str, str], Any]
 """Answers by the anchors' fingerprint, the question and the adapter's sha256."""
-Hook = Callable[[nn.Module, tuple[Tensor], Tensor], None]
 LOSS = "loss"
 """The question for the mean alignment loss with an adapter alone."""
 MARGIN = "margin"
@@ -288,14 +288,6 @@ class AnchorProbe(Recalling):
 
     def _hooked(self, hooks: Mapping[str, Hook]) -> ExitStack:
         return hooked((self.patched.layer(name), hook) for name, hook in hooks.items())
-
-
-def hooked(hooks: Iterable[tuple[nn.Module, Hook]]) -> ExitStack:
-    """Forward hooks on layers, until it is left."""
-    handles = ExitStack()
-    for layer, hook in hooks:
-        handles.callback(layer.register_forward_hook(hook).remove)
-    return handles
 
 
 class _GramSum:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -14,7 +13,7 @@ from torch import Tensor, nn
 from torch.nn.functional import normalize
 
 from sap_lightning.data.loaders import Batch
-from sap_lightning.errors import InputError, check_positive, check_share
+from sap_lightning.errors import InputError, check_at_least, check_positive, check_share
 from sap_lightning.functional.lora import LoRALayer
 from sap_lightning.functional.reach import Reach
 from sap_lightning.io.adapter import Expected, write_adapter
@@ -22,7 +21,7 @@ from sap_lightning.io.manifest import Manifest, base_with
 from sap_lightning.io.peft_config import in_text_tower
 from sap_lightning.models.clip import Base, TextEncoder, load_base
 from sap_lightning.models.layers import block_of, blocks_of, layer_shapes, linear_weight
-from sap_lightning.models.lora import adapted_layers, check_lora, lora_layers, with_lora
+from sap_lightning.models.lora import adapted_layers, check_lora, layers_named_by, lora_layers, with_lora
 from sap_lightning.modules.classifier import data_of, require_end
 from sap_lightning.modules.client import ClientModule
 from sap_lightning.modules.schedule import Schedule, rates
@@ -105,8 +104,7 @@ class CLIPLoRAModule(ClientModule):
             raise InputError(f"model.towers must name vision, text or both, once, got {list(self.towers)}")
         for name in ("alpha", "learning_rate"):
             check_positive(f"model.{name}", getattr(self, name))
-        if not 0 <= self.weight_decay < math.inf:
-            raise InputError(f"model.weight_decay must be a finite number from 0 on, got {self.weight_decay}")
+        check_at_least("model.weight_decay", self.weight_decay, 0)
         for name in ("warmup", "label_smoothing"):
             check_share(f"model.{name}", getattr(self, name))
         if not 0 < self.trained_rows <= 1:
@@ -172,12 +170,7 @@ class CLIPLoRAModule(ClientModule):
     def _layers_to_adapt(self, model: nn.Module) -> list[str]:
         """The linear layers of these towers that the targets name."""
         linear = [name for name in layer_shapes(model) if tower_of(name) in self.towers]
-        layers = [name for name in linear if any(f".{name}".endswith(f".{target}") for target in self.targets)]
-        for target in self.targets:
-            if not any(f".{name}".endswith(f".{target}") for name in layers):
-                names = ", ".join(sorted({name.rsplit(".", 1)[-1] for name in linear}))
-                towers = f"the {' and the '.join(self.towers)} tower"
-                raise InputError(f"model.targets: {towers} has no linear layer {target!r}; it has {names}")
+        layers = layers_named_by(self.targets, linear, f"the {' and the '.join(self.towers)} tower")
         blocks = sorted({block for layer in layers if (block := block_of(layer)) is not None})
         if isinstance(self.sent_blocks, Sequence) and (unknown := sorted(set(self.sent_blocks) - set(blocks))):
             raise InputError(f"model.sent_blocks: no adapter is in block {unknown[0]}; there are some in {blocks}")

@@ -104,8 +104,7 @@ class CLIPPromptModule(ClientModule):
         check_positive("model.learning_rate", self.learning_rate)
         check_share("model.momentum", self.momentum)
         for name in ("weight_decay", "warmup_epochs", "warmup_rate"):
-            if not 0 <= getattr(self, name) < math.inf:
-                raise InputError(f"model.{name} must be a finite number from 0 on, got {getattr(self, name)}")
+            check_at_least(f"model.{name}", getattr(self, name), 0)
 
     def configure_model(self) -> None:
         if self.tower is not None:

@@ -149,7 +149,7 @@ class MergeModule(CLIPEvaluator):
         shapes, room = self._layer_shapes(), room_in(self.texts)
         return read_uploads(uploads, shapes, self._fingerprint_for, beside=beside, expected=expected, room=room)
 
-    def read_upload(self, files: Mapping[str, bytes], sender: str, expected: Expected = WHOLE) -> Adapter:
+    def adapter_from_bytes(self, files: Mapping[str, bytes], sender: str, expected: Expected = WHOLE) -> Adapter:
         """Reads and validates an adapter that came over a network, as `adapter_from_bytes` does.
 
         Raises:

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torchmetrics import MeanMetric
 
 from sap_lightning.data.instructions import InstructionBatch, InstructionDataModule
-from sap_lightning.errors import InputError, check_at_least, check_positive, check_share
+from sap_lightning.errors import check_at_least, check_positive, check_share
 from sap_lightning.functional.lora import LoRALayer, Update
 from sap_lightning.io.adapter import sha256_of
 from sap_lightning.io.instruction_upload import InstructionUpload, write_instruction_upload
@@ -26,7 +26,7 @@ from sap_lightning.io.peft_config import public_name
 from sap_lightning.models.language import answer_losses
 from sap_lightning.models.layers import layer_shapes
 from sap_lightning.models.llava import LanguageBase, embedded, load_language_base
-from sap_lightning.models.lora import check_lora, lora_layers, with_lora
+from sap_lightning.models.lora import check_lora, layers_named_by, lora_layers, with_lora
 from sap_lightning.models.patched import Patched
 from sap_lightning.modules.connector import (
     Connector,
@@ -161,12 +161,7 @@ class VLMLoRAModule(L.LightningModule):
         Raises:
             InputError: a target is none of them.
         """
-        linear = [name for name in linear if name != "lm_head"]
-        for target in self.targets:
-            if not any(f".{name}".endswith(f".{target}") for name in linear):
-                names = ", ".join(sorted({name.rsplit(".", 1)[-1] for name in linear}))
-                raise InputError(f"model.targets: the language model has no linear layer {target!r}; it has {names}")
-        return [name for name in linear if any(f".{name}".endswith(f".{target}") for target in self.targets)]
+        return layers_named_by(self.targets, [name for name in linear if name != "lm_head"], "the language model")
 
     def _connector(self, base: nn.Module) -> Connector:
         start = self._start

@@ -19,7 +19,7 @@ def load(root, base, use_cache=True):
 
 
 def cached_files(cache_dir):
-    return sorted(path for path in cache_dir.iterdir())
+    return sorted((cache_dir / "images").iterdir())
 
 
 def test_cached_and_uncached_pixels_are_equal(root, base, cache_dir):

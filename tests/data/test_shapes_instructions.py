@@ -147,7 +147,7 @@ def test_the_server_has_public_captions(clients):
 
 
 def test_the_clients_are_drawn_once(tmp_path, monkeypatch):
-    monkeypatch.setenv("SAP_LIGHTNING_CACHE", str(tmp_path / "images"))
+    monkeypatch.setenv("SAP_LIGHTNING_CACHE", str(tmp_path))
     monkeypatch.setattr(instructions, "draw_clients", lambda folder: draw_clients(folder, train=1, test=1))
     root = InstructionDataModule("shapes").root
     assert root.parent == tmp_path and InstructionDataModule("shapes").clients == tuple(sorted(CLIENTS))

@@ -1,4 +1,4 @@
-"""Uploads of prompts: what is written comes back, from a folder and from bytes, and what is faulty is refused."""
+"""Uploads of prompts: what is written comes back, and what is faulty is refused."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from sap_lightning.errors import InputError
 from sap_lightning.io.adapter import Adapter, read_adapter, sha256_of
 from sap_lightning.io.context import as_layer, context_layer
 from sap_lightning.io.manifest import Manifest
-from sap_lightning.io.prompt import Room, prompt_files, prompt_from_bytes, read_prompt, write_prompt
+from sap_lightning.io.prompt import Room, prompt_files, read_prompt, write_prompt
 from sap_lightning.io.upload_files import MANIFEST_FILE, PROMPT_FILE
 
 BASE = "ab" * 32
@@ -50,28 +50,22 @@ def files() -> Files:
     return prompt_files(LAYERS, MANIFEST)
 
 
-def read_both(files: Files, folder: Path, room: Room | None = ROOM) -> list[Adapter]:
-    """The prompt in these files, from bytes and from a folder, which must agree; or the refusal of both."""
-    folder.mkdir()
+def read(files: Files, folder: Path) -> Adapter:
+    """The prompt in these files; what is refused is named by its folder."""
+    folder.mkdir(exist_ok=True)
     for name, content in files.items():
         (folder / name).write_bytes(content)
-    refusals, prompts = [], []
-    for read in (lambda: prompt_from_bytes(files, "client 7", room, BASE), lambda: read_prompt(folder, room, BASE)):
-        try:
-            prompts.append(read())
-        except InputError as error:
-            refusals.append(error)
-    assert len(refusals) in (0, 2), refusals
-    if refusals:
-        assert str(refusals[0]).startswith("client 7: ") and str(refusals[1]).startswith(str(folder))
-        raise refusals[0]
-    return prompts
+    try:
+        return read_prompt(folder, ROOM, BASE)
+    except InputError as error:
+        assert str(error).startswith(str(folder))
+        raise
 
 
-def test_a_prompt_comes_back_to_the_bit_from_folder_and_bytes(files, tmp_path):
-    for prompt in read_both(files, tmp_path / "folder"):
-        assert (prompt.name, prompt.kind, prompt.manifest, prompt.num_samples) == ("photo", "prompt", MANIFEST, 10)
-        assert list(prompt.layers) == [LAYER] and torch.equal(prompt.layers[LAYER].delta(), CONTEXT)
+def test_a_prompt_comes_back_to_the_bit(files, tmp_path):
+    prompt = read(files, tmp_path / "folder")
+    assert (prompt.name, prompt.kind, prompt.manifest, prompt.num_samples) == ("photo", "prompt", MANIFEST, 10)
+    assert list(prompt.layers) == [LAYER] and torch.equal(prompt.layers[LAYER].delta(), CONTEXT)
     folder = write_prompt(tmp_path / "written", LAYERS, MANIFEST)
     assert {file.name: file.read_bytes() for file in folder.iterdir()} == files
     with pytest.raises(InputError, match="already exists"):
@@ -85,14 +79,14 @@ def test_an_upload_holds_the_context_and_its_manifest_and_no_more(files):
     assert len(files[PROMPT_FILE]) < 3 * 6 * 4 + 200, "the header is all that stands beside it"
 
 
-def test_without_a_manifest_the_sender_names_the_prompt(files, tmp_path):
+def test_without_a_manifest_the_folder_names_the_prompt(files, tmp_path):
     del files[MANIFEST_FILE]
-    assert [prompt.name for prompt in read_both(files, tmp_path / "folder")] == ["client 7", "folder"]
+    assert read(files, tmp_path / "folder").name == "folder"
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_a_prompt_in_half_precision_is_read_in_float32(tmp_path, dtype):
-    (prompt, _) = read_both({PROMPT_FILE: save({LAYER: CONTEXT.to(dtype)})}, tmp_path / "folder")
+    prompt = read({PROMPT_FILE: save({LAYER: CONTEXT.to(dtype)})}, tmp_path / "folder")
     assert torch.equal(prompt.layers[LAYER].delta(), CONTEXT.to(dtype).float())
 
 
@@ -151,20 +145,20 @@ FAULTY = {
 
 
 @pytest.mark.parametrize("fault", FAULTY)
-def test_a_faulty_prompt_is_refused_from_folder_and_bytes_alike(files, tmp_path, fault):
+def test_a_faulty_prompt_is_refused(files, tmp_path, fault):
     change, reason = FAULTY[fault]
     with pytest.raises(InputError, match=reason):
-        read_both(change(files), tmp_path / "folder")
+        read(change(files), tmp_path / "folder")
 
 
-def test_any_flipped_bit_is_refused_or_the_prompt_is_the_same(files):
-    original = prompt_from_bytes(files, "photo", ROOM, BASE)
+def test_any_flipped_bit_is_refused_or_the_prompt_is_the_same(files, tmp_path):
+    original = read(files, tmp_path / "folder")
     for name, content in files.items():
         for place in range(len(content)):
             changed = bytearray(content)
             changed[place] ^= 1 << place % 8
             try:
-                prompt = prompt_from_bytes(files | {name: bytes(changed)}, "photo", ROOM, BASE)
+                prompt = read(files | {name: bytes(changed)}, tmp_path / "folder")
             except InputError as error:
                 assert str(error).isprintable() and len(str(error)) < 1000
             else:
@@ -178,8 +172,6 @@ def test_a_missing_file_and_a_link_out_of_the_folder_are_refused(files, tmp_path
     (tmp_path / "empty").mkdir()
     with pytest.raises(InputError, match=r"prompt\.safetensors: no such file; it holds no prompt"):
         read_prompt(tmp_path / "empty")
-    with pytest.raises(InputError, match=r"prompt\.safetensors: is missing; send the whole upload"):
-        prompt_from_bytes({}, "client 7")
     (tmp_path / "b").mkdir()
     (tmp_path / "b" / PROMPT_FILE).symlink_to(tmp_path / "a" / PROMPT_FILE)
     with pytest.raises(InputError, match="leads outside the folder"):

@@ -27,7 +27,7 @@ from sap_lightning.console import track
 from sap_lightning.errors import InputError, check_at_least, short
 from sap_lightning.io.weights import Stated
 from sap_lightning.merging import MergeMethod
-from sap_lightning.models.probe import hooked
+from sap_lightning.models.layers import hooked
 
 KINDS = ("llama", "mistral")
 """Of models whose blocks are Mixtral's but for the experts."""

@@ -85,7 +85,7 @@ def drawn_once() -> Path:
     code = (
         Path(module.__file__ or "").read_bytes() for module in (world, arrangement, questions, sys.modules[__name__])
     )
-    folder = cache_folder().parent / f"shapes_instructions-{sha256(b''.join(code)).hexdigest()[:12]}"
+    folder = cache_folder() / f"shapes_instructions-{sha256(b''.join(code)).hexdigest()[:12]}"
     if not folder.exists():
         draw_clients(folder)
     return folder
