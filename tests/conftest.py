@@ -96,6 +96,12 @@ def finished(run, tmp_path_factory) -> Path:
 
 
 @pytest.fixture
+def copy(finished, tmp_path) -> Path:
+    """The finished run in another place, to be continued."""
+    return Path(shutil.copytree(finished, tmp_path / "copy"))
+
+
+@pytest.fixture
 def small_disk(tmp_path) -> Iterator[Path]:
     """A file system of its own, with room for 3 MB."""
     folder = tmp_path / "disk"

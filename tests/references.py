@@ -1,8 +1,9 @@
-"""What several tests compare with and build on: definitions, random tensors, a toy layer, a tiny model, a trainer."""
+"""What several tests compare with and build on: definitions, random tensors, a folder's files, a tiny model."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import lightning as L
@@ -34,6 +35,18 @@ TINY_VISION = CLIPVisionConfig(
 
 reproducibly = settings(deadline=None, derandomize=True, database=None)
 """Hypothesis draws the same examples in every run."""
+
+
+def contents(folder: Path, pattern: str = "**/*") -> dict[str, bytes]:
+    """Every file by its path in the folder, but for TensorBoard's events, which hold the time."""
+    files = (path for path in folder.glob(pattern) if path.is_file() and "tfevents" not in path.name)
+    return {str(path.relative_to(folder)): path.read_bytes() for path in sorted(files)}
+
+
+def whitened(X: Tensor) -> Tensor:
+    """X·(XᵀX)^(−1/2) by the eigenvalues of XᵀX."""
+    values, vectors = torch.linalg.eigh(X.T @ X)
+    return X @ vectors / values.sqrt() @ vectors.T
 
 
 def randn(seed: int, *shape: int, dtype: torch.dtype = torch.float32) -> Tensor:

@@ -66,11 +66,6 @@ def weights_in(folder: Path) -> dict[str, Tensor]:
     return {key: tensor for file in sorted(folder.glob("*.safetensors")) for key, tensor in load_file(file).items()}
 
 
-def contents(folder: Path) -> dict[str, bytes]:
-    """All files of a folder."""
-    return {path.name: path.read_bytes() for path in folder.iterdir()}
-
-
 def changes(folders: Mapping[str, Path] | list[Path], base: Path) -> list[dict[str, Tensor]]:
     """What each model has changed of the base, float64."""
     own = weights_in(base)

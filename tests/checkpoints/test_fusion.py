@@ -9,7 +9,8 @@ from pathlib import Path
 import pytest
 import torch
 from kills import killed
-from llamas import changes, contents, llama, saved, trained, weights_in
+from llamas import changes, llama, saved, trained, weights_in
+from references import contents
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.testing import assert_close

@@ -9,8 +9,9 @@ from pathlib import Path
 import pytest
 import torch
 from kills import killed
-from llamas import SIZES, TEXTS, contents, ids_of, llama, saved, tokenizer, trained, weights_in
+from llamas import SIZES, TEXTS, ids_of, llama, saved, tokenizer, trained, weights_in
 from places import SHAPES_CLIP
+from references import contents
 from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.func import functional_call

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 from kills import killed
-from llamas import contents
+from references import contents
 
 from sap_lightning.checkpoints.fusion import Fusion
 from sap_lightning.checkpoints.method import WholeMethod

@@ -9,8 +9,9 @@ from pathlib import Path
 import pytest
 import torch
 from kills import killed
-from llamas import SIZES, contents, llama, saved, tokenizer, weights_in
+from llamas import SIZES, llama, saved, tokenizer, weights_in
 from places import SHAPES_CLIP
+from references import contents
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.testing import assert_close

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import re
 import runpy
@@ -14,6 +13,7 @@ from typing import Any
 import numpy as np
 import pytest
 from PIL import Image
+from references import contents
 
 from sap_lightning.data import coco_instructions
 from sap_lightning.data.coco_instructions import make_clients
@@ -70,11 +70,6 @@ def asked(file: Path) -> list[tuple[str, str, str]]:
         for one in read(file)
         for turn in one["conversations"][1:]
     ]
-
-
-def contents(folder: Path) -> dict[str, str]:
-    files = sorted(path for path in folder.rglob("*") if path.is_file())
-    return {str(path.relative_to(folder)): hashlib.sha256(path.read_bytes()).hexdigest() for path in files}
 
 
 def test_same_seed_gives_same_files(annotations, tmp_path):

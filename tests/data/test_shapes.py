@@ -1,6 +1,5 @@
 from __future__ import annotations
 
-import hashlib
 import json
 import subprocess
 import sys
@@ -11,6 +10,7 @@ import pytest
 import torch
 from PIL import Image
 from places import SHAPES_CLIP
+from references import contents
 from torch.nn import functional as F
 from transformers import AutoImageProcessor, AutoTokenizer, CLIPModel
 
@@ -47,11 +47,6 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def fingerprint(folder: Path) -> dict[str, str]:
-    files = sorted(path for path in folder.rglob("*") if path.is_file())
-    return {str(path.relative_to(folder)): hashlib.sha256(path.read_bytes()).hexdigest() for path in files}
-
-
 def background_colour(path: Path) -> str:
     """The named colour whose hue is nearest to that of the image's corners."""
     pixels = np.asarray(Image.open(path).convert("RGB"), dtype=float)
@@ -68,14 +63,14 @@ def direction(colour: np.ndarray) -> np.ndarray:
 def test_same_seed_gives_same_files_bit_for_bit(tmp_path: Path) -> None:
     for name, seed in (("first", 3), ("second", 3), ("other", 4)):
         draw_world(tmp_path / name, images_per_class=1, size=32, seed=seed)
-    assert fingerprint(tmp_path / "first") == fingerprint(tmp_path / "second")
-    assert fingerprint(tmp_path / "first") != fingerprint(tmp_path / "other")
+    assert contents(tmp_path / "first") == contents(tmp_path / "second")
+    assert contents(tmp_path / "first") != contents(tmp_path / "other")
 
 
 def test_a_larger_world_begins_with_the_smaller_one(tmp_path: Path) -> None:
     draw_world(tmp_path / "small", images_per_class=1, size=32)
     draw_world(tmp_path / "large", images_per_class=2, size=32)
-    assert fingerprint(tmp_path / "small").items() <= fingerprint(tmp_path / "large").items()
+    assert contents(tmp_path / "small").items() <= contents(tmp_path / "large").items()
 
 
 def test_every_domain_has_a_folder_of_images_per_class(world: Path) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import re
 import subprocess
@@ -12,6 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from PIL import Image
+from references import contents
 
 from sap_lightning.data.instructions import InstructionDataModule, read_samples
 from sap_lightning.data.questions import TASKS, count, plural
@@ -26,11 +26,6 @@ def clients(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("instructions") / "clients"
     draw_clients(folder, train=12, test=6, size=16)
     return folder
-
-
-def contents(folder: Path) -> dict[str, str]:
-    files = sorted(path for path in folder.rglob("*") if path.is_file())
-    return {str(path.relative_to(folder)): hashlib.sha256(path.read_bytes()).hexdigest() for path in files}
 
 
 def asked(file: Path) -> list[tuple[str, str]]:

@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import hashlib
-from pathlib import Path
-
 import numpy as np
 import pytest
 import torch
+from references import contents
 from torch.nn.functional import cross_entropy
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM
 
@@ -38,10 +36,6 @@ def conversations(number: int) -> list[pretrain_language.Conversation]:
 
 def tokenizer_for(said: list[pretrain_language.Conversation]):
     return train_tokenizer([text for scene, turns in said for text in (scene, *sum(turns, ()))])
-
-
-def contents(folder: Path) -> dict[str, str]:
-    return {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in folder.iterdir()}
 
 
 def test_a_scene_in_words_has_one_for_each_patch():

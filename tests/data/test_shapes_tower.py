@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import hashlib
-from pathlib import Path
-
 import numpy as np
 import torch
 from places import SHAPES_CLIP
+from references import contents
 from transformers import CLIPModel
 
 from sap_lightning.data.preprocess import Preprocess
@@ -54,7 +52,3 @@ def test_it_learns_and_writes_the_same_files_for_the_same_seed(tmp_path, monkeyp
     # What a LLaVA takes is before the last layer.
     assert changed and all(name.startswith("vision_model.") and ".layers.3." not in name for name in changed)
     assert Preprocess(str(tmp_path / "first")).settings == Preprocess(SHAPES_CLIP).settings
-
-
-def contents(folder: Path) -> dict[str, str]:
-    return {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in folder.iterdir()}

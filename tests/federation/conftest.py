@@ -1,18 +1,9 @@
-"""What the tests of the federation share: a finished run to be continued; a LLaVA and its clients' conversations."""
+"""What the tests of the federation share: a LLaVA and its clients' conversations."""
 
 from __future__ import annotations
 
-import shutil
-from pathlib import Path
-
 import pytest
 from llava import CLIENTS, conversations, tiny_llava
-
-
-@pytest.fixture
-def copy(finished, tmp_path) -> Path:
-    """The finished run in another place, to be continued."""
-    return Path(shutil.copytree(finished, tmp_path / "copy"))
 
 
 @pytest.fixture(scope="module")

@@ -7,14 +7,10 @@ import json
 from pathlib import Path
 from typing import Any
 
+from references import contents
+
 DOMAINS = ["cartoon", "painting", "photo", "sketch"]
 SCALED = ["--federation.poison.domain=photo", "--federation.poison.kind=scale"]
-
-
-def contents(folder: Path, pattern: str = "**/*") -> dict[str, bytes]:
-    """Every file by its path in the folder, but for TensorBoard's events, which hold the time."""
-    files = (path for path in folder.glob(pattern) if path.is_file() and "tfevents" not in path.name)
-    return {str(path.relative_to(folder)): path.read_bytes() for path in sorted(files)}
 
 
 def times(folder: Path, pattern: str) -> dict[str, int]:

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 from damage import cut, empty, flip
-from federation.runs import contents
+from references import contents
 
 from sap_lightning.errors import InputError
 from sap_lightning.federation.checkpoints import LAST, PREVIOUS, WholeCheckpoints, last_checkpoint

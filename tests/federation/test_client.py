@@ -9,8 +9,9 @@ from typing import Any
 import lightning as L
 import pytest
 import torch
-from federation.runs import contents, times
+from federation.runs import times
 from places import SHAPES_CLIP
+from references import contents
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch.testing import assert_close
 

@@ -12,8 +12,9 @@ from typing import Any
 import lightning as L
 import pytest
 import torch
-from federation.runs import DOMAINS, SCALED, contents, lines_of, outcome, rows_of, shown_rows, stored, table, times
+from federation.runs import DOMAINS, SCALED, lines_of, outcome, rows_of, shown_rows, stored, table, times
 from places import SHAPES_CLIP
+from references import contents
 from safetensors.torch import load_file
 
 from sap_lightning.data.anchors import AnchorDataModule

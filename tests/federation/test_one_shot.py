@@ -17,18 +17,9 @@ import pytest
 import torch
 import yaml
 from damage import flip
-from federation.runs import (
-    DOMAINS,
-    SCALED,
-    bytes_of_pruned,
-    contents,
-    lines_of,
-    outcome,
-    stored,
-    table,
-    times,
-)
+from federation.runs import DOMAINS, SCALED, bytes_of_pruned, lines_of, outcome, stored, table, times
 from places import REPOSITORY
+from references import contents
 from safetensors.torch import load_file
 
 from sap_lightning.data.domains import DomainDataModule

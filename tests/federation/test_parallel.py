@@ -17,9 +17,9 @@ from typing import Any
 import lightning as L
 import pytest
 import torch
-from federation.runs import DOMAINS, contents, outcome
+from federation.runs import DOMAINS, outcome
 from places import SHAPES_CLIP
-from references import quiet_trainer
+from references import contents, quiet_trainer
 
 from sap_lightning.data.domains import DomainDataModule
 from sap_lightning.errors import InputError

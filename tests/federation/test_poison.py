@@ -8,6 +8,7 @@ import pytest
 import torch
 from jsonargparse import ArgumentParser
 from places import SHAPES_CLIP
+from references import contents
 from torch import Tensor
 
 from sap_lightning.data.domains import DomainDataModule
@@ -46,10 +47,6 @@ def training_labels(data: DomainDataModule) -> dict[int, int]:
     data.batch_size = 1  # so that no last batch is dropped
     data.setup("fit")
     return labels_of(data.train_dataloader())
-
-
-def files(folder: Path) -> dict[str, bytes]:
-    return {path.name: path.read_bytes() for path in folder.iterdir()}
 
 
 def norms(layers: dict[str, LoRALayer]) -> Tensor:
@@ -145,15 +142,15 @@ def test_a_share_of_the_layers_is_spoilt_and_the_others_are_sent_as_they_are(kin
 
 @EACH_ADAPTER_KIND
 def test_an_upload_is_rewritten_to_the_same_bits(kind, upload, tmp_path):
-    one, two = (files(Poison("photo", kind).rewrite(upload, tmp_path / name)) for name in ("one", "two"))
+    one, two = (contents(Poison("photo", kind).rewrite(upload, tmp_path / name)) for name in ("one", "two"))
     assert one == two
-    assert files(Poison("photo", kind, 0.0).rewrite(upload, tmp_path / "nothing")) == files(upload)
+    assert contents(Poison("photo", kind, 0.0).rewrite(upload, tmp_path / "nothing")) == contents(upload)
 
 
 def test_an_upload_without_manifest_is_refused(upload, tmp_path):
     plain = tmp_path / "plain"
     plain.mkdir()
-    for name, content in files(upload).items():
+    for name, content in contents(upload).items():
         if name != MANIFEST_FILE:
             (plain / name).write_bytes(content)
     with pytest.raises(InputError, match=r"plain: no manifest\.json"):

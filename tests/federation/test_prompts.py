@@ -9,9 +9,9 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
-from federation.runs import DOMAINS, contents, lines_of, shown_rows, stored, table, times
+from federation.runs import DOMAINS, lines_of, shown_rows, stored, table, times
 from places import REPOSITORY, SHAPES_CLIP
-from references import quiet_trainer
+from references import contents, quiet_trainer
 from safetensors.torch import load_file
 
 from sap_lightning.cli import SapCLI

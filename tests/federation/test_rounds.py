@@ -15,9 +15,10 @@ import pytest
 import torch
 from conftest import taken
 from damage import cut, flip
-from federation.runs import DOMAINS, contents
+from federation.runs import DOMAINS
 from kills import killed
 from places import SHAPES_CLIP
+from references import contents
 from safetensors.torch import load_file, save_file
 from torch.testing import assert_close
 

@@ -10,8 +10,9 @@ import lightning as L
 import pytest
 import yaml
 from damage import cut, empty, flip
-from federation.runs import DOMAINS, contents, shown_rows, times
+from federation.runs import DOMAINS, shown_rows, times
 from lightning.pytorch.utilities import rank_zero_only
+from references import contents
 
 from sap_lightning.errors import InputError
 from sap_lightning.federation.run_folder import (

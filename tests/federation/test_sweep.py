@@ -18,8 +18,9 @@ from typing import Any, ClassVar
 import pytest
 import torch
 import yaml
-from federation.runs import contents, lines_of, rows_of, times
+from federation.runs import lines_of, rows_of, times
 from places import REPOSITORY
+from references import contents
 
 from sap_lightning.cli import SapCLI
 from sap_lightning.errors import InputError

@@ -8,9 +8,9 @@ from typing import Any
 
 import pytest
 import yaml
-from federation.runs import contents
 from flwr.app import Context, Message, RecordDict
 from places import SHAPES_CLIP
+from references import contents
 
 from sap_lightning import __version__
 from sap_lightning.data.domains import DomainDataModule

@@ -7,11 +7,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from federation.runs import contents
 from flower.grid import FakeGrid, lost, node, says
 from flower.uploads import CLASSES, QUESTION, SHAPES, read, record_of, write_upload
 from flwr.app import Error, Message
 from flwr.common.constant import ErrorCode
+from references import contents
 
 from sap_lightning.errors import InputError
 from sap_lightning.federation.run_folder import RunFolder

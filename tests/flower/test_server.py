@@ -9,10 +9,10 @@ from typing import Any
 
 import pytest
 import yaml
-from federation.runs import contents
 from flower.grid import FakeGrid, node
 from flwr.app import Context, RecordDict
 from places import SHAPES_CLIP
+from references import contents
 
 from sap_lightning.errors import InputError
 from sap_lightning.flower import collection, server

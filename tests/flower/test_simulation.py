@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 import yaml
-from federation.runs import DOMAINS, contents
+from federation.runs import DOMAINS
 from flwr.app import Context, Message, RecordDict
 from flwr.clientapp import ClientApp
 from flwr.server.superlink.fleet.vce.vce_api import _register_nodes
@@ -19,6 +19,7 @@ from flwr.supercore.constant import FLWR_IN_MEMORY_DB_NAME
 from flwr.supercore.object_store import ObjectStoreFactory
 from flwr.superlink.federation import NoOpFederationManager
 from places import SHAPES_CLIP
+from references import contents
 
 from sap_lightning import __version__
 from sap_lightning.data.domains import DomainDataModule

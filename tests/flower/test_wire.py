@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import pytest
-from federation.runs import contents
 from flower.uploads import QUESTION, record_of, write_upload
 from flwr.app import Array, ArrayRecord, ConfigRecord, RecordDict
 from flwr.common.serde import recorddict_from_proto, recorddict_to_proto
+from references import contents
 
 from sap_lightning.errors import InputError
 from sap_lightning.flower import wire

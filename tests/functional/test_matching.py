@@ -7,14 +7,11 @@ from itertools import combinations, permutations
 import numpy as np
 import pytest
 import torch
+from references import randn
 from torch import Tensor
 from torch.testing import assert_close
 
 from sap_lightning.functional.matching import assigned, cka, cosines, in_coordinates_of, in_fields, in_order
-
-
-def random(*shape: int, seed: int = 0) -> Tensor:
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
 
 
 def best(similarity: Tensor, choices) -> float:
@@ -25,7 +22,7 @@ def best(similarity: Tensor, choices) -> float:
 @pytest.mark.parametrize("shape", [(5, 5), (4, 6), (6, 4)])
 @pytest.mark.parametrize("seed", range(3))
 def test_no_assignment_is_better(shape: tuple[int, int], seed: int) -> None:
-    similarity = random(*shape, seed=seed)
+    similarity = randn(seed, *shape)
     wide = similarity if shape[0] <= shape[1] else similarity.T
     columns = range(wide.shape[1])
     for found, choices in (
@@ -39,19 +36,19 @@ def test_no_assignment_is_better(shape: tuple[int, int], seed: int) -> None:
 
 def test_what_is_in_order_stays_so() -> None:
     for seed in range(5):
-        found = in_order(random(4, 7, seed=seed)).tolist()
+        found = in_order(randn(seed, 4, 7)).tolist()
         assert found == sorted(found)
 
 
 def test_cosines_are_pearson_correlations() -> None:
-    x, y = random(20, 3), random(20, 4, seed=1)
+    x, y = randn(0, 20, 3), randn(1, 20, 4)
     expected = np.corrcoef(x.double().numpy().T, y.double().numpy().T)[:3, 3:]
     assert_close(cosines(x, y).double(), torch.from_numpy(expected), atol=1e-6, rtol=0)
     assert_close(cosines(torch.full((20, 1), 0.1), y), torch.zeros(1, 4), atol=1e-6, rtol=0)
 
 
 def test_cka_is_that_of_kornblith_and_others() -> None:
-    some, others = [random(20, 3), random(20, 5, seed=1)], [random(20, 4, seed=2), random(20, 2, seed=3)]
+    some, others = [randn(0, 20, 3), randn(1, 20, 5)], [randn(2, 20, 4), randn(3, 20, 2)]
 
     def hsic(x: np.ndarray, y: np.ndarray) -> float:
         centring = np.eye(20) - 1 / 20
@@ -62,12 +59,12 @@ def test_cka_is_that_of_kornblith_and_others() -> None:
             x, y = one.double().numpy(), other.double().numpy()
             expected = hsic(x, y) / np.sqrt(hsic(x, x) * hsic(y, y))
             assert float(cka(some, others)[i, j]) == pytest.approx(expected, abs=1e-5)
-    turned = some[0] @ torch.linalg.qr(random(3, 3, seed=4)).Q * 7 + 1
+    turned = some[0] @ torch.linalg.qr(randn(4, 3, 3)).Q * 7 + 1
     assert float(cka([some[0]], [turned])) == pytest.approx(1, abs=1e-5)
 
 
 def test_a_weight_in_other_coordinates_is_chosen_element_by_element() -> None:
-    first, other = random(3, 4), random(5, 6, seed=1)
+    first, other = randn(0, 3, 4), randn(1, 5, 6)
     rows, columns = torch.tensor([4, -1, 0]), torch.tensor([-1, 5, 2, 0])
     found = in_coordinates_of(first, other, rows, columns)
     for i, row in enumerate(rows.tolist()):
@@ -78,7 +75,7 @@ def test_a_weight_in_other_coordinates_is_chosen_element_by_element() -> None:
 
 
 def test_fields_are_means_of_the_patches_in_them() -> None:
-    responses = random(65, 3)
+    responses = randn(0, 65, 3)
     fields = in_fields(responses)
     assert fields.shape == (17, 3) and torch.equal(fields[0], responses[0])
     patches = responses[1:].view(8, 8, 3)
@@ -87,4 +84,4 @@ def test_fields_are_means_of_the_patches_in_them() -> None:
             own = patches[2 * row : 2 * row + 2, 2 * column : 2 * column + 2]
             assert_close(fields[1 + 4 * row + column], own.mean((0, 1)))
     for n in (1, 10, 64):  # no image of 4 patches a side
-        assert_close(in_fields(random(n, 3)), random(n, 3).mean(0, keepdim=True))
+        assert_close(in_fields(randn(0, n, 3)), randn(0, n, 3).mean(0, keepdim=True))

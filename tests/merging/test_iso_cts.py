@@ -3,18 +3,13 @@ from __future__ import annotations
 import pytest
 import torch
 from adapters import FULL_RANK, SHAPES, assert_same, deltas, random_adapter, unlike_adapters
+from references import whitened
 from torch import Tensor
 
 from sap_lightning.errors import InputError
 from sap_lightning.functional.lora import dense
 from sap_lightning.merging.iso_c import IsoC
 from sap_lightning.merging.iso_cts import IsoCTS
-
-
-def whitened(X: Tensor) -> Tensor:
-    """X·(XᵀX)^(−1/2) by the eigenvalues of XᵀX."""
-    values, vectors = torch.linalg.eigh(X.T @ X)
-    return X @ vectors / values.sqrt() @ vectors.T
 
 
 def reference(adapters, own: dict[str, int], ranks: dict[str, int], counts: list[float]) -> dict[str, Tensor]:

@@ -3,6 +3,7 @@ from __future__ import annotations
 import pytest
 import torch
 from adapters import FULL_RANK, SHAPES, adapter_of, assert_same, deltas, random_adapter, unlike_adapters
+from references import whitened
 from torch import Tensor
 
 from sap_lightning.errors import InputError
@@ -10,12 +11,6 @@ from sap_lightning.functional.lora import LoRALayer, dense
 from sap_lightning.merging.tsv_m import TSVM
 
 WEIGHTS = [0.5, 0.3, 0.2]
-
-
-def whitened(X: Tensor) -> Tensor:
-    """X·(XᵀX)^(−1/2) by the eigenvalues of XᵀX."""
-    values, vectors = torch.linalg.eigh(X.T @ X)
-    return X @ vectors / values.sqrt() @ vectors.T
 
 
 def reference(adapters, kept: list[int], counts: list[float]) -> dict[str, Tensor]:

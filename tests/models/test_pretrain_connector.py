@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import re
 import subprocess
@@ -14,6 +13,7 @@ import pytest
 import torch
 from PIL import Image
 from places import SHAPES_CLIP
+from references import contents
 from tokenizers import Tokenizer, models, pre_tokenizers
 from torch.nn.functional import cross_entropy
 from transformers import (
@@ -95,10 +95,6 @@ def samples(captions: Path) -> list[Sample]:
         )
         for entry in map(json.loads, captions.read_text().splitlines())
     ]
-
-
-def contents(folder: Path) -> dict[str, str]:
-    return {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in folder.iterdir()}
 
 
 def test_towers_stay_bit_for_bit_and_the_new_row_is_the_mean_of_the_others(made, language):

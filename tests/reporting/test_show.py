@@ -19,12 +19,6 @@ from sap_lightning.reporting.table import markdown_table, tabulate
 from sap_lightning.results import Results
 
 
-@pytest.fixture
-def copy(finished, tmp_path) -> Path:
-    """The finished run in another place, to be continued."""
-    return Path(shutil.copytree(finished, tmp_path / "copy"))
-
-
 def board_of(folder: Path) -> EventAccumulator:
     return EventAccumulator(str(folder / "server"), size_guidance={"images": 0, "tensors": 0}).Reload()
 

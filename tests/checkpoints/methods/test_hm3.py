@@ -10,7 +10,8 @@ from typing import Any
 import pytest
 import torch
 from kills import killed
-from llamas import SIZES, TEXTS, contents, ids_of, saved, trained, weights_in
+from llamas import SIZES, TEXTS, ids_of, saved, trained, weights_in
+from references import contents
 from torch import Tensor
 from torch.testing import assert_close
 from transformers import (

@@ -9,7 +9,8 @@ from pathlib import Path
 import pytest
 import torch
 from kills import killed
-from llamas import TEXTS, contents, ids_of, llama, saved, tokenizer, trained, weights_in
+from llamas import TEXTS, ids_of, llama, saved, tokenizer, trained, weights_in
+from references import contents
 from torch import Tensor
 from torch.nn.functional import normalize
 from torch.testing import assert_close

@@ -10,7 +10,8 @@ import numpy as np
 import pytest
 import torch
 from kills import killed
-from llamas import TEXTS, WORDS, contents, weights_in
+from llamas import TEXTS, WORDS, weights_in
+from references import contents
 from torch import Tensor
 from torch.testing import assert_close
 from transformers import AutoModelForCausalLM
