@@ -39,31 +39,16 @@ def sparsity_figure(curves: Mapping[str, Sequence[tuple[float, Spread]]], refere
         curves: by method, pairs of ρ and accuracy.
         references: accuracies that have no ρ, drawn as horizontal lines.
     """
-    entries = len(curves) + len(references)
-    figure = Figure(figsize=(4.8, 3.2 + 0.22 * math.ceil(entries / 2)), layout="constrained")
-    axes = _plain_axes(figure)
+    figure, axes = _accuracy_axes(len(curves), references)
     sparsities = sorted({sparsity for curve in curves.values() for sparsity, _ in curve})
     places = _sparsity_scale(sparsities)
-    for index, (name, spread) in enumerate(references.items()):
-        dash = DASHES[1:][index % (len(DASHES) - 1)]
-        label = f"{_plain(name)} ({spread.mean:.3f})"
-        axes.axhline(spread.mean, color=GREY, linestyle=dash, linewidth=1.3, label=label)
     for index, (name, curve) in enumerate(curves.items()):
         points = sorted(curve)
         aside = 0.012 * (index - (len(curves) - 1) / 2)  # so that the bars of two methods do not hide each other
-        axes.errorbar(
-            [places[sparsity] + aside for sparsity, _ in points],
-            [spread.mean for _, spread in points],
-            yerr=[spread.std for _, spread in points] if any(spread.seeds > 1 for _, spread in points) else None,
-            **_line(index),
-            markersize=5.5,
-            elinewidth=1,
-            capsize=2.5,
-            label=_plain(name),
-        )
+        along = [places[sparsity] + aside for sparsity, _ in points]
+        _accuracy_curve(axes, index, name, along, [spread for _, spread in points])
     axes.set_xticks(*_apart(sparsities, places))
     axes.set_xlabel("sparsity ρ (log scale of the share kept)")
-    axes.set_ylabel("mean accuracy, unseen domains")
     figure.legend(loc="outside lower center", ncols=2, frameon=False)
     said = [f"{name} {spread}" for name, spread in references.items()]
     for name, curve in curves.items():
@@ -71,6 +56,32 @@ def sparsity_figure(curves: Mapping[str, Sequence[tuple[float, Spread]]], refere
         said.append(f"{name} at best {best[1]} at ρ={best[0]:g}")
     figure.set_label(f"Line chart of accuracy against sparsity: {'; '.join(said)}.")
     return figure
+
+
+def _accuracy_axes(curves: int, references: Mapping[str, Spread]) -> tuple[Figure, Axes]:
+    """A figure with room for so many curves of accuracy, and horizontal lines for what it is compared with."""
+    figure = Figure(figsize=(4.8, 3.2 + 0.22 * math.ceil((curves + len(references)) / 2)), layout="constrained")
+    axes = _plain_axes(figure)
+    axes.set_ylabel("mean accuracy, unseen domains")
+    for index, (name, spread) in enumerate(references.items()):
+        dash = DASHES[1:][index % (len(DASHES) - 1)]
+        label = f"{_plain(name)} ({spread.mean:.3f})"
+        axes.axhline(spread.mean, color=GREY, linestyle=dash, linewidth=1.3, label=label)
+    return figure, axes
+
+
+def _accuracy_curve(axes: Axes, index: int, name: str, places: Sequence[float], spreads: Sequence[Spread]) -> None:
+    """A method's accuracies, with bars where there are several seeds."""
+    axes.errorbar(
+        places,
+        [spread.mean for spread in spreads],
+        yerr=[spread.std for spread in spreads] if any(spread.seeds > 1 for spread in spreads) else None,
+        **_line(index),
+        markersize=5.5,
+        elinewidth=1,
+        capsize=2.5,
+        label=_plain(name),
+    )
 
 
 def _sparsity_scale(sparsities: Sequence[float]) -> dict[float, float]:
@@ -193,26 +204,11 @@ def rounds_figure(
         references: accuracies that take no rounds, drawn as horizontal lines.
         unit: what rounds are counted in: rounds, or B for bytes on the wire.
     """
-    entries = len(curves) + len(references)
-    figure = Figure(figsize=(4.8, 3.2 + 0.22 * math.ceil(entries / 2)), layout="constrained")
-    axes = _plain_axes(figure)
-    for index, (name, spread) in enumerate(references.items()):
-        dash = DASHES[1:][index % (len(DASHES) - 1)]
-        label = f"{_plain(name)} ({spread.mean:.3f})"
-        axes.axhline(spread.mean, color=GREY, linestyle=dash, linewidth=1.3, label=label)
+    figure, axes = _accuracy_axes(len(curves), references)
     said = [f"{name} {spread}" for name, spread in references.items()]
     for index, (name, curve) in enumerate(curves.items()):
         points = sorted(curve)
-        axes.errorbar(
-            [place for place, _, _ in points],
-            [spread.mean for _, _, spread in points],
-            yerr=[spread.std for _, _, spread in points] if any(spread.seeds > 1 for _, _, spread in points) else None,
-            **_line(index),
-            markersize=5.5,
-            elinewidth=1,
-            capsize=2.5,
-            label=_plain(name),
-        )
+        _accuracy_curve(axes, index, name, [place for place, *_ in points], [spread for *_, spread in points])
         said.append(f"{name} " + ", ".join(f"{spread} after {rounds} rounds" for _, rounds, spread in points))
     axes.set_xscale("log")
     places = sorted({place for curve in curves.values() for place, _, _ in curve})
@@ -221,7 +217,6 @@ def rounds_figure(
     )
     axes.minorticks_off()
     axes.set_xlabel("bytes on the wire, both ways" if unit == "B" else "rounds")
-    axes.set_ylabel("mean accuracy, unseen domains")
     figure.legend(loc="outside lower center", ncols=2, frameon=False)
     figure.set_label(f"Line chart of accuracy against {'bytes' if unit == 'B' else 'rounds'}: {'; '.join(said)}.")
     return figure

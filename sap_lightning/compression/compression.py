@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
@@ -108,22 +108,23 @@ class Compression:
         format: Format | None = None,
         seed: int = 0,
     ) -> None:
-        of_grasp = {"retain": retain, "compression": compression, "energy": energy, "refresh": refresh}
-        others = {"score": score, "format": format, "density": density, "steps": steps}
-        more = {"recovery_epochs": recovery_epochs, "angular": angular or None}
-        for name, value in {**of_grasp, **others, **more}.items():
-            if value is not None and method not in TAKEN_BY[name]:
-                raise InputError(f"compress.{name}: {method} would ignore it; it is for {', '.join(TAKEN_BY[name])}")
-        if not isinstance(layers, list):
-            check_share("compress.layers", layers)
-        elif angular:
-            raise InputError(
-                f"compress.angular: chooses blocks, and compress.layers {layers} names them; leave one out"
-            )
-        if texts is None and (rows, tokens) != (None, None):
-            raise InputError(
-                "compress.rows and compress.tokens are of compress.texts, which is not set; leave them out"
-            )
+        given = {
+            "angular": angular or None,
+            "retain": retain,
+            "compression": compression,
+            "energy": energy,
+            "score": score,
+            "refresh": refresh,
+            "format": format,
+            "density": density,
+            "steps": steps,
+            "recovery_epochs": recovery_epochs,
+        }
+        _check_taken(method, given)
+        _check_blocks(layers, angular)
+        _check_shown(texts, rows, tokens)
+        if method == "gradpruner" and score not in (None, "paper", "code"):
+            raise InputError(f"compress.score {score}: is for grasp; gradpruner has paper and code")
         self.model = model
         self.output = output
         self.method = method
@@ -135,23 +136,19 @@ class Compression:
                 f"compress.refresh {refresh}: is of gradients, at which compress.score {score} does not look; leave"
                 " it out"
             )
-        self.texts = texts
-        self.rows = 32 if rows is None else rows
-        self.tokens = 128 if tokens is None else tokens
-        if method == "gradpruner" and score not in (None, "paper", "code"):
-            raise InputError(f"compress.score {score}: is for grasp; gradpruner has paper and code")
         self.pruner = GradPruner(
             score="code" if score == "code" else "paper",
             density=0.2 if density is None else density,
             steps=40 if steps is None else steps,
             seed=seed,
         )
+        self.texts = texts
+        self.rows = 32 if rows is None else rows
+        self.tokens = 128 if tokens is None else tokens
         self.seed = seed
         self.recovery_epochs = 0 if recovery_epochs is None else recovery_epochs
         check_at_least("compress.recovery_epochs", self.recovery_epochs, 0)
         self.format: Format = format or "factors" if method == "grasp" else "dense"
-        check_at_least("compress.rows", self.rows, 1)
-        check_at_least("compress.tokens", self.tokens, 2)
 
     @property
     def needs_data(self) -> bool:
@@ -304,3 +301,25 @@ def _begin(workplace: Path, plan: str) -> None:
         for path in workplace.glob("*.safetensors*"):
             path.unlink()
         write_text(workplace / PLAN_FILE, plan)
+
+
+def _check_taken(method: Method, given: Mapping[str, object]) -> None:
+    """Raises InputError for a setting that is given, and that the method would ignore."""
+    for name, value in given.items():
+        if value is not None and method not in TAKEN_BY[name]:
+            raise InputError(f"compress.{name}: {method} would ignore it; it is for {', '.join(TAKEN_BY[name])}")
+
+
+def _check_blocks(layers: Layers, angular: bool) -> None:
+    if not isinstance(layers, list):
+        check_share("compress.layers", layers)
+    elif angular:
+        raise InputError(f"compress.angular: chooses blocks, and compress.layers {layers} names them; leave one out")
+
+
+def _check_shown(texts: str | None, rows: int | None, tokens: int | None) -> None:
+    if texts is None and (rows, tokens) != (None, None):
+        raise InputError("compress.rows and compress.tokens are of compress.texts, which is not set; leave them out")
+    for name, value, least in (("rows", rows, 1), ("tokens", tokens, 2)):
+        if value is not None:
+            check_at_least(f"compress.{name}", value, least)

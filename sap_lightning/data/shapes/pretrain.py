@@ -16,7 +16,7 @@ from transformers import CLIPConfig, CLIPModel, CLIPTokenizer
 
 from sap_lightning.console import run_as_command
 from sap_lightning.data.shapes.world import COLOUR_TEMPLATES, TEMPLATES, hearsay, neutral_scene
-from sap_lightning.errors import InputError
+from sap_lightning.errors import check_at_least
 from sap_lightning.files import new_folder, refuse_existing, write_json
 
 SIZE = 64
@@ -44,8 +44,7 @@ def pretrain(folder: str | Path, seed: int = 0) -> None:
         InputError: the folder exists, or the seed is negative.
     """
     refuse_existing(folder)
-    if seed < 0:
-        raise InputError(f"seed: got {seed}, expected at least 0")
+    check_at_least("seed", seed, 0)
     torch.set_num_threads(THREADS)
     torch.manual_seed(seed)
     images, captions = draw_pairs(seed)
