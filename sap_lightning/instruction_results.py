@@ -83,9 +83,9 @@ class InstructionResults:
         """All results, by system, turn and client."""
         return [self._found[key] for key in sorted(self._found)]
 
-    def has(self, system: str, number: int, client: str, sources: str) -> bool:
+    def has(self, system: str, turn: int, client: str, sources: str) -> bool:
         """Whether a model was measured that was made of the same."""
-        found = self._found.get((system, number + 1, client))
+        found = self._found.get((system, turn, client))
         return found is not None and found.sources == sources
 
     def add(self, result: InstructionResult) -> None:
@@ -116,9 +116,9 @@ class InstructionResults:
             task: fmean(one.score for one in found if one.task == task) for task in sorted({one.task for one in found})
         }
 
-    def means(self, system: str, number: int) -> dict[str, float]:
-        """What TensorBoard shows of a turn: scores by client, by task and over tasks, and perplexities."""
-        found, by_task = self.of(system, number + 1), self.by_task(system, number + 1)
+    def means(self, system: str, turn: int) -> dict[str, float]:
+        """What TensorBoard shows after a turn: scores by client, by task and over tasks, and perplexities."""
+        found, by_task = self.of(system, turn), self.by_task(system, turn)
         return {
             **{f"score/{task}": score for task, score in by_task.items()},
             **({"score/mean": fmean(by_task.values())} if by_task else {}),

@@ -50,6 +50,8 @@ KEPT = "kept.safetensors"
 ONE_SHOT = "one shot"
 """What the log calls the one turn whose uploads are merged."""
 SCORES = {"exact": answers.exact, "f1": answers.f1, "iou": answers.iou}
+FREE_SETTINGS = ("federation.run_dir", "federation.systems", "federation.methods")
+"""Settings that may change from one start to the next."""
 
 
 class InstructionFederation:
@@ -120,7 +122,7 @@ class InstructionFederation:
             settings = {**self.config, "data": {**self.config.get("data", {}), **contents}}
             require_settings(self.folder, settings, FREE_SETTINGS)
             write_settings(self.folder / config_file(self.config), as_json(self.config))
-        self._measure(BASE, -1, SYSTEMS["fedit"], Server(), [])
+        self._measure(BASE, 0, SYSTEMS["fedit"], Server(), [])
         for name in self.systems:
             self._play(name, SYSTEMS[name])
         if self.methods:
@@ -164,7 +166,7 @@ class InstructionFederation:
         for number in range(1 + self.rounds):
             uploads = self._turn(name, system, number, server)
             server = aggregated(system, server, uploads, self.data.tasks)
-            self._measure(name, number, system, server, uploads)
+            self._measure(name, number + 1, system, server, uploads)
         self._keep_models(name, system, server)
 
     def _merge_in_one_shot(self) -> None:
@@ -177,11 +179,11 @@ class InstructionFederation:
             sources = digest(method.record, looked_at, *sorted(one.sha256 for one in uploads))
             for task in sorted(set(self.data.tasks.values())):
                 clients = [client for client, of in self.data.tasks.items() if of == task]
-                new = [client for client in clients if not self.results.has(method.name, 0, client, sources)]
+                new = [client for client in clients if not self.results.has(method.name, 1, client, sources)]
                 start = one_shot(self.client.base, task, uploads, self.data.tasks, method, seen) if new else Start()
                 for client in new:
                     module = self._module(start, system)
-                    self.results.add(self._measured(method.name, 0, client, module, sources, 0))
+                    self.results.add(self._measured(method.name, 1, client, module, sources, 0))
 
     def _turn(self, name: str, system: System, number: int, server: Server) -> list[ReadUpload]:
         """What the clients of a turn send, which are trained if they have not been."""
@@ -294,17 +296,19 @@ class InstructionFederation:
 
     # Measuring
 
-    def _measure(self, name: str, number: int, system: System, server: Server, uploads: Sequence[ReadUpload]) -> None:
-        sources = digest(self._base.fingerprint, number, *(one.sha256 for one in uploads))
+    def _measure(self, name: str, turn: int, system: System, server: Server, uploads: Sequence[ReadUpload]) -> None:
+        """Measures what all clients have after so many turns."""
+        last = turn - 1
+        sources = digest(self._base.fingerprint, last, *(one.sha256 for one in uploads))
         size = 0 if system.is_alone else sum(one.size for one in uploads)
         for client in self.data.clients:
-            if self.results.has(name, number, client, sources):
+            if self.results.has(name, turn, client, sources):
                 continue
-            start = replace(self._start(name, system, number + 1, server, client), stage=system.stage(max(number, 0)))
-            self.results.add(self._measured(name, number, client, self._module(start, system), sources, size))
+            start = replace(self._start(name, system, turn, server, client), stage=system.stage(max(last, 0)))
+            self.results.add(self._measured(name, turn, client, self._module(start, system), sources, size))
         for board in self._boards(name):
-            for metric, value in self.results.means(name, number).items():
-                board.add_scalar(metric, value, number + 1)
+            for metric, value in self.results.means(name, turn).items():
+                board.add_scalar(metric, value, turn)
             board.flush()
 
     def _boards(self, name: str) -> Iterator[Any]:
@@ -312,7 +316,7 @@ class InstructionFederation:
         yield from tensorboards(trainer)
 
     def _measured(
-        self, name: str, number: int, client: str, module: VLMLoRAModule, sources: str, size: int
+        self, name: str, turn: int, client: str, module: VLMLoRAModule, sources: str, size: int
     ) -> InstructionResult:
         trainer = self.make_trainer(logger=False, **UNTRAINED)
         data = self.data.for_client(client, self._encoder)
@@ -320,10 +324,10 @@ class InstructionFederation:
         task = self.data.tasks[client]
         said: list[Mapping[str, str]] = [{"said": said, "answer": answer} for said, answer in module.said]
         scores = self.judged(task, said)
-        log.info("%s after turn %d: %s", name, number + 1, client)
+        log.info("%s after turn %d: %s", name, turn, client)
         return InstructionResult(
             system=name,
-            turn=number + 1,
+            turn=turn,
             client=client,
             task=task,
             score=sum(scores) / len(scores),
@@ -339,7 +343,3 @@ class InstructionFederation:
         """The score of each answer of a task, in [0, 1]."""
         judge = SCORES[self.data.score_of(task)]
         return [judge(one["said"], one["answer"]) for one in said]
-
-
-FREE_SETTINGS = ("federation.run_dir", "federation.systems", "federation.methods")
-"""Settings that may change from one start to the next."""
