@@ -139,9 +139,15 @@ class SapCLI(CommandCLI):
         self._refuse_of_prompts(self.given(AGGREGATION))
         self.merge = self._merge_module()
         if self.command in TRAINING:
+            self._check_that_it_ends()
             self.check_that_it_trains()
         given = self.config.get("uploads") or []
         self.uploads: list[str] = [given] if isinstance(given, str) else list(given)
+
+    def _check_that_it_ends(self) -> None:
+        trainer = self.config_init.trainer
+        if trainer.max_epochs is None and trainer.max_steps == -1 and trainer.max_time is None:
+            raise InputError("trainer.max_epochs is null, which is 1,000 epochs to Lightning; give a number")
 
     def _merge_module(self) -> MergeModule:
         settings = {name: value for name, value in self.config_init.merge.items() if name not in MERGE_COMMAND}

@@ -11,19 +11,20 @@ from typing import Any, NoReturn
 
 import lightning as L
 import yaml
-from jsonargparse import SUPPRESS, ActionConfigFile
+from jsonargparse import SUPPRESS
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.callbacks import ProgressBar
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 
+from sap_lightning.config_files import ConfigFile, config_in, text_of
 from sap_lightning.errors import InputError, check_seed, first_line
 from sap_lightning.federation.run_folder import flat
 from sap_lightning.io.rules import errors_in
 from sap_lightning.modules.client import ClientModule
 from sap_lightning.modules.clip_lora import CLIPLoRAModule
 from sap_lightning.modules.clip_prompt import CLIPPromptModule
-from sap_lightning.option_errors import option_error
-from sap_lightning.options import config_files_first, config_in, first_input_error, is_taken
+from sap_lightning.option_errors import option_error, refuse_null, types_of
+from sap_lightning.options import config_files_first, first_input_error, is_taken
 
 TRAINER_DEFAULTS = {
     "max_epochs": 5,
@@ -48,26 +49,18 @@ CLASS_PATH = re.compile(r"[A-Za-z_][\w.]*(?<!\.yaml)(?<!\.yml)")
 """What ``--model`` names a class by, and not a file of its settings."""
 
 
-class ConfigFile(ActionConfigFile):
-    """A config file, which is named before what is wrong in it.
+class ClientConfigFile(ConfigFile):
+    """A config file of whose settings of the usual clients others pass over what they have no use for."""
 
-    One that names no class of clients has the settings of the usual one, and clients of another class pass them over.
-    """
-
-    def __call__(self, parser: Any, cfg: Any, values: Any, option_string: str | None = None) -> None:
-        with errors_in(values):
-            super().__call__(parser, cfg, self._for_clients_of(parser.client, values), option_string)
-
-    def _for_clients_of(self, client: type[L.LightningModule] | None, file: str) -> str:
-        """The file, or its text without what other clients have no use for."""
-        config = config_in(file)
-        model = config.pop("model", None)
-        usual = client is None or issubclass(client, CLIPLoRAModule)
+    def shown(self, config: dict[str, Any], parser: Any) -> dict[str, Any]:
+        model = config.get("model")
+        usual = parser.client is None or issubclass(parser.client, CLIPLoRAModule)
         if usual or not isinstance(model, dict) or "class_path" in model:
-            return file
+            return config
         others = inspect.signature(CLIPLoRAModule).parameters.keys() - OF_ALL_CLIENTS
         kept = {name: value for name, value in model.items() if name not in others}
-        return yaml.safe_dump({**config, **({"model": kept} if kept else {})})
+        rest = {name: settings for name, settings in config.items() if name != "model"}
+        return {**rest, **({"model": kept} if kept else {})}
 
 
 class CommandParser(LightningArgumentParser):
@@ -138,6 +131,7 @@ class CommandCLI(LightningCLI):
     def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
         """Parses, and looks at what Python or Lightning would stumble over later."""
         super().parse_arguments(parser, args)
+        refuse_null(self.config, types_of(parser))
         for name, value in flat(self.config.as_dict()):
             if isinstance(value, str) and "\0" in value:
                 raise InputError(f"{name}: has a NUL character, which is part of no name; take it out")
@@ -180,7 +174,7 @@ class CommandCLI(LightningCLI):
     def init_parser(self, **kwargs: Any) -> LightningArgumentParser:
         parser = CommandParser(command=self.command, client=self.client, **kwargs)
         parser.allow_abbrev = False  # what a short form stands for is not looked up in TAKEN_BY
-        parser.add_argument("-c", "--config", action=ConfigFile, help="configuration file, or several in turn")
+        parser.add_argument("-c", "--config", action=ClientConfigFile, help="configuration file, or several in turn")
         return parser
 
     def make_trainer(self, callbacks: Sequence[L.Callback] = (), **overrides: Any) -> L.Trainer:
@@ -256,5 +250,5 @@ def client_class(name: str) -> type[ClientModule]:
 def _class_in(config_file: str) -> str | None:
     """The class of the clients that a config file names."""
     with errors_in(config_file):
-        model = config_in(config_file).get("model")
+        model = config_in(text_of(config_file)).get("model")
     return str(model["class_path"]) if isinstance(model, dict) and "class_path" in model else None

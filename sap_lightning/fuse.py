@@ -7,16 +7,14 @@ from collections.abc import Sequence
 from operator import itemgetter
 from typing import Any, NoReturn
 
-import yaml
-from jsonargparse import ActionConfigFile, ArgumentParser
+from jsonargparse import ArgumentParser
 
 from sap_lightning.checkpoints.fusion import Fusion
+from sap_lightning.config_files import ConfigFile
 from sap_lightning.errors import InputError
-from sap_lightning.io.rules import errors_in
-from sap_lightning.option_errors import option_error
+from sap_lightning.option_errors import option_error, refuse_null, types_of
 from sap_lightning.options import (
     config_files_first,
-    config_in,
     first_input_error,
     is_taken,
     refuse_others,
@@ -43,6 +41,7 @@ def configured(args: Sequence[str]) -> Fusion:
     try:
         parser = _parser(with_anchors=not all(re.match(r"--fuse\.|[^-]", arg) for arg in args))
         config = parser.parse_args(with_class_paths(config_files_first(args)))
+        refuse_null(config, types_of(parser))
         fusion: Fusion = parser.instantiate_classes(config).fuse
     except ValueError as error:
         if (said := first_input_error(error)) is None:
@@ -54,7 +53,7 @@ def configured(args: Sequence[str]) -> Fusion:
 
 def _parser(with_anchors: bool) -> ArgumentParser:
     parser = FuseParser(prog=f"python -m sap_lightning {COMMAND}", description=fuse.__doc__, allow_abbrev=False)
-    parser.add_argument("-c", "--config", action=ConfigFile, help="configuration file, or several in turn")
+    parser.add_argument("-c", "--config", action=FuseConfigFile, help="configuration file, or several in turn")
     if with_anchors:
         from sap_lightning.data.anchors import AnchorDataModule  # which takes seconds
 
@@ -82,16 +81,8 @@ class FuseParser(ArgumentParser):
         raise (ex if isinstance(ex, InputError) else option_error(message, self)) from None
 
 
-class ConfigFile(ActionConfigFile):
-    """A config file, which is named before what is wrong in it; groups that other commands take are passed over."""
+class FuseConfigFile(ConfigFile):
+    """A config file of which the groups that other commands take are passed over."""
 
-    def __call__(self, parser: Any, cfg: Any, values: Any, option_string: str | None = None) -> None:
-        with errors_in(values):
-            super().__call__(parser, cfg, _without_others(values), option_string)
-
-
-def _without_others(file: str) -> str:
-    """The file, or its text without what is for other commands."""
-    config = config_in(file)
-    kept = {group: settings for group, settings in config.items() if takers(group) is None or is_taken(group, COMMAND)}
-    return file if kept == config else yaml.safe_dump(kept)
+    def shown(self, config: dict[str, Any], parser: Any) -> dict[str, Any]:
+        return {name: group for name, group in config.items() if takers(name) is None or is_taken(name, COMMAND)}

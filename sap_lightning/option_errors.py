@@ -9,7 +9,7 @@ from pydoc import locate
 from types import NoneType, UnionType
 from typing import Any, Literal, Union, get_args, get_origin
 
-from jsonargparse import ArgumentParser
+from jsonargparse import ArgumentParser, Namespace
 
 from sap_lightning.checkpoints.methods import FUSE_METHODS
 from sap_lightning.errors import InputError, short
@@ -32,6 +32,35 @@ def option_error(message: str, parser: ArgumentParser) -> InputError:
     name = ".".join(re.findall(r'Parser key "([^"]+)":\n', first))
     known = _unknown(name, first, types) or _without_value(first, types) or _faulty(name, first, message, types)
     return known or InputError(" ".join(re.sub(r'Parser key "([^"]+)"', r"\1", message).split()))
+
+
+def group_error(name: str, parser: ArgumentParser, given: object) -> InputError:
+    """The error for a group that is given as something else than its settings."""
+    return _no_group(name, types_of(parser), f", got {'null' if given is None else short(given)}")
+
+
+def refuse_null(config: Namespace, types: Types, within: str = "") -> None:
+    """Raises InputError for a setting that is null and takes none, which jsonargparse lets pass in a file.
+
+    Args:
+        config: what was parsed.
+        types: of its settings.
+        within: what stands before their names.
+    """
+    for group in sorted({name.rpartition(".")[0] for name in types} - {""}):
+        if group in config and config[group] is None:
+            raise _no_group(f"{within}{group}", {f"{within}{name}": hint for name, hint in types.items()}, ", got null")
+    for name, hint in types.items():
+        value = config.get(name)
+        if name in config and value is None and not _takes_null(hint):
+            raise InputError(f"{within}{name}: takes {in_words(hint)}, got null")
+        for one in value if isinstance(value, list) else [value]:
+            if isinstance(one, Namespace) and "init_args" in one:
+                refuse_null(one.init_args, _settings_of(locate(one.class_path)), f"{within}{name}.")
+
+
+def _takes_null(hint: Any) -> bool:
+    return hint in (Any, object, NoneType) or None in get_args(hint) or any(map(_takes_null, get_args(hint)))
 
 
 def types_of(parser: ArgumentParser) -> Types:
@@ -87,12 +116,19 @@ def _faulty(name: str, first: str, message: str, types: Types) -> InputError | N
     """A value of another type than that of its option, of its group, or of a setting of its class."""
     if inside := re.findall(r"class_path '(.+)':\s+Parser key \"(.+)\"", first):
         path, setting = inside[-1]
-        return _wrong_type(name, _settings_of(locate(path))[setting], message)
+        settings = _settings_of(locate(path))
+        if setting in settings:
+            return _wrong_type(name, settings[setting], message)
+        within = name.removesuffix(setting)
+        return _no_group(name, {f"{within}{inner}": hint for inner, hint in settings.items()})
     if name in types:
         return _wrong_type(name, types[name], message)
-    if members := [option for option in types if option.startswith(f"{name}.")]:
-        return InputError(f"{name}: takes a file or a mapping of its settings, which are {', '.join(members)}")
-    return None
+    return _no_group(name, types) if any(option.startswith(f"{name}.") for option in types) else None
+
+
+def _no_group(name: str, types: Types, given: str = "") -> InputError:
+    members = ", ".join(option for option in types if option.startswith(f"{name}."))
+    return InputError(f"{name}: takes a file or a mapping of its settings{given}; they are {members}")
 
 
 def _wrong_type(name: str, hint: Any, message: str) -> InputError:

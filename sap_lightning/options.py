@@ -2,17 +2,14 @@
 
 from __future__ import annotations
 
-import os
 import re
 from collections.abc import Sequence
 from itertools import islice
-from pathlib import Path
-from typing import Any
 
 import yaml
 
 from sap_lightning.checkpoints.methods import FUSE_METHODS
-from sap_lightning.errors import InputError, first_line
+from sap_lightning.errors import InputError
 from sap_lightning.merging import METHODS, SAP
 
 TRAINING = ("fit", "sweep", "client")
@@ -162,21 +159,6 @@ def _class_path(option: str, name: str, has_settings: bool) -> str:
 def path_of(named: type) -> str:
     """The class_path of a class."""
     return f"{named.__module__}.{named.__qualname__}"
-
-
-def config_in(file: str) -> dict[str, Any]:
-    """What a config file says, or the text that stands for one.
-
-    Raises:
-        InputError: when it is no text in UTF-8.
-    """
-    try:
-        config = yaml.safe_load(Path(file).read_text(encoding="utf-8") if os.path.isfile(file) else file)
-    except UnicodeDecodeError as error:
-        raise InputError(f"is no text in UTF-8 ({first_line(error)}); save it in UTF-8") from error
-    except (OSError, ValueError, yaml.YAMLError):  # which the parser will say
-        return {}
-    return config if isinstance(config, dict) else {}
 
 
 def first_input_error(error: BaseException | None) -> InputError | None:

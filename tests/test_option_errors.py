@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping, Sequence
+from types import SimpleNamespace
 from typing import Any, Literal
 
 import pytest
+from jsonargparse import ActionConfigFile, ArgumentParser
 
 from sap_lightning.commands import COMMANDS
+from sap_lightning.config_files import ConfigFile
 from sap_lightning.errors import InputError
 from sap_lightning.merging import METHODS, MergeMethod
 from sap_lightning.option_errors import in_words
@@ -60,13 +63,17 @@ def told(*line: str) -> str:
         ("fit --model.rank", "model.rank: no value is given; it takes int"),
         ("merge --uploads", "uploads: no value is given"),
         ("fit --federation.poison x",
-         "federation.poison: takes a file or a mapping of its settings, which are federation.poison.domain, "),
+         "federation.poison: takes a file or a mapping of its settings; they are federation.poison.domain, "),
         ("fuse --fuse.method ties --fuse.method.variant foo",
          "fuse.method.variant: takes one of authors, peft, mergekit, got 'foo'"),
         ("fuse --fuse.method ties --fuse.method.sparsty 3", "fuse.method.sparsty: ties has no such setting; it has "),
         ("fuse --fuse.method task_arithmetic --fuse.method.scale nan", "fuse.method.scale: takes float, got 'nan'"),
         ("fuse --fuse.method hm3 --fuse.method.method ties --fuse.method.method.scale x",
          "fuse.method.method.scale: takes float, got 'x'"),
+        ("fit --config configs/prompts.yaml --model.memory 5",
+         "model.memory: takes a file or a mapping of its settings; they are model.memory.alpha, "),
+        ("fit --config configs/prompts.yaml --model.memory null --data.root x",
+         "model.memory: takes a file or a mapping of its settings, got null; they are model.memory.alpha, "),
         ("fit --config /nowhere.yaml", "config: File does not exist: '/nowhere.yaml'"),
     ],
 )  # fmt: skip
@@ -80,15 +87,53 @@ def test_an_option_is_named_with_what_it_takes(line, said):
     [
         ("model: {rank: x}", "model.rank: takes int, got 'x'"),
         ("merge: {method: {class_path: TIES, init_args: {density: 3}}}", f"merge.method.density: {TIES}"),
-        ("model: [1", "Problems parsing config: while parsing a flow sequence"),
-        ("- 3", "Unexpected config: - 3"),
-        ("\x1b[2J", "Problems parsing config"),
+        ("model: [1", "is no YAML: while parsing a flow sequence in line 1, column 8: model: [1 ^ expected ',' or"),
+        ("\x1b[2J", "is no YAML: unacceptable character #x001b"),
+        ("anchors: {root: 2026-13-77}", "is no YAML: month must be in 1..12"),
+        ("- 3", "holds [3], expected settings by group, such as model: {rank: 8}"),
+        ("", "holds None, expected settings by group"),
+        ("model: {rank: 4}\nmodel: {rank: 8}", "'model' stands twice, again in line 2; leave one of them out"),
+        ("model: {rank: 4, rank: 8}", "'rank' stands twice, again in line 1"),
+        (
+            "model: [{rank: 4}]",
+            "model: takes a file or a mapping of its settings, got [{'rank': 4}]; they are model.base, ",
+        ),
+        ("model:", "model: takes a file or a mapping of its settings, got null; they are "),
+        ("data: {curriculum: true}", "data.curriculum: takes a file or a mapping of its settings, got True; they are "),
     ],
 )
 def test_what_is_wrong_in_a_config_file_is_said_with_its_name(tmp_path, content, said):
     file = tmp_path / "config.yaml"
     file.write_text(content)
     assert told("fit", "--config", str(file)).startswith(f"{file}: {said}")
+
+
+@pytest.mark.parametrize(
+    ("content", "said"),
+    [
+        ("model: {rank: null}", "model.rank: takes int, got null"),
+        ("model: {reach: null}", "model.reach: takes bool, got null"),
+        ("data: {augment: null}", "data.augment: takes bool, got null"),
+        ("trainer: {max_epochs: null}", "trainer.max_epochs is null, which is 1,000 epochs to Lightning; give a num"),
+        ("federation: {aggregation: null}", "federation.aggregation: takes one of "),
+        (
+            "merge: {method: {class_path: sap_lightning.merging.TIES, init_args: {scale: null}}}",
+            "merge.method.scale: takes float, got null",
+        ),
+    ],
+)
+def test_null_is_refused_where_nothing_else_is_meant_by_it(tmp_path, content, said):
+    file = tmp_path / "config.yaml"
+    file.write_text(content)
+    assert told("fit", "--config", str(file), "--data.root", str(tmp_path)).startswith(said)
+
+
+def test_jsonargparse_which_reads_by_the_locale_is_given_text(tmp_path, monkeypatch):
+    file, given = tmp_path / "config.yaml", []
+    file.write_text("fuse: {output: café}", encoding="utf-8")
+    monkeypatch.setattr(ActionConfigFile, "apply_config", staticmethod(lambda *args: given.append(args[-1])))
+    ArgumentParser().add_argument("--config", action=ConfigFile)(SimpleNamespace(_actions=[]), {}, str(file))
+    assert given == ["fuse: {output: café}"]
 
 
 @pytest.mark.parametrize("command", ["fuse", "fit"])

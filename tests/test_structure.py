@@ -25,6 +25,7 @@ ORDER = (
     ("federation",),
     ("reporting",),
     ("option_errors", "options"),
+    ("config_files",),
     ("command_cli", "fuse"),
     ("cli", "instruction_cli"),
     ("flower",),
