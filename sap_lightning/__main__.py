@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import os
 import signal
 import sys
@@ -64,6 +65,8 @@ def _run() -> None:
 
     commands = _commands(command)
     quieten()
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")  # a name in letters that the locale has none for
     if command not in commands:
         if command and not command.startswith("-"):
             print(f"error: no command {command!r}", file=sys.stderr)

@@ -24,7 +24,7 @@ from sap_lightning.modules.client import ClientModule
 from sap_lightning.modules.clip_lora import CLIPLoRAModule
 from sap_lightning.modules.clip_prompt import CLIPPromptModule
 from sap_lightning.option_errors import option_error, refuse_null, types_of
-from sap_lightning.options import config_files_first, first_input_error, is_taken
+from sap_lightning.options import config_files_first, expand_home, first_input_error, is_taken
 
 TRAINER_DEFAULTS = {
     "max_epochs": 5,
@@ -132,6 +132,7 @@ class CommandCLI(LightningCLI):
         """Parses, and looks at what Python or Lightning would stumble over later."""
         super().parse_arguments(parser, args)
         refuse_null(self.config, types_of(parser))
+        expand_home(self.config, PLACES | {"data.base", "anchors.base"})  # linked to model.base
         for name, value in flat(self.config.as_dict()):
             if isinstance(value, str) and "\0" in value:
                 raise InputError(f"{name}: has a NUL character, which is part of no name; take it out")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from argparse import ArgumentParser
 from collections.abc import Iterator, Mapping, Sequence
 from functools import partial
@@ -10,10 +11,10 @@ from typing import Any, cast
 
 import torch
 from lightning.pytorch.utilities import rank_zero_only
-from rich.console import Console
 
 from sap_lightning.callbacks.prune import SaliencyPruneCallback
 from sap_lightning.cli import SapCLI
+from sap_lightning.console import table_console
 from sap_lightning.data.folder import ImageFolderDataModule
 from sap_lightning.errors import InputError
 from sap_lightning.federation.client import UNTRAINED
@@ -136,7 +137,7 @@ def compress(args: Sequence[str]) -> None:
 def _leave_behind(merged: Merged, module: MergeModule, options: Any, metrics: Mapping[str, float]) -> None:
     module.save(options.output, metrics)
     if options.report:
-        Console().print(report_table(merged.adapters, merged.weights, merged.update))
+        table_console().print(report_table(merged.adapters, merged.weights, merged.update))
     measured = "".join(f", {name.replace('_', ' ')} {value:.4f}" for name, value in metrics.items())
     if len(merged.adapters) == 1:
         print(f"One upload only: what was written is {merged.adapters[0].name}, as {merged.method.name} changes it")
@@ -152,7 +153,7 @@ def test(args: Sequence[str]) -> None:
     # A merged model's images are preprocessed as it says itself.
     data = cli.varied({"model.base": model.base}).datamodule
     (metrics,) = cli.make_trainer(logger=False, **UNTRAINED).test(model, datamodule=data, verbose=False)
-    rank_zero_only(Console().print)(metrics_table(metrics))
+    rank_zero_only(table_console().print)(metrics_table(metrics))
 
 
 def predict(args: Sequence[str]) -> None:
@@ -188,7 +189,7 @@ def flower(args: Sequence[str]) -> None:
     parser = ArgumentParser(prog="python -m sap_lightning flower", description=flower.__doc__)
     parser.add_argument("action", choices=["init"])
     parser.add_argument("folder", help="new folder for the app")
-    write_app(parser.parse_args(args).folder)
+    write_app(os.path.expanduser(parser.parse_args(args).folder))
 
 
 def _model(cli: SapCLI) -> MergeModule:

@@ -11,12 +11,14 @@ from collections.abc import Callable, Iterable, Sequence
 from typing import TypeVar
 
 from rich import get_console
+from rich.console import Console
 from rich.logging import RichHandler
 from rich.progress import track as progress_track
 
 from sap_lightning.errors import InputError, printable
 
 Item = TypeVar("Item")
+LOG_WIDTH = 160
 
 NOISE = (
     r".*LightningCLI's args parameter.*",
@@ -74,6 +76,11 @@ def _handler() -> logging.Handler:
 def _on_one_line(record: logging.LogRecord) -> bool:
     record.msg, record.args = printable(record.getMessage()), ()
     return True
+
+
+def table_console() -> Console:
+    """What tables are printed to: as wide as the terminal, or where there is none wide enough for any."""
+    return Console(width=None if on_terminal() else LOG_WIDTH)
 
 
 def on_terminal() -> bool:

@@ -15,6 +15,7 @@ from sap_lightning.errors import InputError
 from sap_lightning.option_errors import option_error, refuse_null, types_of
 from sap_lightning.options import (
     config_files_first,
+    expand_home,
     first_input_error,
     is_taken,
     refuse_others,
@@ -23,6 +24,8 @@ from sap_lightning.options import (
 )
 
 COMMAND = "fuse"
+PLACES = ("anchors.root", "fuse.base", "fuse.models", "fuse.output", "fuse.texts")
+"""Settings that name a folder or a file."""
 
 
 def fuse(args: Sequence[str]) -> None:
@@ -42,6 +45,7 @@ def configured(args: Sequence[str]) -> Fusion:
         parser = _parser(with_anchors=not all(re.match(r"--fuse\.|[^-]", arg) for arg in args))
         config = parser.parse_args(with_class_paths(config_files_first(args)))
         refuse_null(config, types_of(parser))
+        expand_home(config, PLACES)
         fusion: Fusion = parser.instantiate_classes(config).fuse
     except ValueError as error:
         if (said := first_input_error(error)) is None:

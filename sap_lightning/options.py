@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import os
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from itertools import islice
 
 import yaml
+from jsonargparse import Namespace
 
 from sap_lightning.checkpoints.methods import FUSE_METHODS
 from sap_lightning.errors import InputError
@@ -159,6 +161,22 @@ def _class_path(option: str, name: str, has_settings: bool) -> str:
 def path_of(named: type) -> str:
     """The class_path of a class."""
     return f"{named.__module__}.{named.__qualname__}"
+
+
+def expand_home(config: Namespace, places: Iterable[str]) -> None:
+    """Puts a user's folder for ~ where a setting names a place, which no shell has done in a file or after =.
+
+    Args:
+        config: what was parsed; changed in place.
+        places: settings that name one, or several.
+    """
+    for name in places:
+        for own in (name, name.replace("model.", "model.init_args.")):
+            value = config.get(own)
+            if isinstance(value, str):
+                config[own] = os.path.expanduser(value)
+            elif isinstance(value, list):
+                config[own] = [os.path.expanduser(one) if isinstance(one, str) else one for one in value]
 
 
 def first_input_error(error: BaseException | None) -> InputError | None:

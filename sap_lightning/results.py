@@ -219,9 +219,9 @@ class Results:
             InputError: when that is missing or damaged.
         """
         file = self._predictions_file(result.measurement)
-        if (tensors := read_tensors(file)) is None:
+        if (found := _predictions_in(file)) is None:
             raise InputError(f"{file}: is missing or damaged; the command that measured it measures it anew")
-        return Predictions(**tensors)
+        return found
 
     def correct(self, result: Result) -> Tensor:
         """Whether the measured model classified each image right, shape (n,), bool; read from disk once."""
@@ -237,12 +237,20 @@ class Results:
 
     def _has_predictions(self, measurement: str) -> bool:
         """Whether it is known what a model said of every image."""
-        if measurement not in self._correct and (tensors := read_tensors(self._predictions_file(measurement))):
-            self._correct[measurement] = Predictions(**tensors).correct
+        if measurement not in self._correct and (found := _predictions_in(self._predictions_file(measurement))):
+            self._correct[measurement] = found.correct
         return measurement in self._correct
 
     def _predictions_file(self, measurement: str) -> Path:
         return self.folder / "predictions" / f"{measurement}.safetensors"
+
+
+def _predictions_in(file: Path) -> Predictions | None:
+    """What a model said, from its file; None where that is missing, damaged or holds something else."""
+    tensors = read_tensors(file)
+    if tensors is None or tensors.keys() != set(Predictions._fields) or len({len(one) for one in tensors.values()}) > 1:
+        return None
+    return Predictions(**tensors)
 
 
 def refuse_earlier(folder: Path) -> None:
@@ -263,14 +271,23 @@ def _read(file: Path, lines: bytes) -> Iterable[Result | None]:
     """The results in a file's lines; None for one that is damaged, which is said."""
     for number, line in enumerate(lines.split(b"\n") if lines else (), start=1):
         try:
-            yield Result(**unsealed(json.loads(line)))
-        except ValueError:
+            result = Result(**unsealed(json.loads(line)))
+            _require_types(result)
+            yield result
+        except (ValueError, RecursionError):
             log.warning("%s: line %d is damaged: what it says is measured anew", file, number)
             yield None
         except TypeError as error:
             raise InputError(
                 f"{file}: line {number} is no result of this version ({error}); {ANOTHER_FOLDER}"
             ) from error
+
+
+def _require_types(result: Result) -> None:
+    """Raises ValueError for a result that nobody here has written, as a person may have changed it."""
+    numbers = isinstance(result.metrics, dict) and all(type(one) in (int, float) for one in result.metrics.values())
+    if not (numbers and "accuracy" in result.metrics and isinstance(result.variant, dict)):
+        raise ValueError("metrics are not numbers by name, or the variant no settings by name")
 
 
 def _line(row: Result) -> str:

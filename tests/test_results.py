@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 import torch
 from reporting.samples import UNSEEN, answers, client, measure, result, two_clients, zero_shot
+from safetensors.torch import save_file
 
 from sap_lightning.errors import InputError
 from sap_lightning.fingerprints import unsealed
@@ -106,6 +107,22 @@ def test_a_result_whose_predictions_are_gone_is_not_known(results: Results, tmp_
     (tmp_path / "predictions" / f"{measured.measurement}.safetensors").unlink()
     assert not results.has(measured)
     assert results.measured(measured.measurement) is None
+
+
+@pytest.mark.parametrize("metrics", [5, {}, {"accuracy": "x"}])
+def test_a_line_that_somebody_has_written_by_hand_is_damaged(results: Results, tmp_path: Path, metrics: object) -> None:
+    lines = (tmp_path / "results.jsonl").read_text().splitlines()
+    said = json.loads(lines[0]) | {"metrics": metrics}
+    del said["sha256"]
+    (tmp_path / "results.jsonl").write_text("\n".join([json.dumps(said), *lines[1:], ""]))
+    assert len(Results(tmp_path).rows) == len(results.rows) - 1
+
+
+def test_predictions_that_somebody_has_put_there_are_none(results: Results, tmp_path: Path) -> None:
+    measured = result("sap", "photo", 4)
+    for tensors in ({"other": torch.zeros(3)}, {"labels": torch.zeros(3), "images": torch.zeros(2)}):
+        save_file(tensors, tmp_path / "predictions" / f"{measured.measurement}.safetensors")
+        assert not Results(tmp_path).has(measured)
 
 
 def test_a_new_result_takes_the_place_of_the_old_one_of_the_same_point(results: Results) -> None:

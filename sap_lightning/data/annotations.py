@@ -9,13 +9,18 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeGuard
 
-from sap_lightning.data.anchors import entries_in, image_file
+from sap_lightning.data.anchors import HALF_CHARACTER, entries_in, image_file
+from sap_lightning.data.questions import IMAGE
 from sap_lightning.errors import InputError, first_line, short
 
 SPLITS = {"train": "train", "val": "test", "test": "test"}
 """Splits of annotations, and which of a client's files they go to."""
+LARGEST = 10**6
+"""Pixels that a side of an image may have."""
 BEYOND = 1.0
 """Pixels by which a box of COCO's may reach beyond its image, as its corners are rounded."""
+
+TEXTS = f"texts that are not empty and have no {IMAGE} in them"
 
 Box = tuple[float, float, float, float]
 
@@ -82,24 +87,34 @@ def _in_listing(file: Path) -> Iterator[tuple[str, Annotated]]:
     for where, entry in entries_in(file):
         image = image_file(file.parent, entry, where)
         split, captions, objects = (entry.get(key) for key in ("split", "captions", "objects"))
-        if split not in SPLITS:
+        if not isinstance(split, str) or split not in SPLITS:
             raise InputError(f"{where}: split must be one of {', '.join(SPLITS)}, got {short(split)}")
         if not _are_names(captions):
-            raise InputError(f"{where}: captions must be a list of strings, got {short(captions)}")
+            raise InputError(f"{where}: captions must be a list of {TEXTS}, got {short(captions)}")
         if not isinstance(objects, list):
             raise InputError(f"{where}: objects must be a list, got {short(objects)}")
         yield where, Annotated(image, split, captions, list(_things_in(objects, where)))
 
 
 def _are_names(value: object) -> TypeGuard[list[str]]:
-    return isinstance(value, list) and bool(value) and all(isinstance(one, str) and one.strip() for one in value)
+    return isinstance(value, list) and bool(value) and all(map(_is_name, value))
+
+
+def _is_name(value: object) -> bool:
+    return isinstance(value, str) and bool(value.strip()) and IMAGE not in value and not HALF_CHARACTER.search(value)
+
+
+def _in_one_line(text: str) -> str:
+    return " ".join(text.split())
 
 
 def _things_in(objects: list[Any], where: str) -> Iterator[Thing]:
     for number, entry in enumerate(objects, start=1):
         what = f"{where}: object {number}"
         if not isinstance(entry, dict) or not _are_names([entry.get("category")]):
-            raise InputError(f"{what}: expected an object with category, box and crowd, got {short(entry)}")
+            raise InputError(
+                f"{what}: expected an object with category (of {TEXTS}), box and crowd, got {short(entry)}"
+            )
         box: Any = entry.get("box")
         crowd = entry.get("crowd", False)
         if not _is_box(box):
@@ -107,7 +122,7 @@ def _things_in(objects: list[Any], where: str) -> Iterator[Thing]:
         if not isinstance(crowd, bool):
             raise InputError(f"{what}: crowd must be true or false, got {short(crowd)}")
         x1, y1, x2, y2 = box
-        yield Thing(entry["category"], (x1, y1, x2, y2), crowd)
+        yield Thing(_in_one_line(entry["category"]), (x1, y1, x2, y2), crowd)
 
 
 def _is_box(value: Any) -> bool:
@@ -157,8 +172,8 @@ def _captions_in(file: Path) -> dict[int, list[str]]:
     for where, entry in _entries(_read(file), "annotations", file):
         caption: Any = entry.get("caption")
         if not _are_names([caption]):
-            raise InputError(f"{where}: caption must be a text, got {short(caption)}")
-        found[_whole(entry, "image_id", where)].append(" ".join(caption.split()))
+            raise InputError(f"{where}: caption must be of {TEXTS}, got {short(caption)}")
+        found[_whole(entry, "image_id", where)].append(_in_one_line(caption))
     return found
 
 
@@ -177,16 +192,18 @@ def _things_by_image(
             raise InputError(f"{where}: iscrowd must be 0 or 1, got {short(crowd)}")
         place, named = categories[category]
         if not _are_names([named.get("name")]):
-            raise InputError(f"{place}: name must be a text, got {short(named.get('name'))}")
-        things[image].append(Thing(named["name"], _shares(entry.get("bbox"), *images[image], where), bool(crowd)))
+            raise InputError(f"{place}: name must be of {TEXTS}, got {short(named.get('name'))}")
+        things[image].append(
+            Thing(_in_one_line(named["name"]), _shares(entry.get("bbox"), *images[image], where), bool(crowd))
+        )
     return things
 
 
 def _shares(bbox: Any, of: str, image: dict[str, Any], where: str) -> Box:
     """x, y, width, height in pixels as x1, y1, x2, y2 in shares of the image; COCO has a few without an extent."""
     width, height = (_whole(image, key, of) for key in ("width", "height"))
-    if min(width, height) < 1:
-        raise InputError(f"{of}: width and height must be at least 1, got {width} and {height}")
+    if not 1 <= min(width, height) <= max(width, height) <= LARGEST:
+        raise InputError(f"{of}: width and height must be from 1 to {LARGEST}, got {short(width)} and {short(height)}")
     if _are_four_numbers(bbox):
         x, y, w, h = bbox
         inside = min(x, y) >= -BEYOND and x + w <= width + BEYOND and y + h <= height + BEYOND
@@ -202,7 +219,9 @@ def _shares(bbox: Any, of: str, image: dict[str, Any], where: str) -> Box:
 def _read(file: Path) -> dict[str, Any]:
     try:
         content = json.loads(file.read_bytes())
-    except (OSError, ValueError, RecursionError) as error:
+    except OSError as error:
+        raise InputError(f"{file}: cannot be read ({error.strerror}); COCO's annotations have such a file") from error
+    except (ValueError, RecursionError) as error:
         raise InputError(f"{file}: cannot be read as JSON: {first_line(error)}") from error
     if not isinstance(content, dict):
         raise InputError(f"{file}: expected a JSON object, got {type(content).__name__}")

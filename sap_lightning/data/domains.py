@@ -335,6 +335,8 @@ def match_classes(found: list[str], given: list[str] | None) -> tuple[list[str],
         shown = {spelling(name): name.replace("_", " ") for name in reversed(found)}
         names, keys = [shown[key] for key in found_keys], found_keys
     else:
+        if isinstance(given, str):
+            raise InputError(f"data.class_names {short(given)}: is one name; give a list of them")
         check_names("data.class_names", "class", given)
         names, keys = given, list(map(spelling, given))
         if len(set(keys)) < len(keys):

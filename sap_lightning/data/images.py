@@ -91,8 +91,9 @@ def decode(data: bytes) -> Image.Image:
     """
     image = _open(data)
     _check_size(*image.size)
-    if image.mode == "F":
-        raise ValueError("its pixels are floating-point numbers of an unknown range; save it with 8 or 16 bits")
+    if image.mode == "F" or (image.mode == "I" and image.format == "TIFF"):
+        kind = "floating-point numbers" if image.mode == "F" else "integers of 32 bits"
+        raise ValueError(f"its pixels are {kind} of an unknown range; save it with 8 or 16 bits")
     image.load()
     ImageOps.exif_transpose(image, in_place=True)
     if image.mode.startswith("I"):

@@ -19,11 +19,11 @@ from torch.utils.data import DataLoader
 
 from sap_lightning.data.anchors import HALF_CHARACTER, entries_in, image_file
 from sap_lightning.data.loaders import eval_sampler, images_per_process, process_of, train_sampler
-from sap_lightning.data.names import check_names
+from sap_lightning.data.names import check_names, refuse_look_alikes
 from sap_lightning.data.questions import ANCHORS_FILE, IMAGE
 from sap_lightning.data.shapes.instructions import drawn_once
 from sap_lightning.errors import InputError, check_at_least, short
-from sap_lightning.files import FOLDER_NAME, FOLDER_NAME_WORDS
+from sap_lightning.files import FOLDER_NAME, FOLDER_NAME_WORDS, sha256_of_file
 from sap_lightning.fingerprints import digest
 
 BUILT_IN = "shapes"
@@ -305,6 +305,7 @@ class InstructionDataModule(L.LightningDataModule):
         if not found:
             raise InputError(f"data.root {self.root}: holds no <client>/{TRAIN}; see docs/pilot.md for the layout")
         check_names(f"data.root {self.root}", "client", found)
+        refuse_look_alikes(f"data.root {self.root}", "client", found)
         if odd := next((name for name in found if not re.fullmatch(FOLDER_NAME, name, re.ASCII)), None):
             raise InputError(
                 f"data.root {self.root}: client {short(odd)}: its name must be {FOLDER_NAME_WORDS}; rename the folder"
@@ -341,10 +342,10 @@ class InstructionDataModule(L.LightningDataModule):
         return self._read[path]
 
     def contents(self, client: str) -> str:
-        """A digest of a client's conversations, and of the sizes of their images."""
+        """A digest of a client's conversations and their images."""
         samples = [*self.samples(client, TRAIN), *self.samples(client, TEST)]
-        sizes = [sample.image.stat().st_size for sample in samples if sample.image]
-        return digest([(sample.task, sample.turns) for sample in samples], sizes)
+        images = {image: sha256_of_file(image) for image in {sample.image for sample in samples} if image}
+        return digest([(one.task, one.turns, images[one.image] if one.image else "") for one in samples])
 
     def score_of(self, task: str) -> Score:
         """How the answers of a task are judged."""

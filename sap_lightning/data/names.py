@@ -24,6 +24,16 @@ def check_names(place: str, kind: str, names: Iterable[str]) -> None:
             )
 
 
+def refuse_look_alikes(place: str, kind: str, names: Iterable[str]) -> None:
+    """Raises InputError where two names differ in their spelling alone; as for `check_names`."""
+    first: dict[str, str] = {}
+    for name in names:
+        if (other := first.setdefault(spelling(name), name)) != name:
+            raise InputError(
+                f"{place}: {kind}s {short(other)} and {short(name)} differ in spelling alone; rename one, or join them"
+            )
+
+
 def spelling(name: str) -> str:
     """What all spellings of a name have in common: letters of either case, composed or not, and any spaces for _."""
     return " ".join(unicodedata.normalize("NFC", name).replace("_", " ").casefold().split())

@@ -7,13 +7,15 @@ from pathlib import Path
 from typing import NamedTuple, Protocol
 
 import datasets
-import pyarrow as pa
 
 from sap_lightning.data.images import FORMATS_IN_WORDS, Picture, file_picture, is_image
-from sap_lightning.data.names import check_names, spelling
+from sap_lightning.data.names import check_names, refuse_look_alikes
 from sap_lightning.data.tables import image_column, is_table, load_table, table_fingerprint, table_pictures
-from sap_lightning.errors import InputError
+from sap_lightning.errors import InputError, short
 from sap_lightning.fingerprints import digest, file_fingerprint
+
+MOST_DIGITS = 1000
+"""Of a number that Python reads; names of more are sorted as texts."""
 
 
 class Samples(NamedTuple):
@@ -64,18 +66,9 @@ def open_source(root: str, domain_column: str, label_column: str) -> Source:
         source = ImageTable(load_table(root), root, domain_column, label_column)
     check_names(root, "domain", source.domains)
     check_names(root, "class", source.classes)
-    _refuse_look_alikes(root, source.domains)
+    # Spellings of a class are one class; of a domain they would be two clients, who share a folder on some disks.
+    refuse_look_alikes(root, "domain", source.domains)
     return source
-
-
-def _refuse_look_alikes(root: str, domains: list[str]) -> None:
-    """Spellings of a class are one class; of a domain they would be two clients, who share a folder on some disks."""
-    first: dict[str, str] = {}
-    for domain in domains:
-        if (other := first.setdefault(spelling(domain), domain)) != domain:
-            raise InputError(
-                f"{root}: domains {other!r} and {domain!r} differ in spelling alone; rename one, or join them"
-            )
 
 
 class ImageFolder:
@@ -138,8 +131,8 @@ def _names(table: datasets.Dataset, column: str, root: str) -> list[str]:
     values = table.select_columns(column).with_format(None)[:][column]
     if isinstance(feature, datasets.ClassLabel):
         values = [None if value is None or value < 0 else feature.names[value] for value in values]
-    elif not pa.types.is_string(feature.pa_type) and not pa.types.is_large_string(feature.pa_type):
-        raise InputError(f"{root}: column {column!r} must hold strings or class labels, got {feature.dtype}")
+    elif not (isinstance(feature, datasets.Value) and feature.dtype in ("string", "large_string")):
+        raise InputError(f"{root}: column {column!r} must hold strings or class labels, got {short(feature)}")
     if None in values:
         raise InputError(f"{root}: row {values.index(None)} has no {column!r}")
     return values
@@ -147,7 +140,7 @@ def _names(table: datasets.Dataset, column: str, root: str) -> list[str]:
 
 def in_order(names: Collection[str]) -> list[str]:
     """Names sorted: 2 before 10 where all are numbers."""
-    if all(name.isdecimal() for name in names):
+    if all(name.isdecimal() and len(name) < MOST_DIGITS for name in names):
         return sorted(names, key=lambda name: (int(name), name))
     return sorted(names)
 

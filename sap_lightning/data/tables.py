@@ -44,7 +44,8 @@ def load_table(root: str, rows: int | None = None) -> datasets.Dataset:
             return datasets.concatenate_datasets(list(loaded.values()))
         return loaded
     except Exception as error:  # the library raises its own, pyarrow's, the hub client's and the file system's
-        here = "" if folder.is_dir() else f" (there is no {folder.absolute()})"
+        there = "this is no folder" if folder.exists() else f"there is no {folder.absolute()}"
+        here = "" if folder.is_dir() else f" ({there})"
         raise InputError(
             f"{root}: neither a folder of images{here} nor a readable dataset: {first_line(error)}"
         ) from error

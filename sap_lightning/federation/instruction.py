@@ -25,7 +25,15 @@ from sap_lightning.federation.run_folder import RunFolder, config_file, require_
 from sap_lightning.federation.systems import ALL, SYSTEMS, Server, System, aggregated
 from sap_lightning.federation.turns import taking_part
 from sap_lightning.federation.unseen_task import check_methods, one_shot
-from sap_lightning.files import as_json, clear_unfinished_at, locked, read_tensors, sha256_of_file, write_tensors
+from sap_lightning.files import (
+    as_json,
+    clear_unfinished_at,
+    locked,
+    read_tensors,
+    sha256_of_file,
+    write_tensors,
+    write_text,
+)
 from sap_lightning.fingerprints import digest
 from sap_lightning.functional import answers
 from sap_lightning.functional.lora import LoRALayer
@@ -47,6 +55,8 @@ BASE = "base"
 """What tables call the base as it is."""
 KEPT = "kept.safetensors"
 """What a client keeps at home from one turn to the next, in its folder."""
+STARTED_FILE = "start.sha256"
+"""In it a client says what its upload was trained from."""
 ONE_SHOT = "one shot"
 """What the log calls the one turn whose uploads are merged."""
 SCORES = {"exact": answers.exact, "f1": answers.f1, "iou": answers.iou}
@@ -225,8 +235,10 @@ class InstructionFederation:
                 file = self._turn_folder(name, system, earlier).client(client) / KEPT
                 found = read_tensors(file)
                 if found is None:
+                    upload = self._turn_folder(name, system, earlier).upload(client)
                     raise InputError(
-                        f"{file}: is not there, and the client goes on from it; remove its folder's upload"
+                        f"{file}: is missing or damaged, and the client goes on from it; remove {upload}, and both"
+                        " are made anew"
                     )
                 return found
         return {}
@@ -234,6 +246,7 @@ class InstructionFederation:
     def _train(self, folder: RunFolder, title: str, client: str, start: Start, system: System) -> None:
         upload, home = folder.upload(client), folder.client(client)
         if upload.exists():
+            _require_start(upload, home / STARTED_FILE, start)
             return
         module = self._module(start, system)
         data = self.data.for_client(client, self._encoder, start.number * self.epochs)
@@ -245,6 +258,7 @@ class InstructionFederation:
             )
             if trainer.is_global_zero:
                 write_tensors(home / KEPT, module.kept())
+                write_text(home / STARTED_FILE, start.sha256)
                 module.write_upload(upload, client, data.num_samples)
             trainer.strategy.barrier()
 
@@ -343,3 +357,11 @@ class InstructionFederation:
         """The score of each answer of a task, in [0, 1]."""
         judge = SCORES[self.data.score_of(task)]
         return [judge(one["said"], one["answer"]) for one in said]
+
+
+def _require_start(upload: Path, file: Path, start: Start) -> None:
+    """Raises InputError for the upload of a later turn that was trained from another start than it would be now."""
+    if start.number and (not file.is_file() or file.read_text(encoding="utf-8") != start.sha256):
+        raise InputError(
+            f"{upload}: was not trained from what the turn before gives now; remove it, and it is trained anew"
+        )

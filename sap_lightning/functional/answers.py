@@ -9,17 +9,45 @@ from torchmetrics.functional.text import squad
 Box = tuple[float, float, float, float]
 _NUMBER = r"\s*(-?(?:\d+\.?\d*|\.\d+))\s*"
 _BOX = re.compile(rf"\[{','.join([_NUMBER] * 4)}\]")
+_NUMBERS = re.compile(r"-?(?:\d+\.?\d*|\.\d+)")
+_SQUAD_WORDS = re.compile(r"\b(?!(?:a|an|the)\b)\w*[^\W_]")
+"""What SQuAD's normalisation leaves something of."""
 OVERLAP = 0.5
 
 
 def exact(said: str, answer: str) -> float:
-    """1 where an answer is the same but for case, articles and punctuation (SQuAD's exact match), else 0."""
-    return _squad(said, answer)["exact_match"]
+    """1 where an answer is the same but for case, articles and punctuation (SQuAD's exact match), else 0.
+
+    Where we deviate: numbers are compared as such, as without punctuation 1.5 is 15 and −5 is 5; and so is as it
+    stands what has no other words, of which nothing would be left, such as the choice A.
+
+    Example:
+        >>> from sap_lightning.functional.answers import exact
+        >>> exact("the cup.", "Cup"), exact("1.5", "15"), exact("", "A")
+        (1.0, 0.0, 0.0)
+    """
+    return _as_they_stand(said, answer) if _has_own_rule(said, answer) else _squad(said, answer)["exact_match"]
 
 
 def f1(said: str, answer: str) -> float:
-    """F1 of the words of an answer (SQuAD's), in [0, 1]."""
-    return _squad(said, answer)["f1"]
+    """F1 of the words of an answer (SQuAD's), in [0, 1]; of numbers and of what has no words as `exact`."""
+    return _as_they_stand(said, answer) if _has_own_rule(said, answer) else _squad(said, answer)["f1"]
+
+
+def _has_own_rule(said: str, answer: str) -> bool:
+    both = _words(said), _words(answer)
+    return all(map(_NUMBERS.fullmatch, both)) or not all(map(_SQUAD_WORDS.search, both))
+
+
+def _as_they_stand(said: str, answer: str) -> float:
+    one, other = _words(said), _words(answer)
+    if _NUMBERS.fullmatch(one) and _NUMBERS.fullmatch(other):
+        return float(float(one) == float(other))
+    return float(one == other)
+
+
+def _words(text: str) -> str:
+    return " ".join(text.lower().rstrip(" .\n\t").split())
 
 
 def iou(said: str, answer: str) -> float:

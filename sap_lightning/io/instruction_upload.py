@@ -17,7 +17,7 @@ from sap_lightning.functional.lora import LoRALayer
 from sap_lightning.io.adapter import Adapter, adapter_files, read_adapter
 from sap_lightning.io.factors import Shapes
 from sap_lightning.io.manifest import Manifest
-from sap_lightning.io.rules import errors_in, short
+from sap_lightning.io.rules import MAX_FLOAT32, errors_in, short
 from sap_lightning.io.upload_files import CONNECTOR_FILE, FilesInFolder
 from sap_lightning.io.weights import OpenWeights, readable
 
@@ -82,17 +82,29 @@ def read_instruction_upload(
         connector: shapes of the connector's parameters by name; empty for a language model alone.
 
     Raises:
-        InputError: as `read_adapter` does; or the connector is missing, or a tensor of it is unknown, missing, not
-            finite or of another shape or dtype.
+        InputError: as `read_adapter` does; or the connector is missing or not the manifest's, or a tensor of it is
+            unknown, missing, not finite or of another shape or dtype.
     """
     adapter = read_adapter(folder, shapes, base_fingerprint)
     if adapter.manifest is None:
         raise InputError(f"{folder}: has no manifest.json, which says of what task and round it is; send it whole")
     tensors = _read_connector(folder, connector)
-    digest = sha256(adapter.sha256.encode())
-    for name, tensor in sorted(tensors.items()):
-        hash_tensor(digest, name, tensor)
-    return ReadUpload(adapter, tensors, digest.hexdigest(), FilesInFolder(folder).size())
+    own = connector_sha256(tensors)
+    if adapter.manifest.connector_sha256 != own:
+        raise InputError(
+            f"{folder}: connector_sha256 is {adapter.manifest.connector_sha256 or 'not said'}, that of the connector"
+            f" {own or 'that is not there'}; the files have changed since they were written, upload them again"
+        )
+    digest = sha256(f"{adapter.sha256}{own}".encode()).hexdigest()
+    return ReadUpload(adapter, tensors, digest, FilesInFolder(folder).size())
+
+
+def connector_sha256(connector: Mapping[str, Tensor]) -> str:
+    """A digest of a connector's parameters; nothing of none."""
+    digest = sha256()
+    for name, tensor in sorted(connector.items()):
+        hash_tensor(digest, name, tensor.detach().float().cpu())
+    return digest.hexdigest() if connector else ""
 
 
 def read_tuned(folder: Path, shapes: Shapes, connector: Mapping[str, Sequence[int]]) -> InstructionUpload:
@@ -133,3 +145,5 @@ def _require_finite(tensors: Mapping[str, Tensor]) -> None:
     for name, tensor in tensors.items():
         if not tensor.isfinite().all():
             raise InputError(f"connector: {name} has NaN or Inf; train with a lower learning rate")
+        if not tensor.double().norm() < MAX_FLOAT32:
+            raise InputError(f"connector: {name} overflows float32; train with a lower learning rate")

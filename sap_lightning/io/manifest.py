@@ -69,11 +69,18 @@ _RULES = {
     "tensors_sha256": _SHA256,
     "reach": _REACH,
 }
-_SECOND_RULES = {"kind": _KIND, "parts": _TEXTS, "round": _ROUND, "task": TEXT, "layers": _TEXTS}
+_SECOND_RULES = {
+    "kind": _KIND,
+    "parts": _TEXTS,
+    "round": _ROUND,
+    "task": TEXT,
+    "layers": _TEXTS,
+    "connector_sha256": Rule(matches(r"([0-9a-f]{64})?"), "a sha256 in hex, or nothing"),
+}
 """What format 2 says besides."""
-_UNSAID = {"kind": "lora", "parts": FACTORS, "round": 0, "task": "", "layers": ()}
+_UNSAID = {"kind": "lora", "parts": FACTORS, "round": 0, "task": "", "layers": (), "connector_sha256": ""}
 """What a manifest of format 1 leaves unsaid, and how that is understood."""
-_OPTIONAL = {"reach"}
+_OPTIONAL = {"reach", "connector_sha256"}
 DIGEST = "fields_sha256"
 
 
@@ -100,6 +107,7 @@ class Manifest:
         round: in which it was trained, from 0.
         task: that it was trained on, where clients have several.
         layers: names of those that were sent, where that is not all that the targets name.
+        connector_sha256: of a connector that is sent beside the adapter; left out where there is none.
 
     Raises:
         InputError: a value of the wrong type or out of range.
@@ -123,6 +131,7 @@ class Manifest:
     round: int = 0
     task: str = ""
     layers: tuple[str, ...] = ()
+    connector_sha256: str = ""
 
     def __post_init__(self) -> None:
         for name, rule in (_RULES | _SECOND_RULES).items():
@@ -150,6 +159,8 @@ def manifest_bytes(manifest: Manifest) -> bytes:
     """A manifest as JSON text, with a digest of its fields that shows damage."""
     known = _rules_of(manifest.format_version)
     said = {name: value for name, value in asdict(manifest).items() if name in known}
+    if not manifest.connector_sha256:
+        said.pop("connector_sha256", None)
     return json_bytes(said | {DIGEST: _digest(said)})
 
 

@@ -99,6 +99,7 @@ class CLIPEvaluator(CLIPClassifier):
         self.log_accuracy()
         # Over all processes, in the order of the domain; the metrics are float32, which holds these integers.
         probabilities, labels, images, features = (metric.compute().cpu() for metric in self._tested)
+        labels, images = labels.flatten(), images.flatten()  # of one image alone they are numbers
         order = images.argsort()
         probabilities = probabilities.view(len(images), -1)
         self.tested_features = features.view(len(images), -1)[order]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from hashlib import sha256
 from importlib.metadata import version
 from itertools import zip_longest
 from pathlib import Path
@@ -18,9 +19,10 @@ from torchmetrics import MeanMetric
 
 from sap_lightning.data.instructions import InstructionBatch, InstructionDataModule
 from sap_lightning.errors import check_at_least, check_positive, check_share
+from sap_lightning.fingerprints import hash_tensor
 from sap_lightning.functional.lora import LoRALayer, Update
 from sap_lightning.io.adapter import sha256_of
-from sap_lightning.io.instruction_upload import InstructionUpload, write_instruction_upload
+from sap_lightning.io.instruction_upload import InstructionUpload, connector_sha256, write_instruction_upload
 from sap_lightning.io.manifest import Manifest
 from sap_lightning.io.peft_config import public_name
 from sap_lightning.models.language import answer_losses
@@ -63,6 +65,15 @@ class Start:
     connectors: Mapping[str, Mapping[str, Tensor]] = field(default_factory=dict)
     kept: Mapping[str, Tensor] = field(default_factory=dict)
     update: Mapping[str, Update] | None = None
+
+    @property
+    def sha256(self) -> str:
+        """Of what training goes on from."""
+        hashed = sha256(sha256_of(self.layers).encode())
+        for task, tensors in sorted({**self.connectors, "kept at home": self.kept}.items()):
+            for name, tensor in sorted(tensors.items()):
+                hash_tensor(hashed, f"{task}\0{name}", tensor)
+        return hashed.hexdigest()
 
 
 class VLMLoRAModule(L.LightningModule):
@@ -289,6 +300,7 @@ class VLMLoRAModule(L.LightningModule):
     def write_upload(self, folder: Path, client: str, num_samples: int) -> Path:
         """Writes what the client sends: LoRA in PEFT's format, the connector's part for others, and a manifest."""
         layers = lora_layers(cast(nn.Module, self.language))
+        sent = {} if self.connector is None else dict(self.connector.sent.state_dict())
         manifest = Manifest(
             base=public_name(self.base),
             base_fingerprint=self.loaded.fingerprint,
@@ -304,8 +316,8 @@ class VLMLoRAModule(L.LightningModule):
             format_version=2,
             round=self._start.number,
             task=self._start.task or "instructions",
+            connector_sha256=connector_sha256(sent),
         )
-        sent = {} if self.connector is None else dict(self.connector.sent.state_dict())
         return write_instruction_upload(folder, InstructionUpload(layers, sent), self.base, manifest)
 
     def kept(self) -> dict[str, Tensor]:

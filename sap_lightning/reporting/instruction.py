@@ -4,15 +4,13 @@ from __future__ import annotations
 
 import logging
 
-from rich.console import Console
-
-from sap_lightning.console import on_terminal
+from sap_lightning.console import table_console
 from sap_lightning.errors import first_line
 from sap_lightning.federation.instruction import InstructionFederation
 from sap_lightning.files import write_text
 from sap_lightning.reporting.instruction_page import write_instruction_report
 from sap_lightning.reporting.instruction_table import rows_of, tables_of
-from sap_lightning.reporting.show import LOG_WIDTH, TABLE_FILE
+from sap_lightning.reporting.show import TABLE_FILE
 
 log = logging.getLogger(__name__)
 
@@ -21,7 +19,7 @@ def show_instruction(federation: InstructionFederation) -> None:
     """Prints the tables and writes them, and the report, without which the run is as whole."""
     rows = rows_of(federation)
     tables = tables_of(federation, rows)
-    console = Console(width=None if on_terminal() else LOG_WIDTH)
+    console = table_console()
     for table in tables:
         console.print(table.rich())
     write_text(federation.folder / TABLE_FILE, "\n".join(table.markdown() for table in tables))

@@ -4,10 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from rich.console import Console
-
 from sap_lightning.callbacks.tensorboard import log_figures, tensorboards
-from sap_lightning.console import on_terminal
+from sap_lightning.console import table_console
 from sap_lightning.escapes import for_terminal
 from sap_lightning.federation.one_shot import OneShotFederation
 from sap_lightning.files import write_csv, write_text
@@ -18,7 +16,6 @@ from sap_lightning.reporting.table import TableRow, left_out, markdown_table, ri
 from sap_lightning.results import Results
 
 TABLE_FILE = "table.md"
-LOG_WIDTH = 160
 """Columns of the table where no terminal sets them."""
 
 
@@ -53,7 +50,7 @@ def _report(federation: OneShotFederation, results: Results, rows: Sequence[Tabl
 
 def print_table(rows: Sequence[TableRow], unseen: Sequence[str], sentences: Sequence[str]) -> None:
     """Prints the table, and sentences below it."""
-    console = Console(width=None if on_terminal() else LOG_WIDTH)
+    console = table_console()
     console.print(rich_table(rows, unseen))
     for sentence in sentences:
         console.print(for_terminal(sentence))

@@ -122,13 +122,14 @@ TRAIN, CAPTIONS = "instances_train2017.json", "captions_train2017.json"
     [
         (TRAIN, "images[2]", {"id": "2"}, "id must be a whole number, got '2'"),
         (TRAIN, "images[2]", {"id": 1}, "id 1 stands in an earlier one too"),
-        (TRAIN, "images[0]", {"width": 0}, "width and height must be at least 1, got 0 and 4"),
+        (TRAIN, "images[0]", {"width": 0}, "width and height must be from 1 to 1000000, got 0 and 4"),
+        (TRAIN, "images[0]", {"width": 10**400}, "width and height must be from 1 to 1000000, got 1000"),
         (TRAIN, "images[0]", {"height": 4.0}, "height must be a whole number, got 4.0"),
         (TRAIN, "images[2]", {"file_name": "none.png"}, "image 'none.png' is missing"),
         (TRAIN, "images[2]", {"file_name": "../val2017/009.png"}, "points out of the folder"),
         (TRAIN, "images[2]", {"file_name": "001.png"}, "an image '001.png' was named before"),
         (TRAIN, "categories[1]", {"id": 1}, "id 1 stands in an earlier one too"),
-        (TRAIN, "categories[1]", {"name": " "}, "name must be a text, got ' '"),
+        (TRAIN, "categories[1]", {"name": " "}, "name must be of texts that are not empty and have no <image>"),
         (TRAIN, "annotations[1]", {"image_id": 14}, "image_id 14 is none of the file's"),
         (TRAIN, "annotations[1]", {"category_id": 2}, "category_id 2 is none of the file's"),
         (TRAIN, "annotations[1]", {"category_id": None}, "category_id must be a whole number, got None"),
@@ -139,7 +140,7 @@ TRAIN, CAPTIONS = "instances_train2017.json", "captions_train2017.json"
         (TRAIN, "annotations[1]", {"bbox": [0, 0, float("nan"), 1]}, "bbox must be x, y, width, height in pixels"),
         (TRAIN, "annotations[1]", {"bbox": [0, 0, 1]}, "bbox must be x, y, width, height in pixels"),
         (TRAIN, "annotations[1]", {"bbox": ["0", 0, 1, 1]}, "bbox must be x, y, width, height in pixels"),
-        (CAPTIONS, "annotations[1]", {"caption": " \n"}, "caption must be a text"),
+        (CAPTIONS, "annotations[1]", {"caption": " \n"}, "caption must be of texts that are not empty"),
         (CAPTIONS, "annotations[1]", {"image_id": 1.0}, "image_id must be a whole number, got 1.0"),
     ],
 )  # fmt: skip
@@ -163,7 +164,7 @@ def test_a_faulty_entry_is_named(coco, tmp_path, file, entry, change_of, said):
         (TRAIN, '{"images": [3]}', "images[0]: expected a JSON object, got 3"),
         (TRAIN, '{"images": [], "categories": []}', "annotations must be a list, got None"),
         (CAPTIONS, "\udcff", "cannot be read as JSON"),
-        (CAPTIONS, None, "cannot be read as JSON"),
+        (CAPTIONS, None, "cannot be read (No such file or directory); COCO's annotations have such a file"),
     ],
 )
 def test_a_faulty_file_is_named(coco, file, content, said):

@@ -141,6 +141,11 @@ def test_a_file_that_is_too_large_is_not_read_whole(tmp_path, monkeypatch):
         decode(data)
 
 
+def test_integers_of_32_bits_have_no_brightness_either():
+    with pytest.raises(ValueError, match="integers of 32 bits of an unknown range"):
+        decode(encoded(Image.fromarray(np.full((2, 2), 200, np.int32)), "tiff"))
+
+
 def test_floating_point_pixels_have_no_brightness():
     with pytest.raises(ValueError, match="floating-point numbers of an unknown range"):
         decode(encoded(Image.fromarray(np.full((2, 2), 0.5, np.float32)), "tiff"))

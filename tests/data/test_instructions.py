@@ -240,6 +240,14 @@ def test_a_root_without_clients_is_named(tmp_path):
         _ = InstructionDataModule(str(tmp_path)).clients
 
 
+def test_two_spellings_of_a_client_are_refused(tmp_path):
+    for name in ("vqa_a", "VQA_A"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "train.jsonl").touch()
+    with pytest.raises(InputError, match="clients 'VQA_A' and 'vqa_a' differ in spelling alone"):
+        _ = InstructionDataModule(str(tmp_path)).clients
+
+
 def test_a_client_of_two_tasks_is_refused(tmp_path):
     folder = tmp_path / "both"
     folder.mkdir()

@@ -168,7 +168,16 @@ def test_rows_without_label_are_refused(tmp_path):
 def test_number_labels_without_names_are_refused(tmp_path):
     features = datasets.Features(FEATURES | {"label": datasets.Value("int64")})
     table(features).save_to_disk(tmp_path / "set")
-    with pytest.raises(InputError, match="strings or class labels, got int64"):
+    with pytest.raises(InputError, match=r"strings or class labels, got Value.*int64"):
+        open_source(str(tmp_path / "set"), "domain", "label")
+
+
+def test_several_labels_of_an_image_are_refused(tmp_path):
+    features = datasets.Features(FEATURES | {"label": datasets.List(datasets.Value("string"))})
+    rows = table(datasets.Features(FEATURES)).to_dict()
+    rows["label"] = [["a", "b"]] * len(rows["label"])
+    datasets.Dataset.from_dict(rows, features=features).save_to_disk(tmp_path / "set")
+    with pytest.raises(InputError, match="strings or class labels, got List"):
         open_source(str(tmp_path / "set"), "domain", "label")
 
 

@@ -205,6 +205,29 @@ def test_an_upload_of_another_turn_is_refused(tmp_path, run, base, root):
         federation(base, root, folder).run()
 
 
+def test_a_later_upload_is_not_gone_on_with_where_its_start_would_be_another(tmp_path, run, base, root):
+    folder = tmp_path / "run"
+    shutil.copytree(run, folder)
+    shutil.rmtree(folder / "first/task/uploads/vqa_a")
+    other = VLMLoRAModule(base, rank=2, alpha=4, targets=["q_proj"], seed=7).starting(Start(stage="task", task="vqa"))
+    other.configure_model()
+    other.write_upload(folder / "first/task/uploads/vqa_a", "vqa_a", 3)
+    with pytest.raises(InputError, match=r"pilot/turns/1/uploads/\w+: was not trained from what the turn before gives"):
+        federation(base, root, folder).run()
+
+
+def test_images_that_have_changed_are_noticed(tmp_path, root):
+    shutil.copytree(root, tmp_path / "root")
+    before = contents(str(tmp_path / "root"))
+    image = next(
+        sample.image for sample in InstructionDataModule(str(tmp_path / "root")).samples("vqa_a", "test.jsonl")
+    )
+    changed = bytearray(image.read_bytes())
+    changed[-1] ^= 1
+    image.write_bytes(changed)
+    assert contents(str(tmp_path / "root"))["vqa_a"] != before["vqa_a"]
+
+
 @pytest.mark.parametrize(
     ("settings", "message"),
     [

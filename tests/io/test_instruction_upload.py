@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,12 @@ import torch
 from sap_lightning.errors import InputError
 from sap_lightning.functional.lora import LoRALayer
 from sap_lightning.io.adapter import sha256_of
-from sap_lightning.io.instruction_upload import InstructionUpload, read_instruction_upload, write_instruction_upload
+from sap_lightning.io.instruction_upload import (
+    InstructionUpload,
+    connector_sha256,
+    read_instruction_upload,
+    write_instruction_upload,
+)
 from sap_lightning.io.manifest import Manifest
 
 NAME = "model.layers.0.self_attn.q_proj"
@@ -30,7 +36,7 @@ def upload(tmp_path: Path) -> Path:
     manifest = Manifest(
         base="base", base_fingerprint=FINGERPRINT, domain="vqa_a", class_names=(), num_samples=6, rank=2, alpha=4.0,
         targets=("q_proj",), seed=0, packages={}, tensors_sha256=sha256_of(layers), format_version=2, round=1,
-        task="vqa",
+        task="vqa", connector_sha256=connector_sha256(connector),
     )  # fmt: skip
     return write_instruction_upload(tmp_path / "vqa_a", InstructionUpload(layers, connector), "base", manifest)
 
@@ -57,12 +63,33 @@ def test_it_holds_nothing_else(upload):
     assert json.loads((upload / "adapter_config.json").read_text())["task_type"] == "CAUSAL_LM"
 
 
-def test_the_digest_is_of_both_parts(upload):
-    before = read(upload).sha256
+def test_the_digest_is_of_both_parts(upload, tmp_path):
+    found = read(upload)
+    other = {name: tensor + 1 for name, tensor in found.connector.items()}
+    manifest = replace(found.adapter.manifest, connector_sha256=connector_sha256(other))
+    again = InstructionUpload(found.adapter.layers, other)
+    assert read(write_instruction_upload(tmp_path / "other", again, "base", manifest)).sha256 != found.sha256
+
+
+@pytest.mark.parametrize("change", [lambda tensor: 5 * tensor, lambda tensor: tensor.half()])
+def test_a_connector_that_has_changed_since_is_refused(upload, change):
     tensors = safetensors.torch.load_file(upload / "connector.safetensors")
-    tensors["linear_1.bias"] += 1
+    tensors["linear_1.bias"] = change(tensors["linear_1.bias"])
     (upload / "connector.safetensors").write_bytes(safetensors.torch.save(tensors))
-    assert read(upload).sha256 != before
+    with pytest.raises(
+        InputError, match=r"vqa_a: connector_sha256 is \w{64}, that of the connector \w{64}; the files changed"
+    ):
+        read(upload)
+
+
+def test_a_manifest_that_says_nothing_of_the_connector_is_refused(upload, tmp_path):
+    found = read(upload)
+    again, silent = (
+        InstructionUpload(found.adapter.layers, found.connector),
+        replace(found.adapter.manifest, connector_sha256=""),
+    )
+    with pytest.raises(InputError, match="connector_sha256 is not said"):
+        read(write_instruction_upload(tmp_path / "silent", again, "base", silent))
 
 
 @pytest.mark.parametrize(
@@ -72,6 +99,7 @@ def test_the_digest_is_of_both_parts(upload):
         ({"linear_1.bias": None}, "'linear_1.bias' is missing"),
         ({"linear_1.bias": torch.zeros(5)}, r"linear_1.bias has shape \(5,\), expected \(4,\)"),
         ({"linear_1.bias": torch.full((4,), torch.nan)}, "linear_1.bias has NaN or Inf"),
+        ({"linear_1.bias": torch.full((4,), 3e38)}, "linear_1.bias overflows float32"),
         ({"linear_1.bias": torch.zeros(4, dtype=torch.int32)}, "linear_1.bias has dtype I32"),
     ],
 )
@@ -89,7 +117,8 @@ def test_a_connector_that_is_missing_or_too_many_is_refused(upload):
     (upload / "connector.safetensors").unlink()
     with pytest.raises(InputError, match=r"has no connector.safetensors, unlike the base"):
         read(upload)
-    assert read(upload, connector={}).connector == {}
+    with pytest.raises(InputError, match="that of the connector that is not there; the files have changed"):
+        read(upload, connector={})
 
 
 def test_a_manifest_is_needed(upload):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import shutil
 
 import pytest
 import torch
@@ -71,6 +72,16 @@ def test_a_test_leaves_what_was_said_of_every_image_in_the_order_of_the_domain(e
     assert evaluator.predictions.correct.float().mean() == pytest.approx(float(left["accuracy"]))
     error = MulticlassCalibrationError(left["probabilities"].shape[1])(left["probabilities"], left["labels"])
     assert float(left["ece"]) == pytest.approx(float(error), abs=1e-6)
+
+
+def test_a_domain_may_have_one_image(evaluator, tmp_path, world):
+    for number, folder in enumerate(sorted((world / "domains" / "sketch").iterdir())):
+        (tmp_path / "sketch" / folder.name).mkdir(parents=True)
+        if not number:
+            shutil.copy(min(folder.iterdir()), tmp_path / "sketch" / folder.name)
+    names = [folder.name for folder in (world / "domains" / "sketch").iterdir()]
+    left = outcome_of(evaluator, DomainDataModule(str(tmp_path), "sketch", names, base=SHAPES_CLIP, cache=False))
+    assert left["probabilities"].shape == (1, len(names)) and left["labels"].shape == left["images"].shape == (1,)
 
 
 def test_a_remembered_stem_changes_no_bit_whatever_the_update(evaluator, last, sketches):
