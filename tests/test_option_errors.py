@@ -74,6 +74,11 @@ def told(*line: str) -> str:
          "model.memory: takes a file or a mapping of its settings; they are model.memory.alpha, "),
         ("fit --config configs/prompts.yaml --model.memory null --data.root x",
          "model.memory: takes a file or a mapping of its settings, got null; they are model.memory.alpha, "),
+        ("fit --model.rank 5000 --data.root x", "model.rank 5000: the server takes adapters of rank 4096 at most"),
+        ("client --model.sent_blocks -1 --data.root x", "model.sent_blocks must lie in (0, 1], got -1"),
+        ("client --model.sent_blocks 2 --data.root x",
+         "model.sent_blocks must lie in (0, 1], got 2; for one block alone write [2]"),
+        ("sweep --sweep.over {1: [2]} --data.root x", "sweep.over.1: is no name of a setting, such as model.rank"),
         ("fit --config /nowhere.yaml", "config: File does not exist: '/nowhere.yaml'"),
     ],
 )  # fmt: skip

@@ -250,8 +250,10 @@ def entries_in(listing: Path) -> Iterator[tuple[str, dict[str, object]]]:
     """
     try:
         lines = listing.read_text(encoding="utf-8-sig").split("\n")
-    except (OSError, UnicodeDecodeError) as error:
-        raise InputError(f"{listing}: cannot be read: {error}") from error
+    except OSError as error:
+        raise InputError(f"{listing}: cannot be read ({error.strerror}); check that the file is there") from error
+    except UnicodeDecodeError as error:
+        raise InputError(f"{listing}: is no text in UTF-8 ({error}); save it in UTF-8") from error
     for number, line in enumerate(lines, start=1):
         if not line.strip():
             continue

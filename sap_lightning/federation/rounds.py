@@ -23,6 +23,7 @@ from sap_lightning.io.adapter import Adapter, Expected
 from sap_lightning.merging import Average, MergeMethod, method_named
 from sap_lightning.merging.clients import client_layers
 from sap_lightning.models.layers import block_of
+from sap_lightning.models.lora import check_rank
 from sap_lightning.modules.client import ClientModule
 from sap_lightning.modules.clip_lora import CLIPLoRAModule
 from sap_lightning.modules.turn import Span
@@ -136,7 +137,7 @@ class RoundsFederation(OneShotFederation):
         if self.ranks:
             chosen_domains("federation.ranks", list(self.ranks), self.data.domains)
         for domain, rank in self.ranks.items():
-            check_at_least(f"federation.ranks.{domain}", rank, 1)
+            check_rank(f"federation.ranks.{domain}", rank)
 
     def _check_rounds(self) -> None:
         """Settings that do not go together with several rounds, or with the way that they are aggregated."""

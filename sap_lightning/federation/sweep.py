@@ -152,8 +152,10 @@ def measure(sweep: Sweep, federation_of: FederationFactory) -> tuple[OneShotFede
     return first, wanted
 
 
-def _check_variants(name: str, values: object) -> None:
+def _check_variants(name: object, values: object) -> None:
     """Refuses what a sweep has a setting of its own for, and values that the table could not tell apart."""
+    if not isinstance(name, str):
+        raise InputError(f"sweep.over.{name}: is no name of a setting, such as model.rank")
     for setting, own in OWN_SETTINGS.items():
         if belongs_to(name, [setting]):
             raise InputError(f"sweep.over.{name}: that is what {own} is for")

@@ -81,6 +81,8 @@ class TextEncoder:
             InputError: when there is no template, one has no place for the class name, or two classes are one to the
                 tower.
         """
+        if isinstance(templates, str):
+            raise InputError(f"model.templates {templates!r}: is one prompt; give a list of them")
         if not templates or any("{}" not in template for template in templates):
             raise InputError(f"model.templates must be prompts with {{}} for the class name, got {list(templates)}")
         prompts = [template.replace("{}", name) for name in class_names for template in templates]

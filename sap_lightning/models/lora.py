@@ -17,14 +17,21 @@ PREFIX = "base_model.model."
 """What PEFT puts before the names of a model's layers."""
 
 
+def check_rank(name: str, rank: int) -> None:
+    """Raises InputError that names the setting of a rank of which no adapter could be trained, or sent."""
+    check_at_least(name, rank, 1)
+    if rank > MAX_RANK:
+        raise InputError(f"{name} {rank}: the server takes adapters of rank {MAX_RANK} at most")
+
+
 def check_lora(rank: int, dropout: float, targets: Sequence[str]) -> None:
     """Raises InputError that names the setting of a client with which no adapter could be trained, or sent."""
-    check_at_least("model.rank", rank, 1)
-    if rank > MAX_RANK:
-        raise InputError(f"model.rank {rank}: the server takes adapters of rank {MAX_RANK} at most")
+    check_rank("model.rank", rank)
     check_share("model.dropout", dropout)
     if dropout == 1:
         raise InputError("model.dropout is 1, at which nothing is trained; set it below")
+    if isinstance(targets, str):
+        raise InputError(f"model.targets {targets!r}: is one name; give a list of them")
     if not targets:
         raise InputError("model.targets is empty; name the linear layers that get an adapter")
 

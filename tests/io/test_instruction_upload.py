@@ -77,7 +77,7 @@ def test_a_connector_that_has_changed_since_is_refused(upload, change):
     tensors["linear_1.bias"] = change(tensors["linear_1.bias"])
     (upload / "connector.safetensors").write_bytes(safetensors.torch.save(tensors))
     with pytest.raises(
-        InputError, match=r"vqa_a: connector_sha256 is \w{64}, that of the connector \w{64}; the files changed"
+        InputError, match=r"vqa_a: connector_sha256 is \w{64}, that of the connector \w{64}; the files have changed"
     ):
         read(upload)
 
