@@ -237,6 +237,16 @@ def test_the_base_and_the_templates_reach_every_part(parsed):
     assert fit.model.templates == fit.merge.templates == ["a {} drawn"]
 
 
+def test_the_user_s_folder_is_meant_by_a_tilde_wherever_a_place_is_named(parsed, monkeypatch, tmp_path):
+    monkeypatch.setenv("HOME", "/home/someone")
+    file = tmp_path / "config.yaml"
+    file.write_text("federation: {run_dir: ~/runs}")
+    fit = parsed(f"--config={file}", "--model.base=~/base", "--anchors.root=~/anchors")
+    home = "/home/someone"
+    assert fit.model.base == fit.datamodule.base == fit.config_init.anchors.base == fit.merge.base == f"{home}/base"
+    assert (fit.config_init.federation.run_dir, fit.config_init.anchors.root) == (f"{home}/runs", f"{home}/anchors")
+
+
 def test_a_linked_setting_has_no_option_of_its_own(parsed):
     with pytest.raises(InputError, match=r"data\.seed.*seed_everything"):
         parsed("--data.seed=3")
