@@ -170,8 +170,10 @@ class SapCLI(CommandCLI):
         elif last != SAP.name and (given := self.given("prune")):
             raise InputError(f"{given}: merge.method is not sap, so nothing would use it; leave one of them out")
         merge = MergeModule(self.model.base, self.model.templates, method, **settings)
-        if self.command == "merge" and merge.weights == "samples" and not merge.merge_method.uses_weights:
-            raise InputError(f"merge.weights samples: clients count alike in {merge.merge_method.name}; leave it out")
+        weighed = isinstance(merge.weights, str) and merge.weights != "uniform"
+        if self.command == "merge" and weighed and not merge.merge_method.uses_weights:
+            name = merge.merge_method.name
+            raise InputError(f"merge.weights {merge.weights}: clients count alike in {name}; leave it out")
         return merge
 
     def _refuse_of_prompts(self, aggregation: str | None) -> None:

@@ -264,12 +264,14 @@ class OneShotFederation:
 
     def _check_reach(self) -> None:
         if self.uploads is None and not (self.client.reach and self.data.val_fraction):
-            for name, method in self.merging.items():
-                if method.needs_reach:
-                    raise InputError(
-                        f"merge.method {name}: the clients would not say how far their adapters reach; set model.reach"
-                        " true and data.val_fraction above 0, or use another method"
-                    )
+            asking = [f"merge.method {name}" for name, method in self.merging.items() if method.needs_reach]
+            if self.merge.weights == "reach":
+                asking.append("merge.weights reach")
+            if asking:
+                raise InputError(
+                    f"{asking[0]}: the clients would not say how far their adapters reach; set model.reach true and"
+                    " data.val_fraction above 0, or use another"
+                )
 
     def _keep_from_anchors(self, unseen: str) -> None:
         anchors = Path(self.anchors.root).expanduser().resolve()

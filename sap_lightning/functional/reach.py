@@ -75,6 +75,26 @@ def transfers(reaches: Sequence[Reach]) -> bool:
     return bool(home >= WORTH and carried_over(reaches)[:, -1].min() >= KEPT * home)
 
 
+def won_elsewhere(reach: Reach) -> float:
+    """What a whole adapter, at λ = 1, wins in the mean over changed styles, as a share of what was left to win at home.
+
+    A domain that the base knows well leaves less to be won, which says nothing against who has won most of that. 0
+    where the adapter loses, and where there was nothing to be won.
+
+    Args:
+        reach: of one client.
+
+    Example:
+        >>> from sap_lightning.functional.reach import won_elsewhere
+        >>> client = {"plain": [0.6, 0.7, 0.8, 0.9, 0.9], "grey": [0.5, 0.5, 0.6, 0.6, 0.7], "edges": [0.4] * 5}
+        >>> round(won_elsewhere(client), 3)  # 0.2 and 0 are won, of 0.4
+        0.25
+    """
+    won = carried_over([reach])[:, -1].mean()
+    left = 1 - reach["plain"][0]
+    return max(float(won) / left, 0.0) if left else 0.0
+
+
 def _won(reaches: Sequence[Reach], styles: Sequence[str]) -> Tensor:
     """What is won over λ = 0 in these styles, mean over clients, shape (styles, lengths), float64."""
     measured = torch.tensor([[list(reach[style]) for style in styles] for reach in reaches], dtype=torch.float64)

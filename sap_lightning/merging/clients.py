@@ -11,10 +11,11 @@ import torch
 
 from sap_lightning.errors import InputError
 from sap_lightning.functional.lora import LoRALayer, Update
+from sap_lightning.functional.reach import transfers, won_elsewhere
 from sap_lightning.io.adapter import Adapter
 
 log = logging.getLogger(__name__)
-Weights = Literal["uniform", "samples"]
+Weights = Literal["uniform", "samples", "reach"]
 FAR = 20.0
 """So many times the median length, and an adapter is doubted."""
 
@@ -81,14 +82,16 @@ def client_weights(
 
     Args:
         adapters: one for each client.
-        weights: clients count alike, or by their number of training images.
+        weights: clients count alike, by their number of training images, or by how far their adapters reach.
         max_share: the most that a client may count by its images; the others share what is above that.
 
     Raises:
-        InputError: when sample counts are needed and an upload does not say its own, or no client could have a share.
+        InputError: when an upload does not say the number or the reach that is needed, or no client could have a share.
     """
     if weights == "uniform":
         return [1 / len(adapters)] * len(adapters)
+    if weights == "reach":
+        return _shares_by_reach(adapters)
     samples = [adapter.num_samples for adapter in adapters]
     for adapter, count in zip(adapters, samples, strict=True):
         if not count:
@@ -97,9 +100,31 @@ def client_weights(
                 " samples; use --merge.weights uniform"
             )
     shares = bounded_shares([count for count in samples if count], 1.0 if max_share is None else max_share)
-    said = ", ".join(f"{adapter.name} {share:.3f}" for adapter, share in zip(adapters, shares, strict=True))
-    log.info("clients count by their images: %s", said)
+    log.info("clients count by their images: %s", _shares_in_words(adapters, shares))
     return shares
+
+
+def _shares_by_reach(adapters: Sequence[Adapter]) -> list[float]:
+    """Shares in proportion to what each wins elsewhere, where what they learned holds in every style; else alike."""
+    reaches = []
+    for adapter in adapters:
+        if not (adapter.manifest and adapter.manifest.reach):
+            raise InputError(
+                f"merge.weights reach: upload {adapter.name!r} has no manifest that says how far its adapter reaches;"
+                " use --merge.weights uniform"
+            )
+        reaches.append(adapter.manifest.reach)
+    won = [won_elsewhere(reach) for reach in reaches]
+    if not transfers(reaches):
+        log.info("clients count alike, as what they learned is next to nothing, or does not hold in every style")
+        return client_weights(adapters)
+    shares = [one / sum(won) for one in won]
+    log.info("clients count by what they win elsewhere: %s", _shares_in_words(adapters, shares))
+    return shares
+
+
+def _shares_in_words(adapters: Sequence[Adapter], shares: Sequence[float]) -> str:
+    return ", ".join(f"{adapter.name} {share:.3f}" for adapter, share in zip(adapters, shares, strict=True))
 
 
 def bounded_shares(counts: Sequence[int], most: float) -> list[float]:

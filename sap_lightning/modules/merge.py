@@ -49,8 +49,9 @@ class MergeModule(CLIPEvaluator):
         templates: class prompts, averaged after normalisation; ``{}`` stands for the class name.
         method: how adapters become one update: a method, or the name of one at its own settings; if not given, as a
             ``SaliencyPruneCallback`` says (sap).
-        weights: clients count alike (uniform), or by their number of training images (samples); or a number for each
-            upload in their order, by which its ΔW is multiplied whatever the sum.
+        weights: clients count alike (uniform), by their number of training images (samples), or by what their adapters
+            win in other styles (reach); or a number for each upload in their order, by which its ΔW is multiplied
+            whatever the sum.
         max_share: the most that a client may count by its images; the others share what is above that.
         drop_heads: merge adapters that have layers trained whole, such as a classifier's head, and leave these out.
         reject_outliers: leave out clients with whose adapter, alone, the anchors' images are much less close to their

@@ -200,11 +200,12 @@ def test_too_few_clients_for_a_method_are_refused_before_any_is_trained(run, tmp
 
 
 @pytest.mark.parametrize("silent", ["--model.reach=false", "--data.val_fraction=0"])
-def test_a_method_that_asks_how_far_clients_reach_is_refused_before_clients_train_that_will_not_say(
-    run, tmp_path, silent
+@pytest.mark.parametrize(("setting", "value"), [("merge.method", "at_reach"), ("merge.weights", "reach")])
+def test_what_asks_how_far_clients_reach_is_refused_before_clients_train_that_will_not_say(
+    run, tmp_path, silent, setting, value
 ):
-    with pytest.raises(InputError, match=r"merge\.method at_reach: the clients would not say how far"):
-        run("fit", "--merge.method=at_reach", silent, f"--federation.run_dir={tmp_path}")
+    with pytest.raises(InputError, match=f"{setting} {value}: the clients would not say how far"):
+        run("fit", f"--{setting}={value}", silent, f"--federation.run_dir={tmp_path}")
     assert not (tmp_path / "uploads").exists()
 
 

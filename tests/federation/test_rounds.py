@@ -505,6 +505,10 @@ MERGES = MergeModule(SHAPES_CLIP, reject_outliers=True)
             {"rounds": 2, "merge": MERGES, "aggregation": "flora"},
             r"^merge\.reject_outliers: anchors cannot judge what clients of flora send",
         ),
+        (
+            {"rounds": 2, "merge": MergeModule(SHAPES_CLIP, weights="reach")},
+            r"^merge\.weights reach: only in the last round it is measured; use samples or uniform",
+        ),
         ({"rounds": 2, "method": KRUM}, r"krum needs at least 5 clients"),
         ({"rounds": 2, "last_method": KRUM}, r"krum needs at least 5 clients"),
         ({"last_method": "nosuch"}, r"^federation\.last_method nosuch: no such method"),

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import pytest
 import torch
-from adapters import adapter_of
+from adapters import adapter_of, reaching
 from probes import FC2, PROJECTION, Q, random_adapter, random_layer
 
 from sap_lightning.errors import InputError
+from sap_lightning.functional.reach import MEASURED
 from sap_lightning.io.adapter import Adapter, read_adapter, write_adapter
 from sap_lightning.merging.clients import (
     ClientLayers,
@@ -95,6 +96,35 @@ def test_shares_by_images_are_said(caplog):
     with caplog.at_level("INFO"):
         client_weights([random_adapter(seed, samples=count) for seed, count in enumerate((3, 1))], "samples")
     assert "0.750" in caplog.text and "0.250" in caplog.text
+
+
+def saying(seed: int, before: float, after: float, elsewhere: float) -> Adapter:
+    """A client whose adapter wins this at home, and this in every other style."""
+    home, other = [before, 0, 0, 0, after], [0.25, 0, 0, 0, 0.25 + elsewhere]
+    return reaching(random_adapter(seed), {style: home if style == "plain" else other for style in MEASURED})
+
+
+def test_clients_count_by_what_they_win_elsewhere_of_what_was_left(caplog):
+    clients = [saying(1, 0.5, 0.75, 0.25), saying(2, 0.75, 0.875, 0.125), saying(3, 0.5, 0.75, 0.125)]
+    with caplog.at_level("INFO"):
+        assert client_weights(clients, "reach") == pytest.approx([0.4, 0.4, 0.2])
+    assert "clients count by what they win elsewhere" in caplog.text and "0.400" in caplog.text
+
+
+@pytest.mark.parametrize("said", [(0.5, 0.75, -0.125), (0.5, 0.5625, 0.0625)])
+def test_clients_count_alike_where_nothing_holds_elsewhere_or_next_to_nothing_was_won(said):
+    assert client_weights([saying(1, *said), saying(2, 0.5, 0.5625, 0.0)], "reach") == [0.5, 0.5]
+
+
+def test_a_client_that_loses_elsewhere_counts_nothing():
+    clients = [saying(1, 0.5, 0.75, 0.25), saying(2, 0.5, 0.75, -0.0625)]
+    assert client_weights(clients, "reach") == [1.0, 0.0]
+
+
+def test_a_client_that_does_not_say_its_reach_is_refused_by_name():
+    silent = adapter_of(random_adapter(2).layers, "silent")
+    with pytest.raises(InputError, match=r"merge\.weights reach: upload 'silent' has no manifest that says how far"):
+        client_weights([saying(1, 0.5, 0.75, 0.25), silent], "reach")
 
 
 def test_adapters_that_are_unlike_the_others_are_doubted():
