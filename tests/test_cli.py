@@ -237,6 +237,11 @@ def test_the_base_and_the_templates_reach_every_part(parsed):
     assert fit.model.templates == fit.merge.templates == ["a {} drawn"]
 
 
+def test_a_variant_takes_no_null_either(parsed):
+    with pytest.raises(InputError, match=r"data\.augment: takes bool, got null"):
+        parsed(command="sweep").varied({"data.augment": None})
+
+
 def test_the_user_s_folder_is_meant_by_a_tilde_wherever_a_place_is_named(parsed, monkeypatch, tmp_path):
     monkeypatch.setenv("HOME", "/home/someone")
     file = tmp_path / "config.yaml"

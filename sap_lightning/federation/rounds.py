@@ -20,6 +20,7 @@ from sap_lightning.federation.turns import Agreement, Optimizer, folded_in, taki
 from sap_lightning.functional.lora import LoRALayer, Update
 from sap_lightning.functional.rescaling import relative_error
 from sap_lightning.io.adapter import Adapter, Expected
+from sap_lightning.io.manifest import MOST_ROUNDS
 from sap_lightning.merging import Average, MergeMethod, method_named
 from sap_lightning.merging.clients import client_layers
 from sap_lightning.models.layers import block_of
@@ -103,6 +104,8 @@ class RoundsFederation(OneShotFederation):
         **one_shot: Any,
     ) -> None:
         check_at_least("federation.rounds", rounds, 1)
+        if rounds > MOST_ROUNDS:
+            raise InputError(f"federation.rounds {rounds}: a manifest counts {MOST_ROUNDS:,} at most")
         if epochs_per_round is not None and total_epochs is not None:
             raise InputError(
                 "federation.total_epochs stands in place of federation.epochs_per_round; leave one of them out"

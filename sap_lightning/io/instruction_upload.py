@@ -60,7 +60,8 @@ def write_instruction_upload(
     Raises:
         InputError: the folder exists or cannot be written, or a number is not finite.
     """
-    _require_finite(upload.connector)
+    with errors_in(folder):
+        _require_finite(upload.connector)
     files = adapter_files(upload.layers, base, manifest, CAUSAL_LM)
     if upload.connector:
         tensors = {name: tensor.detach().float().cpu().contiguous() for name, tensor in upload.connector.items()}

@@ -36,7 +36,8 @@ _COUNT = Rule(lambda value: is_integer(value, 1, 10**9), "an integer from 1 to a
 _SEED = Rule(lambda value: is_integer(value, 0), "an integer from 0")
 _VERSION = Rule(lambda value: is_integer(value, 1, 2), "1 or 2, the versions known here")
 _KIND = Rule(lambda value: value in KINDS, f"one of {', '.join(KINDS)}")
-_ROUND = Rule(lambda value: is_integer(value, 0, 10**6), "an integer from 0 to a million")
+MOST_ROUNDS = 10**6
+_ROUND = Rule(lambda value: is_integer(value, 0, MOST_ROUNDS), "an integer from 0 to a million")
 
 
 def _is_reach(value: Any) -> bool:

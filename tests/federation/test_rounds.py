@@ -485,6 +485,7 @@ MERGES = MergeModule(SHAPES_CLIP, reject_outliers=True)
     ("settings", "message"),
     [
         ({"rounds": 0}, r"^federation\.rounds must be at least 1, got 0"),
+        ({"rounds": 10**20}, r"^federation\.rounds 1000.*: a manifest counts 1,000,000 at most"),
         ({"epochs_per_round": 0}, r"^federation\.epochs_per_round must be at least 1"),
         ({"total_epochs": 0}, r"^federation\.total_epochs must be at least 1"),
         ({"rounds": 2, "total_epochs": 3}, r"^federation\.total_epochs 3: cannot be shared out evenly over 2 rounds"),
