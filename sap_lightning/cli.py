@@ -12,7 +12,7 @@ import lightning as L
 import yaml
 from lightning.pytorch.cli import LightningArgumentParser
 
-from sap_lightning.command_cli import TRAINER_DEFAULTS, CommandCLI, client_named
+from sap_lightning.command_cli import TRAINER_DEFAULTS, CommandCLI, client_named, complete
 from sap_lightning.compression.compression import Compression
 from sap_lightning.data.anchors import AnchorDataModule
 from sap_lightning.data.domains import DomainDataModule
@@ -27,7 +27,6 @@ from sap_lightning.modules.client import ClientModule
 from sap_lightning.modules.clip_lora import CLIPLoRAModule
 from sap_lightning.modules.clip_prompt import CLIPPromptModule
 from sap_lightning.modules.merge import MergeModule
-from sap_lightning.option_errors import refuse_null, types_of
 from sap_lightning.options import (
     TAKEN_BY,
     TRAINING,
@@ -238,7 +237,7 @@ class SapCLI(CommandCLI):
         """The same command with other values for some settings, by name such as ``model.rank``."""
         other = copy.copy(self)
         other.config = self.parser.parse_object(nested(settings), cfg_base=self.config)
-        refuse_null(other.config, types_of(self.parser))
+        complete(other.config, self.parser)
         other._set_seed()
         other.before_instantiate_classes()
         other.instantiate_classes()

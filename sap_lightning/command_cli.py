@@ -11,7 +11,7 @@ from typing import Any, NoReturn
 
 import lightning as L
 import yaml
-from jsonargparse import SUPPRESS
+from jsonargparse import SUPPRESS, ArgumentParser, Namespace
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.callbacks import ProgressBar
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
@@ -41,7 +41,15 @@ CLIENTS: dict[str, type[ClientModule]] = {made.__name__: made for made in (CLIPL
 OF_ALL_CLIENTS = {"base", "templates", "seed"}
 """Settings in the group model that clients of every class have."""
 PLACES = {
-    *("anchors.root", "compress.model", "compress.texts", "data.root", "federation.run_dir", "merge.output"),
+    *(
+        "anchors.root",
+        "compress.model",
+        "compress.output",
+        "compress.texts",
+        "data.root",
+        "federation.run_dir",
+        "merge.output",
+    ),
     *("merge.push_to_hub", "model.base", "model.start", "predict.images", "predict.output", "uploads"),
 }
 """Settings that name a folder, a file or a repository; an empty one would be this folder, or pass for none."""
@@ -96,6 +104,12 @@ class CommandParser(LightningArgumentParser):
                 action.help = text
 
 
+def complete(config: Namespace, parser: ArgumentParser) -> None:
+    """What jsonargparse leaves undone: null is refused where a setting takes none, and ~ is the user's folder."""
+    refuse_null(config, types_of(parser))
+    expand_home(config, PLACES | {"data.base", "anchors.base"})  # linked to model.base
+
+
 class CommandCLI(LightningCLI):
     """LightningCLI for one command, which makes Trainers of its own.
 
@@ -131,8 +145,7 @@ class CommandCLI(LightningCLI):
     def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
         """Parses, and looks at what Python or Lightning would stumble over later."""
         super().parse_arguments(parser, args)
-        refuse_null(self.config, types_of(parser))
-        expand_home(self.config, PLACES | {"data.base", "anchors.base"})  # linked to model.base
+        complete(self.config, parser)
         for name, value in flat(self.config.as_dict()):
             if isinstance(value, str) and "\0" in value:
                 raise InputError(f"{name}: has a NUL character, which is part of no name; take it out")
@@ -208,7 +221,7 @@ def class_named(args: Sequence[str]) -> str | None:
     """The class of the clients that a command line names, or else the last of its config files that does."""
     named = None
     line = config_files_first(args)
-    for arg, following in zip(line, [*line[1:], ""], strict=True):
+    for arg, following in zip(line, [*line, ""][1:], strict=True):
         option, equals, value = arg.partition("=")
         value = value if equals else following
         if option in ("--config", "-c"):

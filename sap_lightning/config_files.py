@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import locale
 import os
-from collections.abc import Hashable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -20,21 +21,22 @@ class ConfigFile(ActionConfigFile):
     """A config file, or the text of one, which is named before what is wrong in it."""
 
     def __call__(self, parser: Any, cfg: Any, values: Any, option_string: str | None = None) -> None:
+        file = os.path.expanduser(values)
         with errors_in(values):
-            text = text_of(values)
+            text = text_of(file)
             config = config_in(text)
             _require_groups(config, parser, types_of(parser))
-            shown = self.shown(config, parser)
+            given, shown = file, self.shown(config, parser)
             if shown != config:
-                text = yaml.safe_dump(shown)
-            elif any(isinstance(settings, str) for settings in config.values()):
-                text = values  # names further files, which are looked for where it lies
+                given = yaml.safe_dump(shown)
+            elif not _is_read_alike(text):
+                given = text
             try:
-                super().__call__(parser, cfg, text, option_string)
-            except UnicodeEncodeError:
+                super().__call__(parser, cfg, given, option_string)
+            except UnicodeError:
                 raise InputError("holds letters that the locale has none for; set PYTHONUTF8=1") from None
             except TypeError as error:
-                if not os.path.isfile(values):
+                if not os.path.isfile(file):
                     raise
                 said = str(error).removeprefix(f'Parser key "{self.dest}": ')
                 raise first_input_error(error) or option_error(said, parser) from None
@@ -44,12 +46,18 @@ class ConfigFile(ActionConfigFile):
         return config
 
 
+def _is_read_alike(text: str) -> bool:
+    """Whether jsonargparse, which reads files by the locale, reads what is written in UTF-8."""
+    return text.isascii() or locale.getpreferredencoding(False).lower() in ("utf-8", "utf8")
+
+
 def text_of(file: str) -> str:
     """What stands in a config file, which may be given as its text.
 
     Raises:
         InputError: when it is no text in UTF-8.
     """
+    file = os.path.expanduser(file)
     try:
         return Path(file).read_text(encoding="utf-8") if os.path.isfile(file) else file
     except UnicodeDecodeError as error:
@@ -68,11 +76,13 @@ def config_in(text: str) -> dict[str, Any]:
         config = yaml.load(text, _Loader)  # a SafeLoader
     except InputError:
         raise
-    except (ValueError, yaml.YAMLError) as error:
+    except (ValueError, TypeError, RecursionError, yaml.YAMLError) as error:
         said = " ".join(str(error).replace('in "<unicode string>", ', "in ").split())
         raise InputError(f"is no YAML: {said}") from error
     if config == text:
         return {}
+    if config is None:
+        raise InputError("is empty; give settings by group, such as model: {rank: 8}")
     if not isinstance(config, dict):
         raise InputError(f"holds {short(config)}, expected settings by group, such as model: {{rank: 8}}")
     return config
@@ -81,14 +91,16 @@ def config_in(text: str) -> dict[str, Any]:
 class _Loader(yaml.SafeLoader):
     """Of two values under one key YAML's own would take the last."""
 
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Hashable, Any]:
+    def compose_mapping_node(self, anchor: Any) -> yaml.MappingNode:
+        node = super().compose_mapping_node(anchor)
+        keys = [key for key, _ in node.value if isinstance(key, yaml.ScalarNode) and key.value != "<<"]
         seen = set()
-        for key, _ in node.value:
-            if key.value in seen and key.tag != "tag:yaml.org,2002:merge":
+        for key in keys:
+            if (key.tag, key.value) in seen:
                 line = key.start_mark.line + 1
                 raise InputError(f"{short(key.value)} stands twice, again in line {line}; leave one of them out")
-            seen.add(key.value)
-        return super().construct_mapping(node, deep)
+            seen.add((key.tag, key.value))
+        return node
 
 
 def _require_groups(config: Mapping[Any, Any], parser: Any, options: Iterable[str], within: str = "") -> None:

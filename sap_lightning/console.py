@@ -19,6 +19,7 @@ from sap_lightning.errors import InputError, printable
 
 Item = TypeVar("Item")
 LOG_WIDTH = 160
+"""Columns of tables where no terminal sets them."""
 
 NOISE = (
     r".*LightningCLI's args parameter.*",

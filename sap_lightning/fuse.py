@@ -44,7 +44,8 @@ def configured(args: Sequence[str]) -> Fusion:
     try:
         parser = _parser(with_anchors=not all(re.match(r"--fuse\.|[^-]", arg) for arg in args))
         config = parser.parse_args(with_class_paths(config_files_first(args)))
-        refuse_null(config, types_of(parser))
+        types = types_of(parser)
+        refuse_null(config, {name: types[name] for name in types if name != "anchors.root"})  # null: no anchors
         expand_home(config, PLACES)
         fusion: Fusion = parser.instantiate_classes(config).fuse
     except ValueError as error:

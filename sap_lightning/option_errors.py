@@ -60,7 +60,9 @@ def refuse_null(config: Namespace, types: Types, within: str = "") -> None:
 
 
 def _takes_null(hint: Any) -> bool:
-    return hint in (Any, object, NoneType) or None in get_args(hint) or any(map(_takes_null, get_args(hint)))
+    if get_origin(hint) in (Union, UnionType):
+        return any(map(_takes_null, get_args(hint)))
+    return hint in (Any, object, NoneType) or (get_origin(hint) is Literal and None in get_args(hint))
 
 
 def types_of(parser: ArgumentParser) -> Types:

@@ -248,7 +248,11 @@ class Results:
 def _predictions_in(file: Path) -> Predictions | None:
     """What a model said, from its file; None where that is missing, damaged or holds something else."""
     tensors = read_tensors(file)
-    if tensors is None or tensors.keys() != set(Predictions._fields) or len({len(one) for one in tensors.values()}) > 1:
+    if (
+        tensors is None
+        or tensors.keys() != set(Predictions._fields)
+        or len({one.shape[:1] for one in tensors.values()}) > 1
+    ):
         return None
     return Predictions(**tensors)
 

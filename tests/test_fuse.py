@@ -47,6 +47,12 @@ def test_anchors_are_those_that_are_named_and_prepared_as_the_first_model_wants_
         configured([*LINE, "--fuse.method=sap", "--anchors.root=pairs", "--fuse.texts=t.txt"])
 
 
+def test_a_config_file_need_not_name_anchors(tmp_path: Path) -> None:
+    file = tmp_path / "config.yaml"
+    file.write_text("fuse: {models: [a, b], output: o, base: c}")
+    assert configured(["--config", str(file)]).models == ["a", "b"]
+
+
 def test_what_a_config_file_has_for_other_commands_is_passed_over(tmp_path: Path) -> None:
     pacs = f"--config={REPOSITORY / 'configs' / 'pacs.yaml'}"
     assert configured([pacs, *LINE]).method.name == "average"

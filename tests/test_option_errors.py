@@ -10,6 +10,7 @@ from typing import Any, Literal
 import pytest
 from jsonargparse import ActionConfigFile, ArgumentParser
 
+from sap_lightning.cli import SapCLI
 from sap_lightning.commands import COMMANDS
 from sap_lightning.config_files import ConfigFile
 from sap_lightning.errors import InputError
@@ -50,7 +51,7 @@ def told(*line: str) -> str:
         ("merge --merge.method torch.nn.Linear --merge.method.bias 1", f"merge.method torch.nn.Linear: {UNKNOWN}"),
         ("fit --model.rank three", "model.rank: takes int, got 'three'"),
         ("fit --merge.rank x", "merge.rank: takes int or null, got 'x'"),
-        ("fit --merge.weights x", "merge.weights: takes one of uniform, samples or a list of float, got 'x'"),
+        ("fit --merge.weights x", "merge.weights: takes one of uniform, samples, reach or a list of float, got 'x'"),
         ("client --model.targets 3", "model.targets: takes a list of str, got '3'"),
         ("predict --predict.images p --data.class_names [1,2", "data.class_names: takes a list of str or null, got"),
         ("sweep --sweep.seeds a", "sweep.seeds: takes a list of int, got 'a'"),
@@ -79,6 +80,7 @@ def told(*line: str) -> str:
         ("client --model.sent_blocks 2 --data.root x",
          "model.sent_blocks must lie in (0, 1], got 2; for one block alone write [2]"),
         ("sweep --sweep.over {1: [2]} --data.root x", "sweep.over.1: is no name of a setting, such as model.rank"),
+        ("sweep --sweep.over null --data.root x", "sweep.over: takes a mapping of a list of Any, got"),
         ("fit --config /nowhere.yaml", "config: File does not exist: '/nowhere.yaml'"),
     ],
 )  # fmt: skip
@@ -96,13 +98,15 @@ def test_an_option_is_named_with_what_it_takes(line, said):
         ("\x1b[2J", "is no YAML: unacceptable character #x001b"),
         ("anchors: {root: 2026-13-77}", "is no YAML: month must be in 1..12"),
         ("- 3", "holds [3], expected settings by group, such as model: {rank: 8}"),
-        ("", "holds None, expected settings by group"),
+        ("# nothing", "is empty; give settings by group"),
         ("model: {rank: 4}\nmodel: {rank: 8}", "'model' stands twice, again in line 2; leave one of them out"),
         ("model: {rank: 4, rank: 8}", "'rank' stands twice, again in line 1"),
         (
             "model: [{rank: 4}]",
             "model: takes a file or a mapping of its settings, got [{'rank': 4}]; they are model.base, ",
         ),
+        ("? [a, b]\n: 1", "is no YAML: "),
+        ("[" * 3000, "is no YAML: "),
         ("model:", "model: takes a file or a mapping of its settings, got null; they are "),
         ("data: {curriculum: true}", "data.curriculum: takes a file or a mapping of its settings, got True; they are "),
     ],
@@ -136,6 +140,7 @@ def test_null_is_refused_where_nothing_else_is_meant_by_it(tmp_path, content, sa
 def test_jsonargparse_which_reads_by_the_locale_is_given_text(tmp_path, monkeypatch):
     file, given = tmp_path / "config.yaml", []
     file.write_text("fuse: {output: café}", encoding="utf-8")
+    monkeypatch.setattr("locale.getpreferredencoding", lambda _: "ISO-8859-1")
     monkeypatch.setattr(ActionConfigFile, "apply_config", staticmethod(lambda *args: given.append(args[-1])))
     ArgumentParser().add_argument("--config", action=ConfigFile)(SimpleNamespace(_actions=[]), {}, str(file))
     assert given == ["fuse: {output: café}"]
@@ -161,3 +166,10 @@ def test_a_config_file_that_is_no_text_is_refused_with_its_name(tmp_path, comman
 )
 def test_a_type_is_said_in_words(hint, words):
     assert in_words(hint) == words
+
+
+def test_a_group_may_be_a_file_that_lies_beside_its_config(tmp_path):
+    (tmp_path / "curriculum.yaml").write_text("{start: 0.5}")
+    (tmp_path / "config.yaml").write_text("data: {curriculum: curriculum.yaml}  # ρ")
+    given = SapCLI("client", ["--config", str(tmp_path / "config.yaml"), "--data.root", "x"])
+    assert given.datamodule.curriculum.start == 0.5

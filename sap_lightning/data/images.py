@@ -12,6 +12,7 @@ from typing import NamedTuple
 
 import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL.TiffImagePlugin import BITSPERSAMPLE, TiffImageFile
 
 from sap_lightning.errors import InputError
 
@@ -91,7 +92,7 @@ def decode(data: bytes) -> Image.Image:
     """
     image = _open(data)
     _check_size(*image.size)
-    if image.mode == "F" or (image.mode == "I" and image.format == "TIFF"):
+    if image.mode == "F" or (isinstance(image, TiffImageFile) and image.mode == "I" and not _has_16_bits(image)):
         kind = "floating-point numbers" if image.mode == "F" else "integers of 32 bits"
         raise ValueError(f"its pixels are {kind} of an unknown range; save it with 8 or 16 bits")
     image.load()
@@ -102,6 +103,10 @@ def decode(data: bytes) -> Image.Image:
         image = image.convert("RGBA")
         return Image.alpha_composite(Image.new("RGBA", image.size, "white"), image).convert("RGB")
     return image.convert("RGB")
+
+
+def _has_16_bits(image: TiffImageFile) -> bool:
+    return image.tag_v2.get(BITSPERSAMPLE) == (16,)
 
 
 def _open(data: bytes) -> Image.Image:

@@ -15,7 +15,7 @@ from sap_lightning.errors import InputError, short
 from sap_lightning.fingerprints import digest, file_fingerprint
 
 MOST_DIGITS = 1000
-"""Of a number that Python reads; names of more are sorted as texts."""
+"""Names of so many are sorted as texts, as Python reads no number of any length."""
 
 
 class Samples(NamedTuple):

@@ -152,7 +152,7 @@ class RoundsFederation(OneShotFederation):
         elif self.merge.reject_outliers and (of.folds or of.sent == "A"):
             fault = f"merge.reject_outliers: anchors cannot judge what clients of {way} send; use flexlora"
         elif self.merge.weights == "reach":
-            fault = "merge.weights reach: only in the last round it is measured; use samples or uniform"
+            fault = "merge.weights reach: clients say theirs in the last round alone; use samples or uniform"
         elif self.uploads is not None and self._ask is None:
             fault = "federation.rounds: clients that train elsewhere are asked once; set --federation.rounds 1"
         elif self._ask and (self.ranks or self.epochs_per_round):

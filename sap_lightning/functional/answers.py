@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import re
+import string
+from decimal import Decimal
 
 from torchmetrics.functional.text import squad
 
@@ -12,14 +14,15 @@ _BOX = re.compile(rf"\[{','.join([_NUMBER] * 4)}\]")
 _NUMBERS = re.compile(r"-?(?:\d+\.?\d*|\.\d+)")
 _SQUAD_WORDS = re.compile(r"\b(?!(?:a|an|the)\b)\w*[^\W_]")
 """What SQuAD's normalisation leaves something of."""
+_BESIDE = f"{string.punctuation} "
 OVERLAP = 0.5
 
 
 def exact(said: str, answer: str) -> float:
     """1 where an answer is the same but for case, articles and punctuation (SQuAD's exact match), else 0.
 
-    Where we deviate: numbers are compared as such, as without punctuation 1.5 is 15 and −5 is 5; and so is as it
-    stands what has no other words, of which nothing would be left, such as the choice A.
+    Where we deviate: answers that are nothing but a number are compared as numbers, as without punctuation 1.5 is 15
+    and −5 is 5; and of what has articles alone, such as the choice A, these count.
 
     Example:
         >>> from sap_lightning.functional.answers import exact
@@ -42,8 +45,9 @@ def _has_own_rule(said: str, answer: str) -> bool:
 def _as_they_stand(said: str, answer: str) -> float:
     one, other = _words(said), _words(answer)
     if _NUMBERS.fullmatch(one) and _NUMBERS.fullmatch(other):
-        return float(float(one) == float(other))
-    return float(one == other)
+        return float(Decimal(one) == Decimal(other))
+    bare = one.strip(_BESIDE)
+    return float(one == other or bare == other.strip(_BESIDE) != "")
 
 
 def _words(text: str) -> str:

@@ -79,7 +79,7 @@ def won_elsewhere(reach: Reach) -> float:
     """What a whole adapter, at λ = 1, wins in the mean over changed styles, as a share of what was left to win at home.
 
     A domain that the base knows well leaves less to be won, which says nothing against who has won most of that. 0
-    where the adapter loses, and where there was nothing to be won.
+    where the adapter loses, and where there was nothing to be won; 1 at most, as styles may win more than home has left.
 
     Args:
         reach: of one client.
@@ -92,7 +92,7 @@ def won_elsewhere(reach: Reach) -> float:
     """
     won = carried_over([reach])[:, -1].mean()
     left = 1 - reach["plain"][0]
-    return max(float(won) / left, 0.0) if left else 0.0
+    return min(max(float(won) / left, 0.0), 1.0) if left > 0 else 0.0
 
 
 def _won(reaches: Sequence[Reach], styles: Sequence[str]) -> Tensor:

@@ -90,13 +90,8 @@ def read_instruction_upload(
     if adapter.manifest is None:
         raise InputError(f"{folder}: has no manifest.json, which says of what task and round it is; send it whole")
     tensors = _read_connector(folder, connector)
-    own = connector_sha256(tensors)
-    if adapter.manifest.connector_sha256 != own:
-        raise InputError(
-            f"{folder}: connector_sha256 is {adapter.manifest.connector_sha256 or 'not said'}, that of the connector"
-            f" {own or 'that is not there'}; the files have changed since they were written, upload them again"
-        )
-    digest = sha256(f"{adapter.sha256}{own}".encode()).hexdigest()
+    _require_connector(folder, adapter.manifest, tensors)
+    digest = sha256(f"{adapter.sha256}{connector_sha256(tensors)}".encode()).hexdigest()
     return ReadUpload(adapter, tensors, digest, FilesInFolder(folder).size())
 
 
@@ -104,7 +99,7 @@ def connector_sha256(connector: Mapping[str, Tensor]) -> str:
     """A digest of a connector's parameters; nothing of none."""
     digest = sha256()
     for name, tensor in sorted(connector.items()):
-        hash_tensor(digest, name, tensor.detach().float().cpu())
+        hash_tensor(digest, name, tensor)
     return digest.hexdigest() if connector else ""
 
 
@@ -114,7 +109,19 @@ def read_tuned(folder: Path, shapes: Shapes, connector: Mapping[str, Sequence[in
     Raises:
         InputError: as that does.
     """
-    return InstructionUpload(read_adapter(folder, shapes).layers, _read_connector(folder, connector))
+    adapter, tensors = read_adapter(folder, shapes), _read_connector(folder, connector)
+    if adapter.manifest:
+        _require_connector(folder, adapter.manifest, tensors)
+    return InstructionUpload(adapter.layers, tensors)
+
+
+def _require_connector(folder: Path, manifest: Manifest, tensors: Mapping[str, Tensor]) -> None:
+    """Raises InputError when the connector is not the manifest's."""
+    if manifest.connector_sha256 != (own := connector_sha256(tensors)):
+        raise InputError(
+            f"{folder}: connector_sha256 is {manifest.connector_sha256 or 'not said'}, that of the connector"
+            f" {own or 'that is not there'}; the files have changed since they were written, upload them again"
+        )
 
 
 def _read_connector(folder: Path, shapes: Mapping[str, Sequence[int]]) -> dict[str, Tensor]:

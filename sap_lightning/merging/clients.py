@@ -115,7 +115,7 @@ def _shares_by_reach(adapters: Sequence[Adapter]) -> list[float]:
             )
         reaches.append(adapter.manifest.reach)
     won = [won_elsewhere(reach) for reach in reaches]
-    if not transfers(reaches):
+    if not (transfers(reaches) and any(won)):
         log.info("clients count alike, as what they learned is next to nothing, or does not hold in every style")
         return client_weights(adapters)
     shares = [one / sum(won) for one in won]

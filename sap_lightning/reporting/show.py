@@ -16,7 +16,6 @@ from sap_lightning.reporting.table import TableRow, left_out, markdown_table, ri
 from sap_lightning.results import Results
 
 TABLE_FILE = "table.md"
-"""Columns of the table where no terminal sets them."""
 
 
 def show(federation: OneShotFederation, results: Results, report: bool = True) -> None:

@@ -508,7 +508,7 @@ MERGES = MergeModule(SHAPES_CLIP, reject_outliers=True)
         ),
         (
             {"rounds": 2, "merge": MergeModule(SHAPES_CLIP, weights="reach")},
-            r"^merge\.weights reach: only in the last round it is measured; use samples or uniform",
+            r"^merge\.weights reach: clients say theirs in the last round alone; use samples or uniform",
         ),
         ({"rounds": 2, "method": KRUM}, r"krum needs at least 5 clients"),
         ({"rounds": 2, "last_method": KRUM}, r"krum needs at least 5 clients"),

@@ -18,6 +18,8 @@ def test_exact_passes_over_case_articles_and_punctuation():
         ("1.5", "15", 0), ("1.50", "1.5", 1), ("-5", "5", 0), ("15.", "15", 1), ("2", "two", 0), ("1,5", "15", 1),
         ("", "A", 0), ("the", "A", 0), ("a.", "A", 1), ("B", "b.", 1), ("", "...", 1), ("...", "!", 0),
         ("An A", "A", 0), ("the cup", "cup", 1), ("", "boat", 0), ("C", "C++", 1),
+        ("A)", "A", 1), ("(a)", "A", 1), ("A,", "A", 1), ("**A**", "A", 1),
+        ("10000000000000001", "10000000000000000", 0),
     ],
 )  # fmt: skip
 def test_numbers_and_what_has_no_words_are_compared_as_they_stand(said, answer, right):

@@ -116,6 +116,16 @@ def test_clients_count_alike_where_nothing_holds_elsewhere_or_next_to_nothing_wa
     assert client_weights([saying(1, *said), saying(2, 0.5, 0.5625, 0.0)], "reach") == [0.5, 0.5]
 
 
+def test_clients_count_alike_where_each_loses_or_had_nothing_to_win():
+    sure = reaching(random_adapter(1), {one: [1.0] * 5 if one == "plain" else [0.1, 0, 0, 0, 1.0] for one in MEASURED})
+    assert client_weights([sure, saying(2, 0.1, 0.9, -0.05)], "reach") == [0.5, 0.5]
+
+
+def test_no_client_wins_more_than_all_that_was_left():
+    weights = client_weights([saying(1, 0.999, 1.0, 0.25), saying(2, 0.5, 1.0, 0.25)], "reach")
+    assert weights == pytest.approx([2 / 3, 1 / 3])
+
+
 def test_a_client_that_loses_elsewhere_counts_nothing():
     clients = [saying(1, 0.5, 0.75, 0.25), saying(2, 0.5, 0.75, -0.0625)]
     assert client_weights(clients, "reach") == [1.0, 0.0]
