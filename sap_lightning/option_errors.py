@@ -85,7 +85,7 @@ def in_words(hint: Any) -> str:
 
 def _settings_of(made: Any) -> Types:
     parser = ArgumentParser(exit_on_error=False)
-    parser.add_class_arguments(made)
+    parser.add_class_arguments(made, fail_untyped=False)
     return types_of(parser)
 
 

@@ -173,3 +173,13 @@ def test_a_group_may_be_a_file_that_lies_beside_its_config(tmp_path):
     (tmp_path / "config.yaml").write_text("data: {curriculum: curriculum.yaml}  # ρ")
     given = SapCLI("client", ["--config", str(tmp_path / "config.yaml"), "--data.root", "x"])
     assert given.datamodule.curriculum.start == 0.5
+
+
+def test_a_callback_of_one_s_own_need_not_say_its_types(tmp_path, monkeypatch):
+    (tmp_path / "untyped.py").write_text(
+        "import lightning as L\nclass Mine(L.Callback):\n    def __init__(self, folder):\n        self.folder = folder\n"
+    )
+    monkeypatch.syspath_prepend(tmp_path)
+    own = '[{"class_path": "untyped.Mine", "init_args": {"folder": null}}]'
+    given = SapCLI("client", [f"--trainer.callbacks={own}", "--data.root", "x"])
+    assert given.config.trainer.callbacks[0].init_args.folder is None

@@ -120,7 +120,7 @@ class CLIPLoRAModule(ClientModule):
                 "model.sent_blocks chooses among blocks of the vision tower; leave text out of model.towers"
             )
         if not isinstance(sent, Sequence) and not 0 < sent <= 1:
-            alone = f"; for one block alone write [{sent:g}]" if sent > 1 and sent == int(sent) else ""
+            alone = f"; for one block alone write [{sent:g}]" if sent >= 0 and sent % 1 == 0 else ""
             raise InputError(f"model.sent_blocks must lie in (0, 1], got {sent:g}{alone}")
         if isinstance(sent, Sequence) and (not sent or len(set(sent)) < len(sent)):
             raise InputError(f"model.sent_blocks must name blocks by their numbers, each once, got {list(sent)}")
