@@ -177,7 +177,7 @@ def test_a_group_may_be_a_file_that_lies_beside_its_config(tmp_path):
 
 def test_a_callback_of_one_s_own_need_not_say_its_types(tmp_path, monkeypatch):
     (tmp_path / "untyped.py").write_text(
-        "import lightning as L\nclass Mine(L.Callback):\n    def __init__(self, folder):\n        self.folder = folder\n"
+        "import lightning as L\nclass Mine(L.Callback):\n    def __init__(self, folder): self.folder = folder\n"
     )
     monkeypatch.syspath_prepend(tmp_path)
     own = '[{"class_path": "untyped.Mine", "init_args": {"folder": null}}]'

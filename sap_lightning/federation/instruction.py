@@ -363,6 +363,6 @@ def _require_start(upload: Path, file: Path, start: Start) -> None:
     """Raises InputError for the upload of a later turn that was trained from another start than it would be now."""
     if start.number and (not file.is_file() or file.read_text(encoding="utf-8") != start.sha256):
         raise InputError(
-            f"{upload}: was not trained from what the turn before gives now; remove it and those of the turns after it, and"
-            " they are trained anew"
+            f"{upload}: was not trained from what the turn before gives now; remove it and those of the turns after it,"
+            " and they are trained anew"
         )

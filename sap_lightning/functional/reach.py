@@ -79,7 +79,7 @@ def won_elsewhere(reach: Reach) -> float:
     """What a whole adapter, at λ = 1, wins in the mean over changed styles, as a share of what was left to win at home.
 
     A domain that the base knows well leaves less to be won, which says nothing against who has won most of that. 0
-    where the adapter loses, and where there was nothing to be won; 1 at most, as styles may win more than home has left.
+    where the adapter loses, and where nothing was left to be won; 1 at most, as styles may win more than that.
 
     Args:
         reach: of one client.
