@@ -41,16 +41,19 @@ CLIENTS: dict[str, type[ClientModule]] = {made.__name__: made for made in (CLIPL
 OF_ALL_CLIENTS = {"base", "templates", "seed"}
 """Settings in the group model that clients of every class have."""
 PLACES = {
-    *(
-        "anchors.root",
-        "compress.model",
-        "compress.output",
-        "compress.texts",
-        "data.root",
-        "federation.run_dir",
-        "merge.output",
-    ),
-    *("merge.push_to_hub", "model.base", "model.start", "predict.images", "predict.output", "uploads"),
+    "anchors.root",
+    "compress.model",
+    "compress.output",
+    "compress.texts",
+    "data.root",
+    "federation.run_dir",
+    "merge.output",
+    "merge.push_to_hub",
+    "model.base",
+    "model.start",
+    "predict.images",
+    "predict.output",
+    "uploads",
 }
 """Settings that name a folder, a file or a repository; an empty one would be this folder, or pass for none."""
 CLASS_PATH = re.compile(r"[A-Za-z_][\w.]*(?<!\.yaml)(?<!\.yml)")

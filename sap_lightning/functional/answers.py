@@ -29,23 +29,21 @@ def exact(said: str, answer: str) -> float:
         >>> exact("the cup.", "Cup"), exact("1.5", "15"), exact("", "A")
         (1.0, 0.0, 0.0)
     """
-    return _as_they_stand(said, answer) if _has_own_rule(said, answer) else _squad(said, answer)["exact_match"]
+    return _judged(said, answer, "exact_match")
 
 
 def f1(said: str, answer: str) -> float:
     """F1 of the words of an answer (SQuAD's), in [0, 1]; of numbers and of what has no words as `exact`."""
-    return _as_they_stand(said, answer) if _has_own_rule(said, answer) else _squad(said, answer)["f1"]
+    return _judged(said, answer, "f1")
 
 
-def _has_own_rule(said: str, answer: str) -> bool:
-    both = _words(said), _words(answer)
-    return all(map(_NUMBERS.fullmatch, both)) or not all(map(_SQUAD_WORDS.search, both))
-
-
-def _as_they_stand(said: str, answer: str) -> float:
+def _judged(said: str, answer: str, score: str) -> float:
+    """A score of SQuAD's, but for numbers and for what its normalisation leaves nothing of."""
     one, other = _words(said), _words(answer)
     if _NUMBERS.fullmatch(one) and _NUMBERS.fullmatch(other):
         return float(Decimal(one) == Decimal(other))
+    if _SQUAD_WORDS.search(one) and _SQUAD_WORDS.search(other):
+        return _squad(said, answer)[score]
     bare = one.strip(_BESIDE)
     return float(one == other or bare == other.strip(_BESIDE) != "")
 

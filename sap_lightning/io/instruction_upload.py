@@ -91,7 +91,7 @@ def read_instruction_upload(
         raise InputError(f"{folder}: has no manifest.json, which says of what task and round it is; send it whole")
     tensors = _read_connector(folder, connector)
     _require_connector(folder, adapter.manifest, tensors)
-    digest = sha256(f"{adapter.sha256}{connector_sha256(tensors)}".encode()).hexdigest()
+    digest = sha256(f"{adapter.sha256}{adapter.manifest.connector_sha256}".encode()).hexdigest()
     return ReadUpload(adapter, tensors, digest, FilesInFolder(folder).size())
 
 
