@@ -152,7 +152,7 @@ class SapCLI(CommandCLI):
     def _merge_module(self) -> MergeModule:
         settings = {name: value for name, value in self.config_init.merge.items() if name not in MERGE_COMMAND}
         method = settings.pop("method")
-        if not isinstance(settings["weights"], str) and self.command in TAKEN_BY["federation"]:
+        if isinstance(settings["weights"], list) and self.command in TAKEN_BY["federation"]:
             raise InputError(
                 f"merge.weights {settings['weights']}: numbers are for the uploads that the command merge names; take"
                 " uniform or samples"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from numbers import Real
 from reprlib import Repr
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
@@ -58,8 +59,15 @@ def first_line(error: Exception) -> str:
     return next(iter(str(error).strip().splitlines()), type(error).__name__)
 
 
+def check_number(name: str, value: object) -> None:
+    """Raises an InputError that names the setting when it is no number, as only Python can give it."""
+    if not isinstance(value, Real):
+        raise InputError(f"{name} is {short(value)}, expected a number")
+
+
 def check_share(name: str, value: float) -> None:
     """Raises an InputError that names the setting when it does not lie in [0, 1]."""
+    check_number(name, value)
     if not 0 <= value <= 1:
         hint = f"; {value:g} % is {value / 100:g}" if 10 <= value <= 100 else ""
         raise InputError(f"{name} must lie in [0, 1], got {value}{hint}")
@@ -67,6 +75,7 @@ def check_share(name: str, value: float) -> None:
 
 def check_at_least(name: str, value: float, least: float) -> None:
     """Raises an InputError that names the setting when it is below the least value, or not finite."""
+    check_number(name, value)
     if not least <= value < math.inf:
         hint = "; give a finite number" if value == math.inf else ""
         raise InputError(f"{name} must be at least {least}, got {value}{hint}")
@@ -74,12 +83,14 @@ def check_at_least(name: str, value: float, least: float) -> None:
 
 def check_positive(name: str, value: float) -> None:
     """Raises an InputError that names the setting when it is not a finite number above 0."""
+    check_number(name, value)
     if not 0 < value < math.inf:
         raise InputError(f"{name} must be above 0, got {value}")
 
 
 def check_seed(name: str, value: int) -> None:
     """Raises an InputError that names the setting when numpy takes no such seed."""
+    check_number(name, value)
     if not 0 <= value < SEEDS:
         raise InputError(f"{name}: {value} lies outside [0, {SEEDS})")
 

@@ -148,8 +148,9 @@ def test_a_faulty_setting_ends_in_one_line(main, options):
         ("--model.dropout=1", "model.dropout is 1"),
     ],
 )
-def test_what_would_end_in_a_traceback_or_after_training_is_refused_first(main, options, option, said):
-    assert main("fit", *options, option).startswith(f"error: {said}")
+def test_what_would_end_in_a_traceback_or_after_training_is_refused_first(main, options, tmp_path, option, said):
+    folder = f"--federation.run_dir={tmp_path / 'run'}"
+    assert main("fit", *options, folder, option).startswith(f"error: {said}")
 
 
 @pytest.mark.parametrize("setting", ["max_epochs", "max_steps", "limit_train_batches"])

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import pytest
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 
@@ -49,6 +51,12 @@ def test_what_is_no_seed_is_refused_by_name(value):
     with pytest.raises(InputError, match=rf"merge\.method\.seed: {value} lies outside \[0, 4294967296\)"):
         check_seed("merge.method.seed", value)
     check_seed("merge.method.seed", 2**32 - 1)
+
+
+@pytest.mark.parametrize("check", [check_share, check_positive, check_seed, partial(check_at_least, least=1)])
+def test_what_is_no_number_is_refused_by_name(check):
+    with pytest.raises(InputError, match=r"prune\.sparsity is '0\.9', expected a number"):
+        check("prune.sparsity", value="0.9")
 
 
 @pytest.mark.parametrize(

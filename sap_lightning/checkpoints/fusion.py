@@ -16,8 +16,9 @@ from sap_lightning.checkpoints.sources import Sources
 from sap_lightning.checkpoints.work import Work
 from sap_lightning.errors import InputError
 from sap_lightning.files import folder_named, locked, put_in_place, refuse_existing, writing
-from sap_lightning.merging import ATAF, SAP, MergeMethod, method_named
+from sap_lightning.merging import ATAF, SAP, MergeMethod
 from sap_lightning.merging.method import check_weights
+from sap_lightning.merging.registry import method_of
 
 
 class Fusion:
@@ -51,7 +52,7 @@ class Fusion:
         self.models = models
         self.output = output
         self.base = base
-        self.method = method_named(method, "fuse.method", FUSE_METHODS) if isinstance(method, str) else method
+        self.method = method_of(method, "fuse.method", FUSE_METHODS)
         self.weights = weights
         self.texts = [texts] if isinstance(texts, str) else texts or []
         self.anchors = anchors

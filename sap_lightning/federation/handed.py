@@ -18,6 +18,7 @@ from sap_lightning.io.uploads import files_of, read_folder
 log = logging.getLogger(__name__)
 START, FOLDED = "start", "folded"
 RECORD_FILE = "round.json"
+IN_WORDS = {"sources": "set of uploads"}
 
 
 class Handed(NamedTuple):
@@ -87,6 +88,6 @@ def handed_in(folder: Path, expected: Expected, record: Mapping[str, Any]) -> Ha
     for name, value in as_json(dict(record)).items():
         if written.get(name) != value:
             raise InputError(
-                f"{folder}: was made with another {name}; start anew with another --federation.run_dir, or set it back"
+                f"{folder}: was made with another {IN_WORDS.get(name, name)}; start anew with another --federation.run_dir, or set it back"
             )
     return Handed(parts.get(START), parts.get(FOLDED))

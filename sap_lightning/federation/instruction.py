@@ -46,7 +46,7 @@ from sap_lightning.io.instruction_upload import (
     write_instruction_upload,
 )
 from sap_lightning.merging import MergeMethod
-from sap_lightning.merging.registry import method_named
+from sap_lightning.merging.registry import method_of
 from sap_lightning.models.llava import encoder_of
 from sap_lightning.modules.vlm_lora import Start, VLMLoRAModule
 
@@ -115,7 +115,7 @@ class InstructionFederation:
         self.epochs = epochs_per_round
         self.share = share
         self.systems = list(systems)
-        self.methods = [method_named(one, "federation.methods") if isinstance(one, str) else one for one in methods]
+        self.methods = [method_of(one, "federation.methods") for one in methods]
         check_methods(self.methods)
         self.config = dict(config or {})
         self.results = InstructionResults(self.folder)

@@ -258,7 +258,11 @@ def settings_of(
     method: MergeMethod, sparsity: float | None, merge: MergeModule, anchors: AnchorDataModule
 ) -> dict[str, Any]:
     """What decides the outcome of a merge beside the adapters, as JSON knows it."""
-    settings: dict[str, Any] = {"method": method.name, "weights": merge.weights if method.uses_weights else "uniform"}
+    own = "reach" if method.weighs_by_reach else "uniform"
+    settings: dict[str, Any] = {
+        "method": method.name,
+        "weights": (merge.weights or own) if method.uses_weights else "uniform",
+    }
     # A setting of such a name, as of a method on top of another, goes by what the command line calls it.
     settings |= {f"method.{name}" if name in settings else name: of for name, of in method.settings.items()}
     if merge.max_share is not None:

@@ -21,8 +21,9 @@ from sap_lightning.functional.lora import LoRALayer, Update
 from sap_lightning.functional.rescaling import relative_error
 from sap_lightning.io.adapter import Adapter, Expected
 from sap_lightning.io.manifest import MOST_ROUNDS
-from sap_lightning.merging import Average, MergeMethod, method_named
+from sap_lightning.merging import Average, MergeMethod
 from sap_lightning.merging.clients import client_layers
+from sap_lightning.merging.registry import method_of
 from sap_lightning.models.layers import block_of
 from sap_lightning.models.lora import check_rank
 from sap_lightning.modules.client import ClientModule
@@ -111,7 +112,7 @@ class RoundsFederation(OneShotFederation):
                 "federation.total_epochs stands in place of federation.epochs_per_round; leave one of them out"
             )
         if last_method is not None:
-            last = method_named(last_method, "federation.last_method") if isinstance(last_method, str) else last_method
+            last = method_of(last_method, "federation.last_method")
             one_shot["plan"] = Plan({one.name: one for one in (Average(), last)})
         super().__init__(**one_shot)
         self.rounds = rounds
@@ -335,7 +336,7 @@ class RoundsFederation(OneShotFederation):
     def _weighted(self, adapters: Sequence[Adapter], expected: Expected) -> _Weighted:
         """Each upload's share of the whole, and their merge where they are updates that can be merged."""
         if expected.sent == "A":
-            return _Weighted(adapters, self.merge.weights_of(adapters))
+            return _Weighted(adapters, self.merge.weights_of(adapters, self.method))
         merged = self.evaluation.merge_of(adapters, self.method)
         self.merge.set_update({})
         return _Weighted(merged.adapters, merged.weights, merged.update, merged.rejected)

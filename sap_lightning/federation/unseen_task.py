@@ -15,7 +15,6 @@ from sap_lightning.federation.systems import ALL, SYSTEMS, connectors_of
 from sap_lightning.fingerprints import digest
 from sap_lightning.io.instruction_upload import ReadUpload
 from sap_lightning.merging import SAP
-from sap_lightning.merging.clients import client_weights
 from sap_lightning.merging.method import MergeMethod, check_method
 from sap_lightning.models.instruction_probe import Embedded, InstructionProbe
 from sap_lightning.models.llava import embedded, load_language_base
@@ -62,7 +61,7 @@ def one_shot(
     adapters = [one.adapter for one in others]
     start = Start(task=task, connectors=connectors_of(SYSTEMS["fedit"], others, tasks))
     probe = _probe(base, start, *seen) if method.needs_anchors else None
-    return replace(start, update=method.merge(adapters, client_weights(adapters), cast(Any, probe)))
+    return replace(start, update=method.merge(adapters, anchors=cast(Any, probe)))
 
 
 def _probe(base: str, start: Start, anchors: Path, encoder: Encoder) -> InstructionProbe:

@@ -83,15 +83,16 @@ def client_weights(
     Args:
         adapters: one for each client.
         weights: clients count alike, by their number of training images, or by how far their adapters reach.
-        max_share: the most that a client may count by its images; the others share what is above that.
+        max_share: the most that a client may count by its images or its reach; the others share what is above that.
 
     Raises:
         InputError: when an upload does not say the number or the reach that is needed, or no client could have a share.
     """
     if weights == "uniform":
         return [1 / len(adapters)] * len(adapters)
+    most = 1.0 if max_share is None else max_share
     if weights == "reach":
-        return _shares_by_reach(adapters)
+        return _shares_by_reach(adapters, most)
     samples = [adapter.num_samples for adapter in adapters]
     for adapter, count in zip(adapters, samples, strict=True):
         if not count:
@@ -99,12 +100,17 @@ def client_weights(
                 f"merge.weights samples: upload {adapter.name!r} has no manifest that says its number of"
                 " samples; use --merge.weights uniform"
             )
-    shares = bounded_shares([count for count in samples if count], 1.0 if max_share is None else max_share)
+    shares = bounded_shares([count for count in samples if count], most)
     log.info("clients count by their images: %s", _shares_in_words(adapters, shares))
     return shares
 
 
-def _shares_by_reach(adapters: Sequence[Adapter]) -> list[float]:
+def say_how_far(adapters: Sequence[Adapter]) -> bool:
+    """Whether the manifest of every client says how far its adapter reaches."""
+    return all(one.manifest and one.manifest.reach for one in adapters)
+
+
+def _shares_by_reach(adapters: Sequence[Adapter], most: float) -> list[float]:
     """Shares in proportion to what each wins elsewhere, where what they learned holds in every style; else alike."""
     reaches = []
     for adapter in adapters:
@@ -118,7 +124,7 @@ def _shares_by_reach(adapters: Sequence[Adapter]) -> list[float]:
     if not (transfers(reaches) and any(won)):
         log.info("clients count alike, as what they learned is next to nothing, or does not hold in every style")
         return client_weights(adapters)
-    shares = [one / sum(won) for one in won]
+    shares = bounded_shares(won, most)
     log.info("clients count by what they win elsewhere: %s", _shares_in_words(adapters, shares))
     return shares
 
@@ -127,8 +133,12 @@ def _shares_in_words(adapters: Sequence[Adapter], shares: Sequence[float]) -> st
     return ", ".join(f"{adapter.name} {share:.3f}" for adapter, share in zip(adapters, shares, strict=True))
 
 
-def bounded_shares(counts: Sequence[int], most: float) -> list[float]:
+def bounded_shares(counts: Sequence[float], most: float) -> list[float]:
     """Shares of a whole in proportion to counts, none above ``most``, as far as the others can take what is above it.
+
+    Args:
+        counts: 0 or more, not all of them 0.
+        most: a share.
 
     Raises:
         InputError: when so many shares, of at most so much, do not make a whole.
@@ -140,10 +150,11 @@ def bounded_shares(counts: Sequence[int], most: float) -> list[float]:
         )
     bounded: set[int] = set()
     while True:
-        rest = [index for index in range(len(counts)) if index not in bounded]
+        rest = {index: count for index, count in enumerate(counts) if index not in bounded}
         left = 1 - most * len(bounded)
-        total = sum(counts[index] for index in rest)
-        shares = [most if index in bounded else left * counts[index] / total for index in range(len(counts))]
+        if not any(rest.values()):
+            rest = dict.fromkeys(rest, 1)
+        shares = [left * rest[index] / sum(rest.values()) if index in rest else most for index in range(len(counts))]
         if not (above := {index for index in rest if shares[index] > most}):
             return shares
         bounded |= above

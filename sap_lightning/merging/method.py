@@ -21,7 +21,7 @@ from sap_lightning.console import track
 from sap_lightning.errors import InputError, check_choices
 from sap_lightning.functional.lora import Update
 from sap_lightning.io.adapter import Adapter
-from sap_lightning.merging.clients import Source, client_layers, client_weights
+from sap_lightning.merging.clients import Source, client_layers, client_weights, say_how_far
 from sap_lightning.models.probe import AnchorProbe
 
 MOST_WEIGHT = 1e30
@@ -65,6 +65,7 @@ class MergeMethod(ABC):
         needs_factors: whether it looks at A and B apart, which only a LoRA has.
         needs_manifests: whether it looks at what clients say of their training.
         needs_reach: whether they must say how far their adapters reach.
+        weighs_by_reach: whether clients count by that, where all of them say it and nothing else is asked for.
     """
 
     name = ""
@@ -79,6 +80,7 @@ class MergeMethod(ABC):
     needs_factors = False
     needs_manifests = False
     needs_reach = False
+    weighs_by_reach = False
     has_masks = False
     sparsity: float | None = None
 
@@ -105,8 +107,13 @@ class MergeMethod(ABC):
     def merge(
         self, adapters: Sequence[Adapter], weights: Sequence[float] | None = None, anchors: AnchorProbe | None = None
     ) -> dict[str, Update]:
-        """Both phases at once; clients count alike if there are no weights."""
-        return self.prepare(adapters, weights or client_weights(adapters), anchors).apply()
+        """Both phases at once; clients count as the method has it if there are no weights."""
+        return self.prepare(adapters, weights or self.own_weights(adapters), anchors).apply()
+
+    def own_weights(self, adapters: Sequence[Adapter]) -> list[float]:
+        """Each client's share of the whole where nobody asks for others."""
+        by_reach = self.weighs_by_reach and say_how_far(adapters)
+        return client_weights(adapters, "reach" if by_reach else "uniform")
 
     def merge_weight(self, name: str, models: Sequence[Source], weights: Sequence[float]) -> Update:
         """The update of one weight of whole models.

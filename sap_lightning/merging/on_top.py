@@ -11,7 +11,7 @@ from sap_lightning.errors import InputError
 from sap_lightning.functional.lora import Update
 from sap_lightning.merging.method import MergeMethod, Prepared
 from sap_lightning.merging.pruning import Pruning
-from sap_lightning.merging.registry import method_named
+from sap_lightning.merging.registry import method_of
 
 
 class OnTop(MergeMethod):
@@ -33,7 +33,7 @@ class OnTop(MergeMethod):
         """The method under this one."""
         if self.method is None:  # as a config file can say
             raise InputError(f"merge.method.method is null; name the method under {self.name}, such as average")
-        return method_named(self.method, "merge.method.method") if isinstance(self.method, str) else self.method
+        return method_of(self.method, "merge.method.method")
 
     @property
     def needs_anchors(self) -> bool:  # type: ignore[override]  # as that of the method under this one
@@ -50,6 +50,10 @@ class OnTop(MergeMethod):
     @property
     def needs_reach(self) -> bool:  # type: ignore[override]
         return self.inner.needs_reach
+
+    @property
+    def weighs_by_reach(self) -> bool:  # type: ignore[override]
+        return self.inner.weighs_by_reach
 
     @property
     def has_masks(self) -> bool:  # type: ignore[override]

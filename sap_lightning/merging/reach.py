@@ -12,7 +12,7 @@ from sap_lightning.functional.lora import Update, no_change, times
 from sap_lightning.functional.reach import LENGTHS, carried_over, transfers, won_at_home
 from sap_lightning.functional.rescaling import length_of, norm
 from sap_lightning.io.adapter import Adapter
-from sap_lightning.merging.clients import client_layers
+from sap_lightning.merging.clients import client_layers, say_how_far
 
 
 @dataclass(frozen=True)
@@ -37,11 +37,6 @@ class ReachOfClients:
     def findings(self) -> dict[str, Any]:
         """For the merge's record."""
         return asdict(self)
-
-
-def say_how_far(adapters: Sequence[Adapter]) -> bool:
-    """Whether the manifest of every client says how far its adapter reaches."""
-    return all(one.manifest and one.manifest.reach for one in adapters)
 
 
 def reach_of(adapters: Sequence[Adapter], weights: Sequence[float]) -> ReachOfClients | None:

@@ -4,11 +4,31 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from sap_lightning.errors import InputError
+from sap_lightning.errors import InputError, short
 from sap_lightning.merging.method import MergeMethod
 
 METHODS: dict[str, type[MergeMethod]] = {}
 """The package's own methods by name; ``merging`` lists them."""
+
+
+def method_of(
+    given: MergeMethod | str, setting: str = "merge.method", methods: Mapping[str, type[MergeMethod]] = METHODS
+) -> MergeMethod:
+    """The method that is given, or meant by its name.
+
+    Args:
+        given: a method, or the name of one at its default settings.
+        setting: what it is given as, for the error.
+        methods: those that it may be named of.
+
+    Raises:
+        InputError: when it is neither.
+    """
+    if isinstance(given, str):
+        return method_named(given, setting, methods)
+    if not isinstance(given, MergeMethod):
+        raise InputError(f"{setting} {short(given)}: give a method, such as TIES(sparsity=0.9), or the name of one")
+    return given
 
 
 def method_named(

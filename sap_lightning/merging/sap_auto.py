@@ -14,10 +14,10 @@ from sap_lightning.functional.saliency import Reduction
 from sap_lightning.functional.spaces import SpaceName
 from sap_lightning.io.adapter import Adapter
 from sap_lightning.merging.at_reach import AtReach
+from sap_lightning.merging.clients import say_how_far
 from sap_lightning.merging.distances import mean_cosine
 from sap_lightning.merging.method import MergeMethod, Prepared, required
 from sap_lightning.merging.pruning import Pruning
-from sap_lightning.merging.reach import say_how_far
 from sap_lightning.merging.sap import SAP
 from sap_lightning.models.probe import AnchorProbe
 
@@ -38,8 +38,8 @@ class SAPAuto(MergeMethod):
     """SAP at the settings that the clients and the anchors suggest.
 
     Where every client says how far its adapter reaches (``functional.reach``), they decide how long the merge is:
-    ``at_reach`` of SAP at ρ = ``reach_sparsity``. Where nothing that they learned carries over to other styles, the
-    merge is the base itself, and the log says so.
+    ``at_reach`` of SAP at ρ = ``reach_sparsity``. Unless weights are given, each then counts by what it wins in other
+    styles. Where nothing that they learned carries over to these, the merge is the base itself, and the log says so.
 
     Where they do not say, the updates themselves are asked. Where these point the same way, their mean cosine above 0,
     what the clients learned is shared: half of it stays, and the mean is made a little longer. Where they contradict
@@ -65,6 +65,7 @@ class SAPAuto(MergeMethod):
     name = "sap_auto"
     needs_manifests = True
     needs_anchors = True
+    weighs_by_reach = True
     has_masks = True
 
     sparsities: Sequence[float] = (0.0, 0.5, 0.8, 0.9, 0.95, 0.99)

@@ -22,10 +22,11 @@ from sap_lightning.io.adapter import WHOLE, Adapter, Expected, adapter_from_byte
 from sap_lightning.io.factors import Beside, Shapes
 from sap_lightning.io.peft_config import in_text_tower
 from sap_lightning.io.uploads import read_uploads
-from sap_lightning.merging import METHODS, MergeMethod, method_named
+from sap_lightning.merging import METHODS, MergeMethod
 from sap_lightning.merging.clients import Weights, client_weights, doubts_about
 from sap_lightning.merging.merged import Format, Merged
 from sap_lightning.merging.method import check_method, check_weights, required
+from sap_lightning.merging.registry import method_of
 from sap_lightning.merging.selection import Selection, doubts_on_anchors, without_outliers
 from sap_lightning.models.base import base_weight, linear_shapes, model_type
 from sap_lightning.models.layers import layer_shapes
@@ -51,8 +52,8 @@ class MergeModule(CLIPEvaluator):
             ``SaliencyPruneCallback`` says (sap).
         weights: clients count alike (uniform), by their number of training images (samples), or by what their adapters
             win in other styles (reach); or a number for each upload in their order, by which its ΔW is multiplied
-            whatever the sum.
-        max_share: the most that a client may count by its images; the others share what is above that.
+            whatever the sum. None: as the method has it; by reach in sap_auto, where clients say theirs, else alike.
+        max_share: the most that a client may count by its images or its reach; the others share what is above that.
         drop_heads: merge adapters that have layers trained whole, such as a classifier's head, and leave these out.
         reject_outliers: leave out clients with whose adapter, alone, the anchors' images are much less close to their
             captions than with the others', and say so; of fewer than three clients none stands out.
@@ -77,7 +78,7 @@ class MergeModule(CLIPEvaluator):
         base: str = "openai/clip-vit-base-patch16",
         templates: Sequence[str] = ("a photo of a {}.",),
         method: MergeMethod | str | None = None,
-        weights: Weights | list[float] = "uniform",
+        weights: Weights | list[float] | None = None,
         max_share: float | None = None,
         drop_heads: bool = False,
         reject_outliers: bool = False,
@@ -92,9 +93,9 @@ class MergeModule(CLIPEvaluator):
             raise InputError(f"merge.rank {rank}: must be at least 1, and is for merge.format adapter or auto only")
         if max_share is not None:
             check_positive("merge.max_share", max_share)
-            if weights != "samples":
-                raise InputError(f"merge.max_share {max_share:g} is for merge.weights samples, got {weights}")
-        self.method = method_named(method) if isinstance(method, str) else method
+            if weights not in ("samples", "reach"):
+                raise InputError(f"merge.max_share {max_share:g} is for merge.weights samples or reach, got {weights}")
+        self.method = None if method is None else method_of(method)
         self.weights = weights
         self.max_share = max_share
         self.drop_heads = drop_heads
@@ -135,12 +136,12 @@ class MergeModule(CLIPEvaluator):
         if isinstance(uploads, str | Path):
             raise InputError(f"{short(str(uploads))}: is one upload; give a list of them")
         adapters = self._read(uploads, expected)
-        if not isinstance(self.weights, str):
-            if len(self.weights) != len(adapters):
+        if self._numbers is not None:
+            if len(self._numbers) != len(adapters):
                 raise InputError(
-                    f"merge.weights {self.weights}: {len(self.weights)} numbers for {len(adapters)} uploads"
+                    f"merge.weights {self._numbers}: {len(self._numbers)} numbers for {len(adapters)} uploads"
                 )
-            self._own_weights = {one.sha256: weight for one, weight in zip(adapters, self.weights, strict=True)}
+            self._own_weights = {one.sha256: weight for one, weight in zip(adapters, self._numbers, strict=True)}
         return sorted(adapters, key=lambda adapter: adapter.sha256)
 
     def _read(self, uploads: Sequence[str | Path], expected: Expected) -> list[Adapter]:
@@ -238,7 +239,7 @@ class MergeModule(CLIPEvaluator):
             )
         if self.format != "auto" or self.rank is not None:
             raise InputError("merge.format and merge.rank are for adapters; what a merge of prompts writes is a prompt")
-        if not isinstance(self.weights, str) and not math.isclose(sum(self.weights), 1):
+        if self._numbers is not None and not math.isclose(sum(self._numbers), 1):
             raise InputError(f"merge.weights {self.weights}: those of prompts must add up to 1")
 
     def set_update(self, update: Mapping[str, Update]) -> None:
@@ -256,14 +257,14 @@ class MergeModule(CLIPEvaluator):
         method = self.merge_method
         if self.adapters[0].kind == "prompt":
             self.check_prompts(method)
-        if not isinstance(self.weights, str):
-            check_weights(method, self.weights)
+        if self._numbers is not None:
+            check_weights(method, self._numbers)
         check_method(method)
         doubts = doubts_about(self.adapters)
         adapters, rejected = Selection(self.adapters, [])
         if self.reject_outliers:
             adapters, rejected = without_outliers(self.adapters, required(anchors, method))
-        weights = self.weights_of(adapters) if method.uses_weights else client_weights(adapters)
+        weights = self.weights_of(adapters, method) if method.uses_weights else client_weights(adapters)
         prepared = method.prepare(adapters, weights, anchors)
         update = prepared.apply(self._sparsity)
         if anchors is not None and not self.reject_outliers and len(adapters) >= LEAST_VALUES:
@@ -277,12 +278,23 @@ class MergeModule(CLIPEvaluator):
             self.set_update(self.merged.update)
         return self.merged
 
-    def weights_of(self, adapters: Sequence[Adapter]) -> list[float]:
+    @property
+    def _numbers(self) -> Sequence[float] | None:
+        """A number for each upload, if such are the weights."""
+        return None if self.weights is None or isinstance(self.weights, str) else self.weights
+
+    def weights_of(self, adapters: Sequence[Adapter], method: MergeMethod) -> list[float]:
         """Each adapter's share of the whole, in their order.
+
+        Args:
+            adapters: some of those that were read.
+            method: how they are merged.
 
         Raises:
             InputError: when an upload does not say what its share depends on.
         """
+        if self.weights is None:
+            return method.own_weights(adapters)
         if isinstance(self.weights, str):
             return client_weights(adapters, self.weights, self.max_share)
         if unread := [adapter.name for adapter in adapters if adapter.sha256 not in self._own_weights]:

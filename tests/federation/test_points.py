@@ -39,7 +39,7 @@ def points(plan: Plan, sent: Sent = Sent(HONEST), **changed: Any) -> Points:  # 
     for parameter in nn.ModuleList([texts.model, texts.projection]).parameters():
         nn.init.ones_(parameter)
     merge = {"base": "clip", "base_fingerprint": "b", "templates": ("a {}",), "texts": texts, "logit_scale": 100.0}
-    merge |= {"weights": "uniform", "max_share": None, "reject_outliers": False}
+    merge |= {"weights": None, "max_share": None, "reject_outliers": False}
     precision, provenance = "32-true", {"commit": "abc"}
     for name, value in changed.items():
         next(part for part in (data, anchors, merge) if name in part)[name] = value
@@ -209,6 +209,13 @@ def test_a_method_on_top_of_another_is_measured_apart_from_it():
     assert len({merge.measurement for merge in merges}) == len(methods)
     assert (merges[1].settings["method"], merges[1].settings["method.method"]) == ("core_space", "average")
     assert merges[4].settings["method.method"]["settings"]["sparsity"] == merges[4].settings["sparsity"] == 0.9
+
+
+def test_how_clients_count_by_themselves_and_when_it_is_asked_for_is_one_measurement():
+    for method, own in ((SAPAuto(), "reach"), (SAP(), "uniform"), (LiNeS(SAPAuto()), "reach")):
+        merges = [list(points(plan_of(method), weights=weights).on("photo"))[-1].result for weights in (None, own)]
+        assert merges[0].measurement == merges[1].measurement
+        assert merges[0].settings["weights"] == own
 
 
 def test_the_images_of_a_domain_are_looked_up_once():

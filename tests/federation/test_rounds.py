@@ -268,7 +268,7 @@ def test_what_was_handed_over_is_held_to(first, hand_over, federation, tmp_path)
         hand(federation(folder, *same, "--merge.method=median"))
     with pytest.raises(InputError, match="was made with another aggregation"):
         hand(federation(folder, *same, "--federation.aggregation=fedit"))
-    with pytest.raises(InputError, match="was made with another sources"):
+    with pytest.raises(InputError, match="was made with another set of uploads"):
         hand(federation(folder, *same, "--federation.clients=[cartoon,photo]"))
     assert contents(folder, "rounds/**/*") == before
 

@@ -131,6 +131,11 @@ def test_a_client_that_loses_elsewhere_counts_nothing():
     assert client_weights(clients, "reach") == [1.0, 0.0]
 
 
+def test_shares_by_reach_are_bounded_too():
+    clients = [saying(1, 0.5, 0.75, 0.5), saying(2, 0.5, 0.75, -0.0625), saying(3, 0.5, 0.75, -0.0625)]
+    assert client_weights(clients, "reach", max_share=0.5) == [0.5, 0.25, 0.25]
+
+
 def test_a_client_that_does_not_say_its_reach_is_refused_by_name():
     silent = adapter_of(random_adapter(2).layers, "silent")
     with pytest.raises(InputError, match=r"merge\.weights reach: upload 'silent' has no manifest that says how far"):

@@ -17,6 +17,7 @@ from sap_lightning.errors import InputError
 from sap_lightning.functional.lora import Update, dense
 from sap_lightning.io.adapter import Adapter
 from sap_lightning.io.upload_files import WEIGHTS_FILE
+from sap_lightning.merging.clients import client_weights
 from sap_lightning.merging.distances import mean_cosine
 from sap_lightning.merging.pruning import Pruning
 from sap_lightning.merging.reach import reach_of
@@ -117,6 +118,17 @@ def test_where_clients_say_how_far_they_reach_the_merge_is_as_long_as_that():
     assert relative_gap(prepared.apply(), expected) < 1e-5
     assert prepared.findings["transfers"] is False
     assert prepared.findings["length"] == pytest.approx(wanted)
+
+
+def test_clients_count_by_what_they_win_elsewhere_unless_it_is_said_otherwise():
+    said = [0.25, 0.25, 0.25, 0.25, 0.75], [0.25, 0.25, 0.25, 0.25, 0.5]
+    adapters = [reaching(one, of) for one, of in zip(agreeing(), said, strict=True)]
+    method = auto()
+    assert method.own_weights(adapters) == client_weights(adapters, "reach") != [0.5, 0.5]
+    by_reach = method.merge(adapters, client_weights(adapters, "reach"), probe())
+    assert relative_gap(method.merge(adapters, anchors=probe()), by_reach) == 0
+    assert relative_gap(method.merge(adapters, [0.5, 0.5], probe()), by_reach) > 0.01
+    assert method.own_weights(agreeing()) == SAP().own_weights(adapters) == [0.5, 0.5]
 
 
 def test_its_sparsity_at_that_length_is_kept():

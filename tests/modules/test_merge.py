@@ -339,6 +339,13 @@ def test_a_setting_that_is_none_of_the_choices_is_refused(settings):
         MergeModule(SHAPES_CLIP, **settings)
 
 
+def test_the_class_of_a_method_in_its_place_is_refused():
+    with pytest.raises(InputError, match=r"merge\.method <class .*Average'>: give a method, such as TIES"):
+        MergeModule(SHAPES_CLIP, method=Average)
+    with pytest.raises(InputError, match=r"merge\.method\.method <class .*Average'>: give a method"):
+        LiNeS(Average)
+
+
 @pytest.mark.parametrize(
     ("method", "message"),
     [
