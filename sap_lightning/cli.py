@@ -22,7 +22,7 @@ from sap_lightning.federation.one_shot import OneShotFederation
 from sap_lightning.federation.rounds import RoundsFederation
 from sap_lightning.federation.run_folder import SERVER_SETTINGS, RunFolder, flat, is_held_to
 from sap_lightning.federation.sweep import Sweep
-from sap_lightning.merging import SAP, Average
+from sap_lightning.merging import SAP, Average, MergeMethod, SAPAuto
 from sap_lightning.modules.client import ClientModule
 from sap_lightning.modules.clip_lora import CLIPLoRAModule
 from sap_lightning.modules.clip_prompt import CLIPPromptModule
@@ -79,7 +79,8 @@ class SapCLI(CommandCLI):
         description: what the command does, for its help.
 
     Attributes:
-        merge: the server's module; it merges by SAP, as the group prune says, where no method is named.
+        merge: the server's module; where no method is named ``fit`` merges by SAPAuto, or by SAP if the group prune is
+            set, clients cannot say their reach or there are several rounds; other commands merge by SAP.
         uploads: what ``--uploads`` names.
 
     Raises:
@@ -162,10 +163,10 @@ class SapCLI(CommandCLI):
                 "merge.method: the settings of sap have their place in the group prune, such as --prune.sparsity; name"
                 " it --merge.method sap, or leave it out"
             )
-        if method is None and isinstance(self.model, CLIPPromptModule):
-            method = Average()
+        if method is None:
+            method = self._usual_method()
         last = self.config_init.federation.last_method if self.command == "fit" else None
-        if method in (None, SAP.name):
+        if method == SAP.name:
             method = self.config_init.prune
         elif last != SAP.name and (given := self.given("prune")):
             raise InputError(f"{given}: merge.method is not sap, so nothing would use it; leave one of them out")
@@ -175,6 +176,15 @@ class SapCLI(CommandCLI):
             name = merge.merge_method.name
             raise InputError(f"merge.weights {merge.weights}: clients count alike in {name}; leave it out")
         return merge
+
+    def _usual_method(self) -> MergeMethod | str:
+        """What merges where none is named: sap, but sap_auto where clients say their reach and nobody sets sap."""
+        if isinstance(self.model, CLIPPromptModule):
+            return Average()
+        if self.config_init.prune != SAP() or self.given("prune"):
+            return SAP.name
+        is_one_shot = self.command == "fit" and self.config_init.federation.rounds == 1
+        return SAPAuto() if is_one_shot and self.model.reach and self.datamodule.val_fraction else SAP.name
 
     def _refuse_of_prompts(self, aggregation: str | None) -> None:
         if aggregation and isinstance(self.model, CLIPPromptModule):

@@ -19,7 +19,7 @@ import pytest
 import yaml
 from lightning.pytorch.callbacks import ProgressBar, Timer
 from lightning.pytorch.loggers import CSVLogger
-from places import REPOSITORY
+from places import REPOSITORY, SHAPES_CLIP
 
 import sap_lightning
 from sap_lightning import __main__, cli
@@ -27,7 +27,7 @@ from sap_lightning.callbacks.progress import TitledProgressBar
 from sap_lightning.commands import COMMANDS
 from sap_lightning.errors import InputError
 from sap_lightning.federation.client import UNTRAINED
-from sap_lightning.merging import METHODS, SAP, Average, MergeMethod
+from sap_lightning.merging import METHODS, SAP, Average, MergeMethod, SAPAuto
 from sap_lightning.modules import CLIPPromptModule
 from sap_lightning.options import EVERY, TAKEN_BY, is_taken, takers
 
@@ -222,7 +222,27 @@ def test_a_config_file_is_for_all_commands(parsed, options):
     for command in OWN:
         kept = [option for option in options if is_taken(option.partition("=")[0].removeprefix("--"), command)]
         more = ["--predict.images=photos"] if command == "predict" else []
-        assert cli.SapCLI(command, [*kept, *more]).config_init.merge.weights == "uniform"
+        assert cli.SapCLI(command, [*kept, *more]).config_init.model.rank == 8
+
+
+@pytest.mark.parametrize(
+    ("more", "command", "method"),
+    [
+        ([], "fit", SAPAuto()),
+        ([], "merge", SAP()),
+        (["--prune.sparsity=0.8"], "fit", SAP()),
+        (["--prune.scale=0.5"], "fit", SAP(scale=0.5)),
+        (["--merge.method=sap"], "fit", SAP()),
+        (["--model.reach=false"], "fit", SAP()),
+        (["--data.val_fraction=0"], "fit", SAP()),
+        (["--federation.rounds=2", "--federation.epochs_per_round=1"], "fit", SAP()),
+        (["--model=CLIPPromptModule"], "fit", Average()),
+    ],
+)
+def test_what_merges_where_none_is_named(world, more, command, method):
+    line = [f"--config={REPOSITORY / 'configs' / 'pacs.yaml'}", f"--model.base={SHAPES_CLIP}"]
+    line += [f"--data.root={world / 'domains'}"] if command == "fit" else []
+    assert cli.SapCLI(command, [*line, *more]).merge.method == method
 
 
 def test_the_seed_reaches_model_and_data(parsed):

@@ -10,6 +10,7 @@ import lightning as L
 from sap_lightning.callbacks.tensorboard import log_pruning
 from sap_lightning.errors import InputError
 from sap_lightning.io.adapter import Adapter
+from sap_lightning.merging.on_top import pruning_in
 from sap_lightning.merging.pruning import Pruning
 from sap_lightning.merging.sap import SAP
 from sap_lightning.modules.merge import MergeModule
@@ -22,7 +23,7 @@ class SaliencyPruneCallback(L.Callback):
 
     When a :class:`MergeModule` without a method of its own starts to validate on anchors, it merges by SAP at these
     settings, on the trainer's device and precision. Without settings the callback only shows, also of a module whose
-    own method is a SAP; of other methods the saliency is not known.
+    own method is a SAP, or has one under it as SAPAuto; of other methods the saliency is not known.
 
     Args:
         settings: those of :class:`sap_lightning.merging.SAP`, such as ``sparsity=0.9, space="factor"``.
@@ -50,8 +51,8 @@ class SaliencyPruneCallback(L.Callback):
             return
         merged = pl_module.merged
         assert merged is not None  # validation merges before its epoch
-        pruning = merged.prepared
-        if not (isinstance(merged.method, SAP) and isinstance(pruning, Pruning)):
+        pruning = pruning_in(merged.prepared)
+        if pruning is None or not isinstance(pruning.method, SAP):
             return
         for adapter in merged.adapters:
             if adapter.sha256 not in self._shown:

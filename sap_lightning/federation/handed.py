@@ -88,6 +88,7 @@ def handed_in(folder: Path, expected: Expected, record: Mapping[str, Any]) -> Ha
     for name, value in as_json(dict(record)).items():
         if written.get(name) != value:
             raise InputError(
-                f"{folder}: was made with another {IN_WORDS.get(name, name)}; start anew with another --federation.run_dir, or set it back"
+                f"{folder}: was made with another {IN_WORDS.get(name, name)}; start anew with another"
+                " --federation.run_dir, or set it back"
             )
     return Handed(parts.get(START), parts.get(FOLDED))

@@ -25,7 +25,7 @@ from sap_lightning.data import AnchorDataModule, DomainDataModule
 from sap_lightning.errors import InputError
 from sap_lightning.functional.lora import LoRALayer, Update, dense
 from sap_lightning.io.adapter import read_adapter, write_adapter
-from sap_lightning.merging import SAP, Average
+from sap_lightning.merging import SAP, Average, LiNeS
 from sap_lightning.models.clip import load_base
 from sap_lightning.models.layers import layer_shapes
 from sap_lightning.modules import CLIPLoRAModule, MergeModule
@@ -299,6 +299,15 @@ def test_the_figures_show_each_client_s_loss_before_and_after_pruning(uploads, a
             alone.set_update(layers)
             (shown,) = events.Scalars(f"anchor_loss_{name}_pruning/{adapter.name}")
             assert shown.value == pytest.approx(validate(alone, anchors), rel=1e-5)
+
+
+def test_sap_under_another_method_is_shown_too(uploads, anchors, tmp_path):
+    module = MergeModule(SHAPES_CLIP, method=LiNeS(SAP(0.7)))
+    module.use(module.read_uploads(uploads))
+    logger = TensorBoardLogger(tmp_path, name="", version="")
+    validate(module, anchors, SaliencyPruneCallback(), logger=logger)
+    shown = EventAccumulator(str(tmp_path)).Reload().Tags()["scalars"]
+    assert {f"anchor_loss_after_pruning/{one.name}" for one in module.adapters} <= set(shown)
 
 
 def test_a_merge_is_shown_once_however_often_it_is_validated(validated, anchors, tmp_path):
