@@ -156,7 +156,7 @@ class SapCLI(CommandCLI):
         if isinstance(settings["weights"], list) and self.command in TAKEN_BY["federation"]:
             raise InputError(
                 f"merge.weights {settings['weights']}: numbers are for the uploads that the command merge names; take"
-                " uniform or samples"
+                " uniform, samples or reach"
             )
         if isinstance(method, SAP) and self.command in TAKEN_BY["merge.method"]:
             raise InputError(
@@ -181,7 +181,10 @@ class SapCLI(CommandCLI):
         """What merges where none is named: sap, but sap_auto where clients say their reach and nobody sets sap."""
         if isinstance(self.model, CLIPPromptModule):
             return Average()
-        if self.config_init.prune != SAP() or self.given("prune"):
+        if self.given("prune"):
+            self.config.merge.method = SAP.name  # or settings given at their defaults would not say so in the record
+            return SAP.name
+        if self.config_init.prune != SAP():
             return SAP.name
         is_one_shot = self.command == "fit" and self.config_init.federation.rounds == 1
         return SAPAuto() if is_one_shot and self.model.reach and self.datamodule.val_fraction else SAP.name

@@ -222,7 +222,7 @@ def test_a_config_file_is_for_all_commands(parsed, options):
     for command in OWN:
         kept = [option for option in options if is_taken(option.partition("=")[0].removeprefix("--"), command)]
         more = ["--predict.images=photos"] if command == "predict" else []
-        assert cli.SapCLI(command, [*kept, *more]).config_init.model.rank == 8
+        assert cli.SapCLI(command, [*kept, *more]).config_init.prune.sparsity == 0.9
 
 
 @pytest.mark.parametrize(
@@ -242,7 +242,24 @@ def test_a_config_file_is_for_all_commands(parsed, options):
 def test_what_merges_where_none_is_named(world, more, command, method):
     line = [f"--config={REPOSITORY / 'configs' / 'pacs.yaml'}", f"--model.base={SHAPES_CLIP}"]
     line += [f"--data.root={world / 'domains'}"] if command == "fit" else []
-    assert cli.SapCLI(command, [*line, *more]).merge.method == method
+    made = cli.SapCLI(command, [*line, *more])
+    assert made.merge.method == method
+    again = cli.SapCLI(command, ["--config", yaml.safe_dump(made.settings())])
+    assert again.merge.method == method, "what is recorded says it, too"
+
+
+@pytest.mark.parametrize(
+    ("more", "said"),
+    [
+        (["--merge.method=sap"], "null"),
+        (["--merge.method=ties"], "null"),
+        (["--merge.weights=uniform"], "uniform"),
+    ],
+)
+def test_a_largest_share_is_refused_where_clients_count_alike(options, more, said):
+    with pytest.raises(InputError, match=rf"max_share 0\.5 is for merge\.weights samples or reach, got {said}"):
+        cli.SapCLI("fit", [*options, *more, "--merge.max_share=0.5"])
+    assert cli.SapCLI("fit", [*options, "--merge.method=sap_auto", "--merge.max_share=0.5"]).merge.max_share == 0.5
 
 
 def test_the_seed_reaches_model_and_data(parsed):

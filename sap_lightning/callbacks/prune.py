@@ -35,7 +35,7 @@ class SaliencyPruneCallback(L.Callback):
     def __init__(self, **settings: Any) -> None:
         self.method = SAP(**settings)
         self._has_settings = bool(settings)
-        self._shown: set[str] = set()
+        self._shown: set[tuple[str, str]] = set()
 
     def on_validation_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         if not isinstance(pl_module, MergeModule):
@@ -54,15 +54,16 @@ class SaliencyPruneCallback(L.Callback):
         pruning = pruning_in(merged.prepared)
         if pruning is None or not isinstance(pruning.method, SAP):
             return
+        under = "" if isinstance(merged.method, SAP) else f" ({merged.method.name})"
         for adapter in merged.adapters:
-            if adapter.sha256 not in self._shown:
-                self._shown.add(adapter.sha256)
-                self._show(adapter, pruning, trainer, pl_module)
+            if (adapter.sha256, under) not in self._shown:
+                self._shown.add((adapter.sha256, under))
+                self._show(adapter, f"{adapter.name}{under}", pruning, trainer, pl_module)
         pl_module.set_update(merged.update)
 
-    def _show(self, adapter: Adapter, pruning: Pruning, trainer: L.Trainer, module: MergeModule) -> None:
+    def _show(self, adapter: Adapter, label: str, pruning: Pruning, trainer: L.Trainer, module: MergeModule) -> None:
         scores, before = pruning.answer(adapter)
         after = module.probe().loss(pruning.pruned(adapter), pruning.method.loss)
         percent = 100 * pruning.method.sparsity
-        log.info("%s: anchor loss %.4f, %.4f after pruning %g %%", adapter.name, before, after, percent)
-        log_pruning(trainer, adapter.name, before, after, pruning.kept(adapter), scores)
+        log.info("%s: anchor loss %.4f, %.4f after pruning %g %%", label, before, after, percent)
+        log_pruning(trainer, label, before, after, pruning.kept(adapter), scores)

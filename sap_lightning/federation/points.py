@@ -200,7 +200,7 @@ class Points:
         condition: str = "",
         remembers: bool = False,
     ) -> Point:
-        settings = settings_of(method, sparsity, self.merge, self.anchors) if method else {}
+        settings = settings_of(method, sparsity, self.merge, self.anchors, adapters) if method else {}
         if self.homes and remembers:
             settings["memory"] = self.homes.memory
         sources = [adapter.sha256 for adapter in adapters]
@@ -255,14 +255,14 @@ class Points:
 
 
 def settings_of(
-    method: MergeMethod, sparsity: float | None, merge: MergeModule, anchors: AnchorDataModule
+    method: MergeMethod,
+    sparsity: float | None,
+    merge: MergeModule,
+    anchors: AnchorDataModule,
+    adapters: Sequence[Adapter],
 ) -> dict[str, Any]:
     """What decides the outcome of a merge beside the adapters, as JSON knows it."""
-    own = "reach" if method.weighs_by_reach else "uniform"
-    settings: dict[str, Any] = {
-        "method": method.name,
-        "weights": (merge.weights or own) if method.uses_weights else "uniform",
-    }
+    settings: dict[str, Any] = {"method": method.name, "weights": merge.weights_in(method, adapters)}
     # A setting of such a name, as of a method on top of another, goes by what the command line calls it.
     settings |= {f"method.{name}" if name in settings else name: of for name, of in method.settings.items()}
     if merge.max_share is not None:

@@ -314,7 +314,7 @@ class RoundsFederation(OneShotFederation):
         """What decides what a round hands over."""
         return {
             "aggregation": self.agreed.way,
-            "method": settings_of(self.method, self.method.sparsity, self.merge, self.anchors),
+            "method": settings_of(self.method, self.method.sparsity, self.merge, self.anchors, adapters),
             "sources": [adapter.sha256 for adapter in adapters],
         }
 

@@ -28,6 +28,8 @@ FREE_SETTINGS = (
     "federation.parallel",
     "data.domain",
     "merge.method",
+    "merge.weights",
+    "merge.max_share",
     "merge.reject_outliers",
     "model.init_args.memory",
     "sweep",

@@ -83,14 +83,14 @@ def client_weights(
     Args:
         adapters: one for each client.
         weights: clients count alike, by their number of training images, or by how far their adapters reach.
-        max_share: the most that a client may count by its images or its reach; the others share what is above that.
+        max_share: the most that a client may count; the others share what is above that.
 
     Raises:
         InputError: when an upload does not say the number or the reach that is needed, or no client could have a share.
     """
-    if weights == "uniform":
-        return [1 / len(adapters)] * len(adapters)
     most = 1.0 if max_share is None else max_share
+    if weights == "uniform":
+        return bounded_shares([1] * len(adapters), most)
     if weights == "reach":
         return _shares_by_reach(adapters, most)
     samples = [adapter.num_samples for adapter in adapters]
@@ -123,7 +123,7 @@ def _shares_by_reach(adapters: Sequence[Adapter], most: float) -> list[float]:
     won = [won_elsewhere(reach) for reach in reaches]
     if not (transfers(reaches) and any(won)):
         log.info("clients count alike, as what they learned is next to nothing, or does not hold in every style")
-        return client_weights(adapters)
+        return bounded_shares([1] * len(adapters), most)
     shares = bounded_shares(won, most)
     log.info("clients count by what they win elsewhere: %s", _shares_in_words(adapters, shares))
     return shares

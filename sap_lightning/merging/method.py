@@ -21,7 +21,7 @@ from sap_lightning.console import track
 from sap_lightning.errors import InputError, check_choices
 from sap_lightning.functional.lora import Update
 from sap_lightning.io.adapter import Adapter
-from sap_lightning.merging.clients import Source, client_layers, client_weights, say_how_far
+from sap_lightning.merging.clients import Source, Weights, client_layers, client_weights, say_how_far
 from sap_lightning.models.probe import AnchorProbe
 
 MOST_WEIGHT = 1e30
@@ -108,12 +108,12 @@ class MergeMethod(ABC):
         self, adapters: Sequence[Adapter], weights: Sequence[float] | None = None, anchors: AnchorProbe | None = None
     ) -> dict[str, Update]:
         """Both phases at once; clients count as the method has it if there are no weights."""
-        return self.prepare(adapters, weights or self.own_weights(adapters), anchors).apply()
+        weights = weights or client_weights(adapters, self.own_weights(adapters))
+        return self.prepare(adapters, weights, anchors).apply()
 
-    def own_weights(self, adapters: Sequence[Adapter]) -> list[float]:
-        """Each client's share of the whole where nobody asks for others."""
-        by_reach = self.weighs_by_reach and say_how_far(adapters)
-        return client_weights(adapters, "reach" if by_reach else "uniform")
+    def own_weights(self, adapters: Sequence[Adapter]) -> Weights:
+        """How clients count where nobody asks for another way."""
+        return "reach" if self.weighs_by_reach and say_how_far(adapters) else "uniform"
 
     def merge_weight(self, name: str, models: Sequence[Source], weights: Sequence[float]) -> Update:
         """The update of one weight of whole models.

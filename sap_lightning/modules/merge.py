@@ -49,7 +49,8 @@ class MergeModule(CLIPEvaluator):
         base: hub id or folder of the checkpoint that every adapter was trained on.
         templates: class prompts, averaged after normalisation; ``{}`` stands for the class name.
         method: how adapters become one update: a method, or the name of one at its own settings; if not given, as a
-            ``SaliencyPruneCallback`` says (sap).
+            ``SaliencyPruneCallback`` says (sap). The command fit takes sap_auto, where clients say their reach and
+            nothing of the group prune is set.
         weights: clients count alike (uniform), by their number of training images (samples), or by what their adapters
             win in other styles (reach); or a number for each upload in their order, by which its ΔW is multiplied
             whatever the sum. None: as the method has it; by reach in sap_auto, where clients say theirs, else alike.
@@ -86,6 +87,7 @@ class MergeModule(CLIPEvaluator):
         rank: int | None = None,
     ) -> None:
         super().__init__(base, templates)
+        self.method = None if method is None else method_of(method)
         if isinstance(weights, str):
             check_choice("merge.weights", weights, Weights)
         check_choice("merge.format", format, Format)
@@ -93,9 +95,10 @@ class MergeModule(CLIPEvaluator):
             raise InputError(f"merge.rank {rank}: must be at least 1, and is for merge.format adapter or auto only")
         if max_share is not None:
             check_positive("merge.max_share", max_share)
-            if weights not in ("samples", "reach"):
-                raise InputError(f"merge.max_share {max_share:g} is for merge.weights samples or reach, got {weights}")
-        self.method = None if method is None else method_of(method)
+            by_reach = weights is None and self.method is not None and self.method.weighs_by_reach
+            if weights not in ("samples", "reach") and not by_reach:
+                said = "null" if weights is None else weights
+                raise InputError(f"merge.max_share {max_share:g} is for merge.weights samples or reach, got {said}")
         self.weights = weights
         self.max_share = max_share
         self.drop_heads = drop_heads
@@ -264,7 +267,7 @@ class MergeModule(CLIPEvaluator):
         adapters, rejected = Selection(self.adapters, [])
         if self.reject_outliers:
             adapters, rejected = without_outliers(self.adapters, required(anchors, method))
-        weights = self.weights_of(adapters, method) if method.uses_weights else client_weights(adapters)
+        weights = self.weights_of(adapters, method)
         prepared = method.prepare(adapters, weights, anchors)
         update = prepared.apply(self._sparsity)
         if anchors is not None and not self.reject_outliers and len(adapters) >= LEAST_VALUES:
@@ -283,6 +286,10 @@ class MergeModule(CLIPEvaluator):
         """A number for each upload, if such are the weights."""
         return None if self.weights is None or isinstance(self.weights, str) else self.weights
 
+    def weights_in(self, method: MergeMethod, adapters: Sequence[Adapter]) -> Weights | list[float]:
+        """How these clients count in a method: as this module is set, or if nothing is said as the method has it."""
+        return (self.weights or method.own_weights(adapters)) if method.uses_weights else "uniform"
+
     def weights_of(self, adapters: Sequence[Adapter], method: MergeMethod) -> list[float]:
         """Each adapter's share of the whole, in their order.
 
@@ -293,13 +300,12 @@ class MergeModule(CLIPEvaluator):
         Raises:
             InputError: when an upload does not say what its share depends on.
         """
-        if self.weights is None:
-            return method.own_weights(adapters)
-        if isinstance(self.weights, str):
-            return client_weights(adapters, self.weights, self.max_share)
+        weights = self.weights_in(method, adapters)
+        if isinstance(weights, str):
+            return client_weights(adapters, weights, self.max_share)
         if unread := [adapter.name for adapter in adapters if adapter.sha256 not in self._own_weights]:
             raise InputError(
-                f"merge.weights {self.weights}: are for uploads in the order of read_uploads, which did not read"
+                f"merge.weights {weights}: are for uploads in the order of read_uploads, which did not read"
                 f" {unread[0]!r}"
             )
         return [self._own_weights[adapter.sha256] for adapter in adapters]

@@ -26,7 +26,7 @@ from sap_lightning.functional.spaces import Parameters
 from sap_lightning.functional.traffic import sparse_upload, triplets_upload
 from sap_lightning.io.adapter import Adapter
 from sap_lightning.merging import Pruning
-from sap_lightning.merging.clients import Source, client_weights, layer_names
+from sap_lightning.merging.clients import Source, layer_names
 from sap_lightning.merging.on_top import pruning_in
 from sap_lightning.merging.pruning import masked
 from sap_lightning.merging.selection import losses_alone, standings
@@ -284,7 +284,7 @@ class Inspection:
         if not (adapters and self.method.has_masks):
             return None
         try:
-            prepared = self.method.prepare(adapters, client_weights(adapters), anchors)
+            prepared = self.method.prepare(adapters, self.merge.weights_of(adapters, self.method), anchors)
         except InputError as error:
             log.warning("the report has no masks: %s", error)
             return None

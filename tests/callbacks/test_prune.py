@@ -307,7 +307,7 @@ def test_sap_under_another_method_is_shown_too(uploads, anchors, tmp_path):
     logger = TensorBoardLogger(tmp_path, name="", version="")
     validate(module, anchors, SaliencyPruneCallback(), logger=logger)
     shown = EventAccumulator(str(tmp_path)).Reload().Tags()["scalars"]
-    assert {f"anchor_loss_after_pruning/{one.name}" for one in module.adapters} <= set(shown)
+    assert {f"anchor_loss_after_pruning/{one.name} (lines)" for one in module.adapters} <= set(shown)
 
 
 def test_a_merge_is_shown_once_however_often_it_is_validated(validated, anchors, tmp_path):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import os
 import shutil
@@ -76,6 +77,19 @@ def test_the_run_folder_holds_config_clients_uploads_and_merged_models(finished)
             assert {"adapter_model.safetensors", "merge.json", "README.md"} <= {
                 path.name for path in (finished / "merged" / domain / method).iterdir()
             }
+
+
+def test_without_a_method_and_settings_of_sap_the_clients_reach_decides(run, tmp_path):
+    folder = tmp_path / "run"
+    line = ["--config={prune: {sparsity: 0.8, space: delta}}", "--trainer.limit_train_batches=1"]
+    line += ["--federation.unseen=[photo]", f"--federation.run_dir={folder}"]
+    run("fit", *line)
+    assert stored(folder, "sap_auto", "photo")["settings"]["weights"] == "reach"
+    record = json.loads((folder / "merged" / "photo" / "sap_auto" / "merge.json").read_text())
+    assert record["findings"]["won_at_home"] is not None and "sap_auto" in (folder / "report.html").read_text()
+    before = outcome(folder)
+    run("fit", *line)
+    assert outcome(folder) == before
 
 
 def test_running_again_changes_nothing(finished, run):

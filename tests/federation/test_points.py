@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from collections import Counter
 from dataclasses import replace
+from functools import partial
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
+from adapters import reaching
 from federation.runs import rows_of
 from torch import nn
 
@@ -16,6 +18,7 @@ from sap_lightning.federation.points import Plan, Point, Points, Sent
 from sap_lightning.functional.lora import LoRALayer
 from sap_lightning.io.adapter import Adapter, sha256_of
 from sap_lightning.merging import SAP, TIES, Average, CoreSpace, LiNeS, Magnitude, MergeMethod, SAPAuto
+from sap_lightning.modules import MergeModule
 from sap_lightning.results import Result
 
 
@@ -43,7 +46,8 @@ def points(plan: Plan, sent: Sent = Sent(HONEST), **changed: Any) -> Points:  # 
     precision, provenance = "32-true", {"commit": "abc"}
     for name, value in changed.items():
         next(part for part in (data, anchors, merge) if name in part)[name] = value
-    parts = (SimpleNamespace(**part) for part in (data, anchors, merge))
+    parts = [SimpleNamespace(**part) for part in (data, anchors, merge)]
+    parts[2].weights_in = partial(MergeModule.weights_in, parts[2])
     return Points(plan, sent, *parts, precision, provenance)
 
 
@@ -212,8 +216,14 @@ def test_a_method_on_top_of_another_is_measured_apart_from_it():
 
 
 def test_how_clients_count_by_themselves_and_when_it_is_asked_for_is_one_measurement():
-    for method, own in ((SAPAuto(), "reach"), (SAP(), "uniform"), (LiNeS(SAPAuto()), "reach")):
-        merges = [list(points(plan_of(method), weights=weights).on("photo"))[-1].result for weights in (None, own)]
+    saying = Sent([reaching(one) for one in HONEST])
+    for method, sent, own in (
+        (SAPAuto(), saying, "reach"),
+        (LiNeS(SAPAuto()), saying, "reach"),
+        (SAPAuto(), Sent(HONEST), "uniform"),
+        (SAP(), saying, "uniform"),
+    ):
+        merges = [list(points(plan_of(method), sent, weights=way).on("photo"))[-1].result for way in (None, own)]
         assert merges[0].measurement == merges[1].measurement
         assert merges[0].settings["weights"] == own
 

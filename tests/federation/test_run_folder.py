@@ -117,6 +117,7 @@ def test_a_setting_that_is_new_or_gone_is_a_difference(begun: Path) -> None:
         {"federation": {"rounds": 1, "share": 1.0, "aggregation": "flexlora", "optimizer": "reset"}},
         {"federation": {"clients": ["photo"]}},
         {"federation": {"parallel": 4}},
+        {"merge": {"weights": "samples", "max_share": 0.5}},
         {"federation": {"poison": {"domain": "photo", "kind": "scale", "fraction": 0.5}}},
     ],
     ids=str,
@@ -126,7 +127,7 @@ def test_what_the_folder_does_not_depend_on_may_change(begun: Path, free: dict[s
     assert yaml.safe_load((begun / "config.yaml").read_text()) == CONFIG
 
 
-SERVERS = {"anchors": {"num_pairs": 4}, "prune": {"sparsity": 0.5}, "merge": {"weights": "samples"}}
+SERVERS = {"anchors": {"num_pairs": 4}, "prune": {"sparsity": 0.5}, "merge": {"format": "model"}}
 
 
 def test_rounds_are_held_to(begun: Path) -> None:
@@ -139,7 +140,7 @@ def test_clients_are_held_only_to_what_is_not_free(begun: Path) -> None:
     require_settings(begun, changed(**SERVERS) | {"sweep": {"seeds": [0, 1]}}, (*SERVER_SETTINGS, "sweep"))
     with pytest.raises(InputError, match=r"other settings: model\.rank was 8, is 4\. "):
         require_settings(begun, changed(**SERVERS, model={"rank": 4}), SERVER_SETTINGS)
-    with pytest.raises(InputError, match=r"anchors\.num_pairs .*merge\.weights .*prune\.sparsity"):
+    with pytest.raises(InputError, match=r"anchors\.num_pairs .*merge\.format .*prune\.sparsity"):
         require_settings(begun, changed(**SERVERS))
     with pytest.raises(InputError, match=r"data\.domain was None, is 'photo'"):
         require_settings(begun, changed(data={"domain": "photo"}), ())

@@ -136,6 +136,13 @@ def test_shares_by_reach_are_bounded_too():
     assert client_weights(clients, "reach", max_share=0.5) == [0.5, 0.25, 0.25]
 
 
+def test_where_clients_count_alike_the_largest_share_is_held_to_as_well():
+    clients = [saying(1, 0.5, 0.75, -0.125), saying(2, 0.5, 0.75, 0.0)]
+    for weights in ("reach", "uniform"):
+        with pytest.raises(InputError, match=r"merge\.max_share 0\.4: 2 clients of at most that make no whole"):
+            client_weights(clients, weights, max_share=0.4)
+
+
 def test_a_client_that_does_not_say_its_reach_is_refused_by_name():
     silent = adapter_of(random_adapter(2).layers, "silent")
     with pytest.raises(InputError, match=r"merge\.weights reach: upload 'silent' has no manifest that says how far"):
