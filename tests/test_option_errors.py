@@ -51,7 +51,7 @@ def told(*line: str) -> str:
         ("merge --merge.method torch.nn.Linear --merge.method.bias 1", f"merge.method torch.nn.Linear: {UNKNOWN}"),
         ("fit --model.rank three", "model.rank: takes int, got 'three'"),
         ("fit --merge.rank x", "merge.rank: takes int or null, got 'x'"),
-        ("fit --merge.weights x", "merge.weights: takes one of uniform, samples, reach, a list of float or null, got 'x'"),
+        ("fit --merge.weights x", "merge.weights: takes one of uniform, samples, reach or a list of float or null, got 'x'"),
         ("client --model.targets 3", "model.targets: takes a list of str, got '3'"),
         ("predict --predict.images p --data.class_names [1,2", "data.class_names: takes a list of str or null, got"),
         ("sweep --sweep.seeds a", "sweep.seeds: takes a list of int, got 'a'"),
