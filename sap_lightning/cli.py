@@ -171,7 +171,7 @@ class SapCLI(CommandCLI):
         elif last != SAP.name and (given := self.given("prune")):
             raise InputError(f"{given}: merge.method is not sap, so nothing would use it; leave one of them out")
         merge = MergeModule(self.model.base, self.model.templates, method, **settings)
-        weighed = isinstance(merge.weights, str) and merge.weights != "uniform"
+        weighed = merge.weights in ("samples", "reach")
         if self.command == "merge" and weighed and not merge.merge_method.uses_weights:
             name = merge.merge_method.name
             raise InputError(f"merge.weights {merge.weights}: clients count alike in {name}; leave it out")

@@ -123,7 +123,7 @@ def _shares_by_reach(adapters: Sequence[Adapter], most: float) -> list[float]:
     won = [won_elsewhere(reach) for reach in reaches]
     if not (transfers(reaches) and any(won)):
         log.info("clients count alike, as what they learned is next to nothing, or does not hold in every style")
-        return bounded_shares([1] * len(adapters), most)
+        return client_weights(adapters, "uniform", most)
     shares = bounded_shares(won, most)
     log.info("clients count by what they win elsewhere: %s", _shares_in_words(adapters, shares))
     return shares
